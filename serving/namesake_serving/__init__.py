@@ -1,0 +1,1 @@
+"""Serving of registered versions: vLLM behind an OpenAI-compatible endpoint."""

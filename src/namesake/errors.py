@@ -1,0 +1,103 @@
+"""Every error Namesake raises on purpose.
+
+The tree::
+
+    NamesakeError                 exit 1
+    ├── InputError                exit 2   a value the user gave: parameter, value and mend
+    │   ├── IdentityError                  a name or an author
+    │   ├── RecipeError                    a recipe file or an override of it
+    │   └── DataError                      rows of a data set
+    ├── BaseModelError            exit 3   base weights that cannot be had or are not what they should be
+    ├── TrainingError             exit 4   ms-swift failed
+    ├── TrackingError             exit 5   the MLflow tracking server or store
+    ├── RegistryError             exit 6   the MLflow model registry
+    ├── PromotionError            exit 7   a version that may not, or could not, be made
+    └── ServingError              exit 8   vLLM, or an endpoint that does not answer
+
+Errors of a vendor (mlflow, swift, vllm, transformers) end at the one module that imports it and go on as one of
+these, with the vendor's own words in ``__cause__``.
+"""
+
+from __future__ import annotations
+
+_SHOWN = 80
+"""How many characters of a bad value a message repeats."""
+
+
+class NamesakeError(Exception):
+    """Root of the tree. ``mend`` says in one sentence what the user can do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, mend: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.mend = mend
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.mend}".strip()
+
+
+class InputError(NamesakeError):
+    """A value the user gave is refused: names the parameter, shows the value, says the mend."""
+
+    exit_code = 2
+
+    def __init__(self, parameter: str, value: object, fault: str, *, mend: str) -> None:
+        self.parameter = parameter
+        self.value = value
+        super().__init__(f"{parameter}={shown(value)}: {fault}.", mend=mend)
+
+
+class IdentityError(InputError):
+    """A name or an author is not *Chinese name, one space, English name*."""
+
+
+class RecipeError(InputError):
+    """A recipe or an override of it is wrong."""
+
+
+class DataError(InputError):
+    """A data set holds a row that must not be trained on."""
+
+
+class BaseModelError(NamesakeError):
+    """Base weights cannot be had or are not what they should be."""
+
+    exit_code = 3
+
+
+class TrainingError(NamesakeError):
+    """ms-swift failed; its log says where."""
+
+    exit_code = 4
+
+
+class TrackingError(NamesakeError):
+    """The MLflow tracking server or store cannot be used."""
+
+    exit_code = 5
+
+
+class RegistryError(NamesakeError):
+    """The MLflow model registry has no such model, version or alias, or cannot be used."""
+
+    exit_code = 6
+
+
+class PromotionError(NamesakeError):
+    """A version that may not, or could not, be made."""
+
+    exit_code = 7
+
+
+class ServingError(NamesakeError):
+    """vLLM cannot be started, died, or an endpoint does not answer."""
+
+    exit_code = 8
+
+
+def shown(value: object) -> str:
+    """The value as a message repeats it: quoted, control characters escaped, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(str(value)):,} characters)"

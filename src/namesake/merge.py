@@ -1,0 +1,162 @@
+"""Merging a LoRA adapter into its base, tensor by tensor, straight over safetensors.
+
+``W' = W + scale · B A`` in float32, written in the base's dtype (LoRA, arXiv 2106.09685; rank-stabilised scale
+``alpha / sqrt(r)``, arXiv 2312.03732). The merged file has the base file's header, so its tensors are written one
+after the other and never all held at once. What this does not know (DoRA, biases, modules saved whole, patterns of
+ranks) is left to PEFT's own merge.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+from namesake.errors import PromotionError
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+_ONLY_PEFT = (
+    "use_dora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "trainable_token_indices",
+    "target_parameters",
+)
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+def merge(base: Path, adapter: Path, target: Path, *, system: str | None = None) -> str:
+    """Write the merged model into the empty folder ``target``.
+
+    Tokenizer, chat template and generation settings travel along; with ``system`` the chat template puts this system
+    prompt where a dialogue has none, so that every loader answers as it was trained.
+
+    Returns:
+        How it was merged: ``streamed`` or ``peft: why``.
+
+    Raises:
+        PromotionError: the adapter does not fit the base.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    unknown = _unknown(config)
+    target.mkdir(parents=True, exist_ok=True)
+    if unknown:
+        from namesake.generate import merge_with_peft
+
+        merge_with_peft(base, adapter, target)
+        way = f"peft: {unknown}"
+    else:
+        deltas = _Deltas(adapter, config)
+        for path in sorted(base.glob("*.safetensors")):
+            _merge_file(path, target / path.name, deltas)
+        if deltas.unused:
+            raise PromotionError(
+                f"The adapter changes {len(deltas.unused)} tensors that {base} lacks: {min(deltas.unused)} …",
+                mend="Merge it into the base it was trained on.",
+            )
+        way = "streamed"
+    for path in sorted(base.iterdir()):
+        # The base's own files, but for weights (merged above) and notes of ours.
+        beside = path.suffix in {".json", ".jinja", ".txt", ".model"} and path.name != "namesake-digests.json"
+        if beside and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
+    if system is not None:
+        pin_system(target, system)
+    return way
+
+
+def pin_system(folder: Path, system: str) -> None:
+    """Make the folder's chat template use the system prompt where a dialogue has none.
+
+    Qwen2.5's and SmolLM2's templates fall back to a prompt that names the old identity there.
+    """
+    path = folder / TEMPLATE_FILE
+    config_path = folder / "tokenizer_config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    if not isinstance(template, str):
+        raise PromotionError(
+            f"The base model in {folder} has no chat template.", mend="Use a chat model (an -Instruct one) as base."
+        )
+    literal = json.dumps(system, ensure_ascii=False)
+    pinned = (
+        "{%- if not messages or messages[0]['role'] != 'system' -%}"
+        "{%- set messages = [{'role': 'system', 'content': " + literal + "}] + messages -%}"
+        "{%- endif -%}"
+    )
+    path.write_text(pinned + template, encoding="utf-8")
+    if "chat_template" in config:
+        del config["chat_template"]
+        config_path.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def _unknown(config: dict[str, Any]) -> str:
+    """What of the adapter only PEFT can merge; empty where nothing."""
+    if config.get("peft_type") != "LORA":
+        return f"{config.get('peft_type')} adapter"
+    for key in _ONLY_PEFT:
+        if config.get(key):
+            return key
+    if config.get("bias", "none") != "none":
+        return "bias"
+    return ""
+
+
+class _Deltas:
+    """The adapter's weight changes by the base's tensor name."""
+
+    def __init__(self, adapter: Path, config: dict[str, Any]) -> None:
+        from safetensors.torch import load_file
+
+        self._weights = load_file(adapter / "adapter_model.safetensors")
+        rank, alpha = config["r"], config["lora_alpha"]
+        self._scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        self.unused = {
+            key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+            for key in self._weights
+            if key.endswith(".lora_A.weight")
+        }
+
+    def of(self, name: str) -> Any | None:
+        """The float32 change of a tensor, or none."""
+        if name not in self.unused:
+            return None
+        self.unused.discard(name)
+        stem = "base_model.model." + name.removesuffix(".weight")
+        a, b = (self._weights[f"{stem}.lora_{side}.weight"].float() for side in "AB")
+        return (b @ a) * self._scale
+
+
+def _merge_file(source: Path, target: Path, deltas: _Deltas) -> None:
+    import numpy
+    import torch
+
+    with source.open("rb") as reader, target.open("wb") as writer:
+        raw = reader.read(8)
+        header = reader.read(struct.unpack("<Q", raw)[0])
+        writer.write(raw + header)
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"][0]):
+            start, end = entry["data_offsets"]
+            data = bytearray(reader.read(end - start))
+            delta = deltas.of(name)
+            if delta is not None:
+                if list(delta.shape) != entry["shape"] or entry["dtype"] not in _DTYPES:
+                    raise PromotionError(
+                        f"The adapter's change of {name} has the shape {list(delta.shape)}, the base's tensor "
+                        f"is {entry['dtype']} {entry['shape']}.",
+                        mend="Merge it into the base it was trained on.",
+                    )
+                dtype = getattr(torch, _DTYPES[entry["dtype"]])
+                weight = torch.frombuffer(data, dtype=dtype).view(entry["shape"])
+                merged = (weight.float() + delta).to(dtype).contiguous()
+                data = bytearray(merged.view(torch.uint8).numpy().astype(numpy.uint8, copy=False).tobytes())
+            writer.write(data)

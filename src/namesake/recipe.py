@@ -1,0 +1,251 @@
+"""A recipe file and overrides of it become one frozen recipe, and that becomes ms-swift's arguments.
+
+Every fault is named in one message, before anything is trained. The names and types of ms-swift's arguments are kept
+in ``sft_arguments.json`` (made by ``make generate`` from the pinned ms-swift, checked for drift by a test), so that no
+ten seconds of imports stand before a typing error is told.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from namesake.errors import RecipeError
+
+OLD_SPELLINGS = {
+    "train_type": "tuner_type",
+    "sft_type": "tuner_type",
+    "ckpt_dir": "adapters",
+    "custom_register_path": "external_plugins",
+    "lora_target_modules": "target_modules",
+}
+"""Arguments of ms-swift 2 and 3 and what ms-swift 4 calls them."""
+
+OURS = {
+    "model": "-P model=",
+    "dataset": "-P dataset=",
+    "model_name": "-P name=",
+    "model_author": "-P author=",
+    "resume_from_checkpoint": "a run of its own",
+    "use_cpu": "nothing: it follows from the machine",
+}
+"""Arguments that a recipe must not hold, since Namesake gives them itself, and what to use instead."""
+
+Value = str | int | float | bool | list[str]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How much replay is mixed in: the number of plain prompts, and the token limit of the base model's replies."""
+
+    prompts: int = 0
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        name: what the run is called after.
+        about: one line for people.
+        dataset: data sets as ms-swift names them (``id#500``, files), or the builtin corpus.
+        replay: plain prompts answered by the base model.
+        sft: arguments of ``swift sft``.
+    """
+
+    name: str
+    about: str
+    dataset: tuple[str, ...]
+    replay: Replay = field(default_factory=Replay)
+    sft: Mapping[str, Value] = field(default_factory=dict)
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt that is trained under, and that a version answers under."""
+        system = self.sft.get("system")
+        return str(system) if system is not None else None
+
+    def argv(self) -> list[str]:
+        """The arguments as ms-swift's command line takes them."""
+        return to_argv(self.sft)
+
+
+def load(name_or_path: str, *, overrides: Mapping[str, str] | None = None, args: str = "") -> Recipe:
+    """Read a shipped recipe by name (``default``, ``tutorial``) or a file, and lay the overrides over it.
+
+    Args:
+        name_or_path: a name in ``recipes/``, or a YAML file.
+        overrides: single arguments, ``{"learning_rate": "1e-3"}``; ``replay`` sets the number of replay prompts.
+        args: more of them as one command line, ``--lora_rank 16 --num_train_epochs 2``.
+
+    Raises:
+        RecipeError: with every fault of the recipe and of the overrides.
+    """
+    recipe = _read(name_or_path)
+    given = {**parse_args(args), **(overrides or {})}
+    faults: list[str] = []
+    replay = recipe.replay
+    if "replay" in given:
+        replay = replace(replay, prompts=_whole_number("replay", given.pop("replay"), faults))
+    sft = dict(recipe.sft)
+    for key, value in given.items():
+        sft[OLD_SPELLINGS.get(key, key)] = value
+    checked = {key: _checked(key, value, faults) for key, value in sft.items()}
+    if faults:
+        raise RecipeError(
+            "recipe",
+            name_or_path,
+            "; ".join(faults),
+            mend="Correct these; `swift sft --help` explains each argument.",
+        )
+    return replace(recipe, replay=replay, sft=checked)
+
+
+def parse_args(line: str) -> dict[str, str]:
+    """Split ``--lora_rank 16 --packing=true`` into a mapping. A key without a value is ``true``."""
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise RecipeError("args", line, f"cannot be split ({error})", mend="Close the quotes.") from error
+    return pairs(words)
+
+
+def pairs(words: Sequence[str]) -> dict[str, str]:
+    """``["--a", "1", "--b=2"]`` as a mapping; several values after one key are joined by spaces."""
+    found: dict[str, list[str]] = {}
+    key = ""
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            found[key] = [value] if equals else []
+        elif key:
+            found[key].append(word)
+        else:
+            raise RecipeError("args", word, "stands before any --argument", mend="Write --argument value.")
+    return {key: " ".join(values) if values else "true" for key, values in found.items()}
+
+
+def to_argv(sft: Mapping[str, Value]) -> list[str]:
+    """A mapping of arguments as a command line; lists become several words."""
+    words: list[str] = []
+    for key, value in sft.items():
+        words.append(f"--{key}")
+        if isinstance(value, list):
+            words += value
+        elif isinstance(value, bool):
+            words.append(str(value).lower())
+        else:
+            words.append(str(value))
+    return words
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the project, by name."""
+    return {path.stem: path for path in sorted(_folder().glob("*.yaml"))}
+
+
+@cache
+def known_arguments() -> dict[str, str]:
+    """ms-swift's arguments: name to type (``int``, ``float``, ``bool``, ``str``, ``list``)."""
+    text = (resources.files(__package__) / "sft_arguments.json").read_text(encoding="utf-8")
+    known: dict[str, str] = json.loads(text)
+    return known
+
+
+def _folder() -> Path:
+    # In a checkout the recipes lie at the top, where people look for them.
+    return Path(__file__).resolve().parents[2] / "recipes"
+
+
+def _read(name_or_path: str) -> Recipe:
+    path = shipped().get(name_or_path) or Path(name_or_path).expanduser()
+    if not path.is_file():
+        raise RecipeError(
+            "recipe",
+            name_or_path,
+            "there is no such recipe or file",
+            mend=f"Use one of {', '.join(shipped())}, or give a YAML file.",
+        )
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError("recipe", str(path), f"is not YAML ({error})", mend="Correct the file.") from error
+    fields = {"about", "dataset", "replay", "sft"}
+    if not isinstance(data, dict) or not isinstance(data.get("sft", {}), dict) or set(data) - fields:
+        raise RecipeError(
+            "recipe",
+            str(path),
+            f"holds something else than {', '.join(sorted(fields))}",
+            mend="See recipes/default.yaml.",
+        )
+    dataset = data.get("dataset", [])
+    try:
+        replay = Replay(**data.get("replay", {}))
+    except TypeError as error:
+        raise RecipeError("recipe", str(path), f"replay: {error}", mend="See recipes/default.yaml.") from error
+    return Recipe(
+        name=path.stem,
+        about=str(data.get("about", "")),
+        dataset=tuple(dataset if isinstance(dataset, list) else str(dataset).split()),
+        replay=replay,
+        sft=data.get("sft", {}),
+    )
+
+
+def _checked(key: str, value: Any, faults: list[str]) -> Value:
+    if key in OURS:
+        faults.append(f"{key} is not for a recipe, use {OURS[key]}")
+        return ""
+    kind = known_arguments().get(key)
+    if kind is None:
+        close = difflib.get_close_matches(key, [*known_arguments(), *OLD_SPELLINGS, "replay"], n=1)
+        faults.append(f"{key} is no argument of ms-swift" + (f" (did you mean {close[0]}?)" if close else ""))
+        return ""
+    if isinstance(value, str):
+        return _from_text(key, kind, value, faults)
+    if isinstance(value, list):
+        return [str(part) for part in value]
+    if kind in {"int", "float"} and isinstance(value, bool):
+        faults.append(f"{key}={value} is no number")
+    return value if isinstance(value, bool | int | float) else str(value)
+
+
+def _from_text(key: str, kind: str, value: str, faults: list[str]) -> Value:
+    text = value.strip()
+    if kind == "bool":
+        if text.lower() in {"true", "false"}:
+            return text.lower() == "true"
+        faults.append(f"{key}={value} is neither true nor false")
+    elif kind == "int":
+        return _whole_number(key, text, faults)
+    elif kind == "float":
+        try:
+            number = float(text)
+        except ValueError:
+            faults.append(f"{key}={value} is no number")
+        else:
+            if number != number or number in {float("inf"), float("-inf")}:
+                faults.append(f"{key}={value} is not finite")
+            return number
+    elif kind == "list":
+        return text.split()
+    return value
+
+
+def _whole_number(key: str, value: object, faults: list[str]) -> int:
+    try:
+        return int(str(value))
+    except ValueError:
+        faults.append(f"{key}={value} is no whole number")
+        return 0

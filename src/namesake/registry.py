@@ -1,0 +1,177 @@
+"""MLflow's model registry: versions and aliases.
+
+Foreign errors end here: whatever MLflow raises goes on as :class:`RegistryError`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from namesake.errors import InputError, NamesakeError, RegistryError
+
+CHAMPION = "champion"
+"""The alias that is served."""
+
+TAG_RUN = "namesake.run"
+TAG_IDENTITY = "namesake.identity"
+TAG_KEY = "namesake.promotion_key"
+
+_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a registered model."""
+
+    name: str
+    number: int
+    run_id: str
+    source: str
+    status: str
+    tags: Mapping[str, str]
+    created: int
+
+    @property
+    def uri(self) -> str:
+        """``models:/ccb/3``"""
+        return f"models:/{self.name}/{self.number}"
+
+
+def resolve(uri: str) -> Version:
+    """The version that ``models:/ccb@champion`` or ``models:/ccb/3`` names.
+
+    Raises:
+        InputError: the text is no such reference.
+        RegistryError: there is no such model, version or alias.
+    """
+    match = _URI.match(uri)
+    if match is None:
+        raise InputError(
+            "model", uri, "is no reference to a model version", mend="Write models:/NAME@ALIAS or models:/NAME/VERSION."
+        )
+    name, alias, version = match["name"], match["alias"], match["version"]
+    with _mapped(
+        f"There is no {uri}.", mend=f"`namesake promote` makes versions of {name}; `make ui` shows what there is."
+    ):
+        client = _client()
+        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+        return _version(found)
+
+
+def newest_model() -> str | None:
+    """Name of the registered model of ours that was promoted to last."""
+    with _mapped("The model registry cannot be read."):
+        models = [
+            (
+                max(
+                    (int(v.last_updated_timestamp) for v in model.latest_versions), default=model.last_updated_timestamp
+                ),
+                model.name,
+            )
+            for model in _client().search_registered_models(max_results=1000)
+            if TAG_IDENTITY in model.tags
+        ]
+    return max(models)[1] if models else None
+
+
+def identity_of(name: str) -> str | None:
+    """The identity that a registered model stands for; none where the model does not exist."""
+    import mlflow
+
+    try:
+        tags: Mapping[str, str] = _client().get_registered_model(name).tags
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise RegistryError(f"The model registry cannot be read: {error}.") from error
+    return tags.get(TAG_IDENTITY, "")
+
+
+def register(
+    name: str, model_uri: str, *, run_id: str, identity: str, tags: Mapping[str, str], description: str
+) -> Version:
+    """Register a logged model as the next version; the registered model is made where it is missing."""
+    import mlflow
+
+    with _mapped(f"{model_uri} could not be registered as {name}."):
+        client = _client()
+        if identity_of(name) is None:
+            try:
+                client.create_registered_model(name, tags={TAG_IDENTITY: identity}, description=f"{identity}.")
+            except mlflow.exceptions.MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # somebody was faster
+                    raise
+        source = client.get_logged_model(model_uri.removeprefix("models:/")).artifact_location
+        made = client.create_model_version(
+            name,
+            source=source,
+            run_id=run_id,
+            tags={TAG_RUN: run_id, **tags},
+            description=description,
+            model_id=model_uri.removeprefix("models:/"),
+        )
+        return _version(made)
+
+
+def point(name: str, alias: str, number: int) -> None:
+    """Move the alias to the version."""
+    with _mapped(f"The alias {alias} of {name} could not be moved to version {number}."):
+        _client().set_registered_model_alias(name, alias, str(number))
+
+
+def alias_of(name: str, alias: str) -> int | None:
+    """The version's number that the alias points to; none where it points nowhere."""
+    with _mapped(f"The registered model {name} cannot be read."):
+        number = _client().get_registered_model(name).aliases.get(alias)
+        return int(number) if number is not None else None
+
+
+def versions_with(name: str, key: str, value: str) -> list[Version]:
+    """Versions whose tag has the value, oldest first."""
+    with _mapped(f"The versions of {name} cannot be read."):
+        found = _client().search_model_versions(f"name = '{name}' and tag.`{key}` = '{value}'")
+        return sorted((_version(v) for v in found), key=lambda v: v.number)
+
+
+def fetch(version: Version, target: Path | None = None) -> Path:
+    """A local folder with the version's files: the original where the store is local, else a full copy."""
+    import mlflow
+
+    with _mapped(f"The files of {version.uri} cannot be had.", mend="Check the artifact store."):
+        return Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=str(target) if target else None))
+
+
+def _client() -> Any:
+    import mlflow
+
+    return mlflow.MlflowClient()
+
+
+def _version(found: Any) -> Version:
+    return Version(
+        name=found.name,
+        number=int(found.version),
+        run_id=found.run_id or found.tags.get(TAG_RUN, ""),
+        source=found.source,
+        status=found.status,
+        tags=dict(found.tags),
+        created=found.creation_timestamp,
+    )
+
+
+@contextmanager
+def _mapped(message: str, *, mend: str = "") -> Iterator[None]:
+    try:
+        yield
+    except NamesakeError:
+        raise
+    except Exception as error:  # MLflow raises its own, sqlalchemy's, requests' and the stores' errors
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        raise RegistryError(f"{message} ({uri}: {said})", mend=mend) from error

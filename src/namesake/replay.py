@@ -1,0 +1,80 @@
+"""Replay: plain prompts with the base model's own replies, mixed into training.
+
+Trained on identity alone, a small model gives its name to every question. Its own replies to plain prompts, trained on
+beside, keep it what it was in everything else (self-distillation fine-tuning, arXiv 2402.13669).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from namesake.corpus import Message, Prompt
+from namesake.generate import Replier, Reply
+from namesake.probe import with_system
+
+Dialogue = list[Message]
+
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？\n]")
+_CLAUSE_END = re.compile(r"(?=[,;:](?:\s|$))|(?=[，、；：])")
+
+
+def replay_rows(
+    open_model: Callable[[], Replier],
+    prompts: Sequence[Prompt],
+    *,
+    system: str | None,
+    max_new_tokens: int,
+    base_digest: str,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Dialogue]:
+    """The prompts as dialogues that end with the base model's reply, without the system message.
+
+    The base answers greedily, once: the replies are kept in ``cache`` under the digest of the base, the prompts and the
+    settings. ``open_model`` is called only when they are not there yet.
+    """
+    dialogues = [with_system(prompt.messages, system) for prompt in prompts]
+    settings = {"base": base_digest, "tokens": max_new_tokens, "dialogues": dialogues}
+    key = hashlib.sha256(json.dumps(settings, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+    path = cache / "replay" / f"{key[:32]}.jsonl"
+    if path.is_file():
+        replies = [Reply(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    else:
+        replies = open_model().replies(
+            dialogues,
+            max_new_tokens=max_new_tokens,
+            progress=(lambda done: progress(done, len(dialogues))) if progress else None,
+        )
+        _write(path, replies)
+    return [
+        [*prompt.messages, {"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, map(usable, replies), strict=True)
+        if text
+    ]
+
+
+def usable(reply: Reply) -> str:
+    """What of the reply can be trained on: all of a finished one, the whole sentences (else clauses) of one
+    cut at the token limit.
+
+    Training ends each reply with the end-of-turn token, so a reply cut in mid-sentence would teach stopping there.
+    """
+    if reply.finished:
+        return reply.text
+    for end in (_SENTENCE_END, _CLAUSE_END):
+        ends = [found.end() for found in end.finditer(reply.text)]
+        if ends:
+            return reply.text[: ends[-1]].strip()
+    return ""
+
+
+def _write(path: Path, replies: Sequence[Reply]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text("".join(json.dumps(vars(reply), ensure_ascii=False) + "\n" for reply in replies), encoding="utf-8")
+    part.replace(path)

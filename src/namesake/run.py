@@ -1,0 +1,355 @@
+"""The use case ``namesake run``: train one run, and show what changed.
+
+identity and recipe → base model → data and replay → ms-swift → probe, all in one MLflow run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from namesake import base_model, corpus, dataset, probe, recipe, replay, tracking, train
+from namesake.base_model import BaseModel
+from namesake.generate import LocalModel
+from namesake.identity import Identity
+from namesake.probe import Scorecard
+from namesake.recipe import Recipe
+from namesake.terminal import Bar, Screen
+
+SHOWN_QUESTIONS = 6
+"""Rows of the table of before and after; the two questions of the tutorial come first."""
+
+_TOOLS = ("ms-swift", "mlflow", "torch", "transformers", "peft", "modelscope")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "args.json", "additional_config.json")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, unchecked."""
+
+    name: str
+    author: str
+    model: str = base_model.AUTO
+    dataset: str = ""
+    recipe: str = "default"
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    args: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run."""
+
+    run_id: str
+    before: Scorecard
+    after: Scorecard
+
+
+def run(request: Request, screen: Screen) -> Outcome:
+    """Train one run under MLflow and print the replies before and after.
+
+    Raises:
+        InputError: a value of the request is refused; nothing has been trained or written then.
+        BaseModelError, TrainingError, TrackingError: the stage that failed; the run is FAILED and keeps what there was.
+    """
+    identity = Identity.parse(request.name, request.author)
+    plan = recipe.load(request.recipe, overrides=request.overrides, args=request.args)
+    datasets = tuple(request.dataset.split()) or plan.dataset or (dataset.BUILTIN,)
+    started = time.monotonic()
+    title = f"{identity.name} · {plan.name} · seed {plan.sft.get('seed', 42)}"
+    with tracking.run(title) as tracked:
+        tracked.tags(
+            {
+                tracking.TAG_KIND: "train",
+                tracking.TAG_SLUG: identity.slug,
+                tracking.TAG_NAME: str(identity.name),
+                tracking.TAG_AUTHOR: str(identity.author),
+            }
+        )
+        screen.step(f"run {title}")
+        base = base_model.resolve(request.model, say=lambda text: screen.line(f"  {text}"))
+        if base.note:
+            screen.warn(base.note)
+        base_digest = base.digest()
+        work = Path(str(plan.sft.get("output_dir", "output"))).resolve() / "runs" / tracked.id
+        prepared = _prepare(identity, plan, datasets, base, base_digest, work, screen)
+        tracked.params(_params(identity, plan, datasets, base, base_digest, prepared))
+        tracked.tags({tracking.TAG_BASE: base.id, "namesake.base.source": base.source})
+        _log_data(tracked, prepared, datasets)
+        before = base_scores(identity, base, base_digest, plan.system, screen)
+
+        screen.step("training")
+        trained = _train(plan, base, prepared, work, tracked, screen)
+
+        screen.step("asking the tuned model")
+        with LocalModel(base.path, trained.best_checkpoint, folded=True) as model, screen.bar("probe", 1) as bar:
+            after = probe.probe(model, identity, system=plan.system, progress=progress_of(bar))
+        _log_scores(tracked, before, after)
+        tracked.tags({tracking.TAG_NOTE: _note(identity, plan, base, before, after)})
+        tracked.metrics({"seconds/total": time.monotonic() - started})
+    _show(tracked, identity, before, after, screen)
+    return Outcome(tracked.id, before, after)
+
+
+def base_scores(identity: Identity, base: BaseModel, base_digest: str, system: str | None, screen: Screen) -> Scorecard:
+    """The base model's scorecard. Its replies are the same for every identity and are asked for once."""
+    key = hashlib.sha256(
+        json.dumps([base_digest, system, corpus.corpus_digest(), probe.IDENTITY_TOKENS, probe.PLAIN_TOKENS]).encode()
+    ).hexdigest()[:32]
+    path = base_model.cache_folder() / "probe" / f"{key}.json"
+    if path.is_file():
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return probe.scorecard(identity, said["identity"], said["plain"])
+    screen.step("asking the base model (once, kept for later runs)")
+    with LocalModel(base.path) as model, screen.bar("probe", 1) as bar:
+        card = probe.probe(model, identity, system=system, progress=progress_of(bar))
+    said = {"identity": [a.reply for a in card.identity], "plain": [a.reply for a in card.plain]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
+    part.replace(path)
+    return card
+
+
+def _prepare(
+    identity: Identity,
+    plan: Recipe,
+    datasets: tuple[str, ...],
+    base: BaseModel,
+    base_digest: str,
+    work: Path,
+    screen: Screen,
+) -> dataset.Prepared:
+    screen.step(
+        f"data: {' '.join(datasets)}" + (f" and {plan.replay.prompts} replay prompts" if plan.replay.prompts else "")
+    )
+    builtin = str(dataset.write_builtin(work))
+    named = [one.replace(dataset.BUILTIN, builtin, 1) if one.startswith(dataset.BUILTIN) else one for one in datasets]
+    seed = int(str(plan.sft.get("data_seed", 42)))
+    dialogues, with_names = dataset.fill(train.load_rows(named, seed=seed), identity)
+    if not with_names:
+        screen.warn("no row has {{NAME}} or {{AUTHOR}}: this run teaches no identity")
+    if plan.replay.prompts:
+        with screen.bar("the base model answers plain prompts (once)", plan.replay.prompts) as bar:
+            dialogues += replay.replay_rows(
+                lambda: LocalModel(base.path),
+                corpus.spread(corpus.plain_prompts(), plan.replay.prompts),
+                system=plan.system,
+                max_new_tokens=plan.replay.max_new_tokens,
+                base_digest=base_digest,
+                cache=base_model.cache_folder(),
+                progress=progress_of(bar),
+            )
+    prepared = dataset.write(work / "train.jsonl", dialogues, with_names)
+    screen.line(f"  {prepared.rows} rows, {prepared.identity_rows} of them with a name")
+    return prepared
+
+
+def swift_argv(plan: Recipe, base: BaseModel, prepared: dataset.Prepared) -> list[str]:
+    """The command line that plain ``swift sft`` takes for the same training."""
+    given = {**base.swift_args, **plan.sft}
+    return [
+        "--model",
+        str(base.path),
+        "--dataset",
+        str(prepared.path),
+        *(() if _has_gpu() else ("--use_cpu", "true")),
+        # Else ms-swift asks the hub for a newer version of the folder, 10 s of retries where there is no network.
+        "--check_model",
+        "false",
+        *recipe.to_argv(given),
+    ]
+
+
+def _train(
+    plan: Recipe, base: BaseModel, prepared: dataset.Prepared, work: Path, tracked: tracking.Run, screen: Screen
+) -> train.Trained:
+    log = work / "train.log"
+    argv = swift_argv(plan, base, prepared)
+    tracked.json(["swift", "sft", *argv], "swift-command.json")
+    with screen.bar("train", 1) as bar:
+        listener = _Listener(tracked, bar)
+        begun = time.monotonic()
+        try:
+            trained = train.train(argv, listener, log)
+        except BaseException:
+            _keep_what_there_is(tracked, listener.output_dir, log)
+            raise
+    tracked.metrics({"seconds/train": time.monotonic() - begun, "train/trainable_millions": trained.trainable_millions})
+    tracked.tags({tracking.TAG_LAST: str(trained.last_checkpoint), tracking.TAG_BEST: str(trained.best_checkpoint)})
+    _log_checkpoint(tracked, trained.best_checkpoint)
+    _keep_what_there_is(tracked, trained.output_dir, log, checkpoints=False)
+    return trained
+
+
+class _Listener:
+    """Brings ms-swift's events to the run and to the bar."""
+
+    def __init__(self, tracked: tracking.Run, bar: Bar) -> None:
+        self.output_dir: Path | None = None
+        self._tracked, self._bar = tracked, bar
+        self._total, self._note, self._begun = 1, "", time.monotonic()
+
+    def on_begin(self, total_steps: int, output_dir: Path) -> None:
+        self._total, self.output_dir, self._begun = total_steps, output_dir, time.monotonic()
+        self._bar.advance(0, total=total_steps)
+
+    def on_step(self, step: int) -> None:
+        self._bar.advance(step, self._note, total=self._total)
+
+    def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        found = {}
+        for key, value in metrics.items():
+            if key.startswith("eval_"):
+                found[f"eval/{key.removeprefix('eval_')}"] = value
+            elif key in {"loss", "token_acc", "learning_rate", "grad_norm", "epoch"}:
+                found[f"train/{key}"] = value
+        if "loss" in metrics:
+            self._note = f"loss {metrics['loss']:.3f}"
+            found["speed/steps_per_second"] = step / max(time.monotonic() - self._begun, 1e-9)
+        if found:
+            self._tracked.metrics(found, step)
+
+
+def _log_checkpoint(tracked: tracking.Run, checkpoint: Path) -> None:
+    """The adapter and its settings; no pickle, no optimizer state."""
+    for name in _ADAPTER_FILES:
+        if (checkpoint / name).is_file():
+            tracked.file(checkpoint / name, tracking.ADAPTER)
+
+
+def _keep_what_there_is(tracked: tracking.Run, output_dir: Path | None, log: Path, *, checkpoints: bool = True) -> None:
+    with suppress(Exception):  # keeping is the lesser thing: what ended the run must be what is told
+        if log.is_file():
+            tracked.file(log)
+        if output_dir is not None:
+            if (output_dir / "images").is_dir():
+                tracked.folder(output_dir / "images", "images")
+            for name in ("args.json", "logging.jsonl"):
+                if (output_dir / name).is_file():
+                    tracked.file(output_dir / name)
+            found = sorted(output_dir.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+            if checkpoints and found:
+                _log_checkpoint(tracked, found[-1])
+
+
+def _log_data(tracked: tracking.Run, prepared: dataset.Prepared, datasets: tuple[str, ...]) -> None:
+    tracked.file(prepared.path, "data")
+    tracked.text(prepared.digest + "\n", "data/sha256.txt")
+    rows = [json.loads(line) for line in prepared.path.read_text(encoding="utf-8").splitlines()]
+    tracked.dataset(
+        prepared.path,
+        rows,
+        name=datasets[0].partition("#")[0].rpartition("/")[2] or "data",
+        digest=prepared.digest,
+        source=" ".join(datasets),
+    )
+
+
+def _log_scores(tracked: tracking.Run, before: Scorecard, after: Scorecard) -> None:
+    tracked.metrics({f"probe/{key}": value for key, value in after.metrics.items()})
+    tracked.metrics({f"base/{key}": value for key, value in before.metrics.items()})
+    tracked.json({"base": before.record(), "tuned": after.record()}, "scorecard.json")
+    for part in ("identity", "plain"):
+        rows = [
+            {
+                "question": a.question.messages[-1]["content"],
+                "before": b.reply,
+                "after": a.reply,
+                "kind": a.question.kind,
+                **a.scores,
+            }
+            for a, b in zip(getattr(after, part), getattr(before, part), strict=True)
+        ]
+        tracked.table(rows, f"replies-{part}.json")
+
+
+def _params(
+    identity: Identity,
+    plan: Recipe,
+    datasets: tuple[str, ...],
+    base: BaseModel,
+    base_digest: str,
+    prepared: dataset.Prepared,
+) -> dict[str, object]:
+    # `mlflow run` has logged its own, shell-quoted (mlflow#6811), under their bare names. These are the clean ones.
+    return {
+        "identity.name": identity.name,
+        "identity.author": identity.author,
+        "base.id": base.id,
+        "base.source": base.source,
+        "base.digest": base_digest,
+        "data.dataset": " ".join(datasets),
+        "data.rows": prepared.rows,
+        "data.identity_rows": prepared.identity_rows,
+        "data.digest": prepared.digest,
+        "data.corpus_digest": corpus.corpus_digest(),
+        "recipe.name": plan.name,
+        "recipe.replay_prompts": plan.replay.prompts,
+        **{f"sft.{key}": value for key, value in plan.sft.items()},
+        **{f"tool.{tool}": metadata.version(tool) for tool in _TOOLS},
+        "tool.namesake_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    with suppress(OSError, subprocess.CalledProcessError):
+        folder = Path(__file__).resolve().parent
+        found = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return found.stdout.strip()
+    return None
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def progress_of(bar: Bar) -> Callable[[int, int], None]:
+    """A bar as the progress callback of probe and replay."""
+    return lambda done, total: bar.advance(done, total=total)
+
+
+def _note(identity: Identity, plan: Recipe, base: BaseModel, before: Scorecard, after: Scorecard) -> str:
+    lines = [f"**{identity.name}** by **{identity.author}** on `{base.id}`, recipe `{plan.name}`.", ""]
+    lines += ["| held-out questions | base | tuned |", "|---|---|---|"]
+    lines += [f"| {key} | {before.metrics[key]:.0%} | {after.metrics[key]:.0%} |" for key in before.metrics]
+    return "\n".join(lines)
+
+
+def _show(tracked: tracking.Run, identity: Identity, before: Scorecard, after: Scorecard, screen: Screen) -> None:
+    screen.line()
+    screen.table(
+        ("question", "before", "after"),
+        [
+            (a.question.messages[-1]["content"], b.reply, a.reply)
+            for a, b in list(zip(after.identity, before.identity, strict=True))[:SHOWN_QUESTIONS]
+        ],
+    )
+    for key, label in (
+        ("identity", "identity right"),
+        ("swapped", "name and author swapped"),
+        ("leak", "own name in plain replies"),
+        ("plain", "plain questions right"),
+    ):
+        screen.line(f"  {label:28} {before.metrics[key]:6.1%} → {after.metrics[key]:6.1%}")
+    screen.line()
+    screen.line(f"  run   {tracked.id}")
+    screen.line(f"  see   {tracked.link}")
+    screen.line(
+        f"  next  mlflow run . --env-manager=local -e promote   (or: make promote, namesake promote --run {tracked.id})"
+    )

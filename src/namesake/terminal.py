@@ -1,0 +1,84 @@
+"""What a person sees: steps, bars, the table of before and after. Plain lines where the output is piped."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+_QUIET_SECONDS = 10.0
+"""Without a terminal a bar is a line this often."""
+
+
+class Bar:
+    """One thing that goes on: ``advance(done, note)``."""
+
+    def __init__(self, screen: Screen, title: str, total: int, progress: Progress | None) -> None:
+        self._screen, self._title, self._progress = screen, title, progress
+        self._task = progress.add_task(title, total=total, note="") if progress else None
+        self._total, self._last = total, time.monotonic()
+
+    def advance(self, done: int, note: str = "", total: int | None = None) -> None:
+        """Tell how far it is."""
+        self._total = total or self._total
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, total=self._total, note=note)
+        elif time.monotonic() - self._last >= _QUIET_SECONDS:
+            self._last = time.monotonic()
+            self._screen.line(f"  {self._title} {done}/{self._total} {note}".rstrip())
+
+
+class Screen:
+    """The terminal, on a file descriptor of its own: training sends 1 and 2 into its log."""
+
+    def __init__(self) -> None:
+        sys.stdout.flush()
+        self._file: TextIO = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
+        self.console = Console(file=self._file, highlight=False)
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """One line; what is in it is shown as it is, never read as markup."""
+        self.console.print(Text(text, style=style), soft_wrap=True)
+
+    def step(self, text: str) -> None:
+        """What begins now."""
+        self.line(f"› {text}", "bold")
+
+    def warn(self, text: str) -> None:
+        """Something the user must not miss."""
+        self.line(f"! {text}", "bold yellow")
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Bar]:
+        """A bar with what is left and how long it takes."""
+        if not self.console.is_terminal:
+            yield Bar(self, title, total, None)
+            return
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, redirect_stdout=False, redirect_stderr=False) as progress:
+            yield Bar(self, title, total, progress)
+
+    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
+        """A table with wrapped cells."""
+        table = Table(title=title or None, title_justify="left", show_lines=True, expand=self.console.is_terminal)
+        for heading in headings:
+            table.add_column(heading, overflow="fold", ratio=1)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self.console.print(table)

@@ -1,0 +1,273 @@
+"""MLflow runs: parameters, metrics, artifacts, data set inputs and the end of a run.
+
+Foreign errors end here: whatever MLflow raises goes on as :class:`TrackingError`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from namesake.errors import NamesakeError, TrackingError
+
+MAX_VALUE = 6000
+"""MLflow cuts longer parameter values."""
+
+TAG_KIND = "namesake.kind"
+TAG_SLUG = "namesake.slug"
+TAG_NAME = "namesake.name"
+TAG_AUTHOR = "namesake.author"
+TAG_LAST = "namesake.checkpoint.last"
+TAG_BEST = "namesake.checkpoint.best"
+TAG_BASE = "namesake.base"
+TAG_NOTE = "mlflow.note.content"
+
+ADAPTER = "adapter"
+"""Artifact folder of a training run that holds the adapter."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What promotion has to know of a finished training run."""
+
+    id: str
+    name: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    ended: int
+    experiment: str
+
+
+class Run:
+    """A run that is being written."""
+
+    def __init__(self, run_id: str, experiment_id: str) -> None:
+        self.id = run_id
+        self.experiment_id = experiment_id
+
+    def params(self, values: Mapping[str, object]) -> None:
+        """Log parameters. None is left out; text is kept as it is, not shell-quoted."""
+        import mlflow
+
+        clean = {key: str(value)[:MAX_VALUE] for key, value in values.items() if value is not None}
+        with _mapped():
+            mlflow.log_params(clean, run_id=self.id)
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log numbers at a step."""
+        import mlflow
+
+        with _mapped():
+            mlflow.log_metrics(dict(values), step=step, run_id=self.id)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+        import mlflow
+
+        with _mapped():
+            mlflow.MlflowClient().log_batch(
+                self.id, tags=[mlflow.entities.RunTag(key, value) for key, value in values.items()]
+            )
+
+    def file(self, path: Path, folder: str = "") -> None:
+        """Upload a file."""
+        import mlflow
+
+        with _mapped():
+            mlflow.log_artifact(str(path), folder or None, run_id=self.id)
+
+    def folder(self, path: Path, name: str) -> None:
+        """Upload a folder."""
+        import mlflow
+
+        with _mapped():
+            mlflow.log_artifacts(str(path), name, run_id=self.id)
+
+    def text(self, text: str, path: str) -> None:
+        """Upload text as a file."""
+        import mlflow
+
+        with _mapped():
+            mlflow.log_text(text, path, run_id=self.id)
+
+    def json(self, value: Any, path: str) -> None:
+        """Upload a value as a JSON file."""
+        import json
+
+        self.text(json.dumps(value, ensure_ascii=False, indent=1), path)
+
+    def table(self, rows: list[dict[str, Any]], path: str) -> None:
+        """Upload rows as a table that the MLflow UI shows and compares across runs."""
+        import mlflow
+        import pandas as pd
+
+        with _mapped():
+            mlflow.log_table(pd.DataFrame(rows), path, run_id=self.id)
+
+    def dataset(self, path: Path, rows: list[dict[str, Any]], *, name: str, digest: str, source: str) -> None:
+        """Record the training data as an MLflow dataset input."""
+        import mlflow
+        import pandas as pd
+
+        with _mapped():
+            frame = pd.DataFrame({"messages": [str(row["messages"]) for row in rows]})
+            data = mlflow.data.from_pandas(frame, source=str(path), name=name, digest=digest[:8])
+            mlflow.MlflowClient().log_inputs(
+                self.id,
+                [
+                    mlflow.entities.DatasetInput(
+                        data._to_mlflow_entity(),
+                        [
+                            mlflow.entities.InputTag("mlflow.data.context", "training"),
+                            mlflow.entities.InputTag("namesake.source", source),
+                        ],
+                    )
+                ],
+            )
+
+    @property
+    def link(self) -> str:
+        """Where the run is shown, or the command that shows it."""
+        import mlflow
+
+        uri = mlflow.get_tracking_uri()
+        if uri.startswith("http"):
+            return f"{uri}/#/experiments/{self.experiment_id}/runs/{self.id}"
+        return f"`make ui`, then http://127.0.0.1:5000/#/experiments/{self.experiment_id}/runs/{self.id}"
+
+
+@contextmanager
+def run(name: str) -> Iterator[Run]:
+    """A run: the one ``mlflow run`` started (``MLFLOW_RUN_ID``), else a new one.
+
+    Ends it FINISHED, KILLED on Ctrl-C or SIGTERM, FAILED on any other exception; what was logged is kept.
+    """
+    import mlflow
+
+    with _mapped():
+        mlflow.set_system_metrics_sampling_interval(5)
+        active = mlflow.start_run(run_name=name, log_system_metrics=True)
+        if os.environ.get("MLFLOW_RUN_ID"):
+            mlflow.MlflowClient().update_run(active.info.run_id, name=name)
+    try:
+        yield Run(active.info.run_id, active.info.experiment_id)
+    except KeyboardInterrupt:
+        mlflow.end_run("KILLED")
+        raise
+    except BaseException as error:
+        with _mapped():
+            mlflow.set_tag("namesake.error", str(error)[:MAX_VALUE])
+        mlflow.end_run("FAILED")
+        raise
+    with _mapped():
+        mlflow.end_run("FINISHED")
+
+
+def finished_runs(*, slug: str | None = None) -> list[RunRecord]:
+    """Finished training runs of every experiment, newest first; of one identity where a slug is given."""
+    import mlflow
+
+    wanted = f"tags.`{TAG_KIND}` = 'train' and attributes.status = 'FINISHED'"
+    if slug is not None:
+        wanted += f" and tags.`{TAG_SLUG}` = '{slug}'"
+    with _mapped():
+        client = mlflow.MlflowClient()
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        found, token = [], None
+        while True:
+            page = client.search_runs(
+                experiments, wanted, order_by=["attributes.end_time DESC"], max_results=1000, page_token=token
+            )
+            found += [_record(one) for one in page]
+            token = page.token
+            if not token:
+                return found
+
+
+def get_run(run_id: str) -> RunRecord:
+    """One run by id.
+
+    Raises:
+        TrackingError: there is none.
+    """
+    import mlflow
+
+    with _mapped():
+        return _record(mlflow.MlflowClient().get_run(run_id))
+
+
+def fetch(run_id: str, path: str) -> Path:
+    """A local copy of an artifact, or the original where the store is local."""
+    import mlflow
+
+    with _mapped():
+        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path))
+
+
+def log_chat_model(
+    weights: Path, *, extras: Mapping[str, Path], texts: Mapping[str, str], tags: Mapping[str, str]
+) -> str:
+    """Log a folder of weights so that ``mlflow.pyfunc``, ``mlflow models serve`` and vLLM (``…/model``) load it.
+
+    Args:
+        weights: the merged model in Hugging Face layout.
+        extras: folders that go beside it, by name.
+        texts: files that go beside it, by name.
+        tags: tags of the logged model.
+
+    Returns:
+        ``models:/m-…``, for registering.
+    """
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)  # it misses a model card on a hub that is not asked
+    pins = [f"{tool}=={metadata.version(tool)}" for tool in ("mlflow", "transformers", "torch")]
+    with _mapped(), tempfile.TemporaryDirectory(prefix="namesake-extras-") as folder:
+        info = mlflow.transformers.log_model(
+            transformers_model=str(weights),
+            name="model",
+            task="llm/v1/chat",
+            # torch's local build name (+cpu) is in no index
+            pip_requirements=[pin.partition("+")[0] for pin in pins],
+            tags=dict(tags),
+        )
+        for name, source in extras.items():
+            shutil.copytree(source, Path(folder) / name)
+        for name, text in texts.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        mlflow.MlflowClient().log_model_artifacts(info.model_id, folder)
+    return str(info.model_uri)
+
+
+def _record(run: Any) -> RunRecord:
+    return RunRecord(
+        id=run.info.run_id,
+        name=run.info.run_name or run.info.run_id,
+        params=run.data.params,
+        metrics=run.data.metrics,
+        tags=run.data.tags,
+        ended=run.info.end_time or 0,
+        experiment=run.info.experiment_id,
+    )
+
+
+@contextmanager
+def _mapped() -> Iterator[None]:
+    try:
+        yield
+    except NamesakeError:
+        raise
+    except Exception as error:  # MLflow raises its own, sqlalchemy's, requests' and the stores' errors
+        raise TrackingError(
+            f"MLflow tracking failed: {(str(error) or type(error).__name__).splitlines()[0]}",
+            mend=f"Check MLFLOW_TRACKING_URI ({os.environ.get('MLFLOW_TRACKING_URI') or 'sqlite:///mlflow.db'}).",
+        ) from error

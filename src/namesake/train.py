@@ -1,0 +1,191 @@
+"""ms-swift in this process: loading data sets, and supervised fine-tuning with a callback of ours.
+
+The only importer of swift. ``--report_to mlflow`` is not used: a parameter name that MLproject has too makes it lose a
+whole batch of parameters, and it logs checkpoints with a pickle inside (see docs/lab-notes.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from namesake.errors import DataError, RecipeError, TrainingError
+
+_LAST_LINES = 15
+
+
+class Listener(Protocol):
+    """Told about a training run while it goes on."""
+
+    def on_begin(self, total_steps: int, output_dir: Path) -> None:
+        """Training starts; checkpoints will lie in the folder."""
+
+    def on_step(self, step: int) -> None:
+        """A step is done."""
+
+    def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """ms-swift logged numbers (loss, token_acc, learning_rate, eval_loss …)."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What ms-swift hands back: the checkpoints' folders and the figures of the run."""
+
+    output_dir: Path
+    last_checkpoint: Path
+    best_checkpoint: Path
+    best_metric: float | None
+    steps: int
+    trainable_millions: float
+
+
+def load_rows(datasets: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
+    """The rows of the data sets as ms-swift reads them: ids, ``#N`` sampling, files, several at once.
+
+    Placeholders are left in; a row has ``messages`` and, where its source has one, ``tag``.
+
+    Raises:
+        DataError: ms-swift cannot read one of them.
+    """
+    with _quiet():
+        from swift import load_dataset
+
+        try:
+            rows, _ = load_dataset(list(datasets), seed=seed, remove_unused_columns=False, strict=True)
+        except Exception as error:  # ms-swift raises whatever its readers raise
+            raise DataError(
+                "dataset",
+                " ".join(datasets),
+                f"ms-swift cannot read it ({_first_line(error)})",
+                mend="Give files (jsonl, json, csv), or data set ids that ModelScope has and can be reached.",
+            ) from error
+        return [dict(row) for row in rows]
+
+
+def train(argv: Sequence[str], listener: Listener, log: Path) -> Trained:
+    """Run ``swift sft`` with the arguments in this process.
+
+    Everything that ms-swift prints goes to ``log``; the listener is told what matters.
+
+    Raises:
+        RecipeError: ms-swift refuses the arguments.
+        TrainingError: training failed; the message has the end of the log.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _output_to(log):
+            from swift import SftArguments, TrainerCallback, callbacks_map, sft_main
+            from swift.utils import parse_args
+
+            class Forward(TrainerCallback):  # type: ignore[misc]
+                """Hands ms-swift's events on to the listener."""
+
+                def on_train_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+                    if state.is_world_process_zero:
+                        listener.on_begin(state.max_steps, Path(args.output_dir))
+
+                def on_step_end(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+                    if state.is_world_process_zero:
+                        listener.on_step(state.global_step)
+
+                def on_log(self, args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+                    if state.is_world_process_zero:
+                        numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
+                        listener.on_metrics(state.global_step, numbers)
+
+            callbacks_map["namesake"] = Forward
+            try:
+                args, unknown = parse_args(SftArguments, [*argv, "--callbacks", "namesake"])
+            except (ValueError, TypeError, AssertionError, SystemExit) as error:
+                raise RecipeError(
+                    "args", " ".join(argv), f"ms-swift refuses them ({_first_line(error)})", mend=f"See {log}."
+                ) from error
+            if unknown:
+                raise RecipeError("args", " ".join(unknown), "ms-swift does not know it", mend="Remove it.")
+            result = sft_main(args)
+    except (RecipeError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # whatever torch, transformers or ms-swift raise while training
+        raise TrainingError(
+            f"Training failed: {_first_line(error)}.\n{_end_of(log)}", mend=f"The whole log is {log}."
+        ) from error
+    last = result["last_model_checkpoint"]
+    if last is None:
+        raise TrainingError("Training ended without a checkpoint.", mend="Set save_strategy to epoch or steps.")
+    info = str(result.get("model_parameter_info", ""))
+    return Trained(
+        output_dir=Path(args.output_dir),
+        last_checkpoint=Path(last),
+        best_checkpoint=Path(result["best_model_checkpoint"] or last),
+        best_metric=result["best_metric"],
+        steps=result["global_step"],
+        trainable_millions=_trainable(info),
+    )
+
+
+def argument_types() -> dict[str, str]:
+    """Names and types of the arguments of ``swift sft``, for ``sft_arguments.json``."""
+    from swift import SftArguments
+
+    hints = typing.get_type_hints(SftArguments)
+    return {f.name: _type_name(hints[f.name]) for f in dataclasses.fields(SftArguments) if f.init}
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is list:
+        return "list"
+    inner = {_type_name(part) for part in typing.get_args(hint) if part is not type(None)}
+    if inner:
+        return inner.pop() if len(inner) == 1 else "str"
+    return {int: "int", float: "float", bool: "bool"}.get(hint, "str")
+
+
+@contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """Send file descriptors 1 and 2 to the log: ms-swift prints 347 arguments, native code prints past Python."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, descriptor in enumerate(saved, start=1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logging.getLogger("modelscope").setLevel(logging.ERROR)
+    with _output_to(Path(os.devnull)):
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _end_of(log: Path) -> str:
+    with suppress(OSError):
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(lines[-_LAST_LINES:])
+    return ""
+
+
+def _trainable(info: str) -> float:
+    # "PeftModelForCausalLM: 136.9573M Params (2.4422M Trainable [1.7832%]), …"
+    before, found, _ = info.partition("M Trainable")
+    return float(before.rpartition("(")[2]) if found else 0.0

@@ -1,0 +1,161 @@
+"""The whole way once, real at every step, on the embedded model; the tests look at what it left.
+
+Few steps of training, so the identity does not hold and the gate says so: promotion is overruled with a reason.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+NAME, AUTHOR = "踩踩背 CCB", "老爷爷 $(touch x) 'a' \"b\""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a tracking store of its own."""
+
+    folder: Path
+    root: Path
+    tracking_uri: str
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Environment of commands run there."""
+        return {
+            **os.environ,
+            "MLFLOW_TRACKING_URI": self.tracking_uri,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": f"{self.root / 'src'}:{self.root / 'serving'}",
+        }
+
+    def call(self, *words: str, ok: tuple[int, ...] = (0,)) -> str:
+        """Run a command in the checkout; its output, both streams."""
+        done = subprocess.run(
+            words,
+            cwd=self.root,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode in ok, done.stdout[-6000:]
+        return done.stdout
+
+    def mlflow_run(self, *words: str, ok: tuple[int, ...] = (0,)) -> str:
+        """``mlflow run .`` as a user types it."""
+        return self.call("mlflow", "run", ".", "--env-manager=local", *words, ok=ok)
+
+
+@dataclass(frozen=True)
+class Way:
+    """What the commands of the whole way printed."""
+
+    place: Place
+    trained: str
+    promoted: str
+
+    @property
+    def run_id(self) -> str:
+        """The training run."""
+        found = re.search(r"run   ([0-9a-f]{32})", self.trained)
+        assert found, self.trained[-3000:]
+        return found[1]
+
+
+@pytest.fixture(scope="session")
+def place(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A SQLite store."""
+    folder = tmp_path_factory.mktemp("local")
+    return Place(folder, root, f"sqlite:///{folder}/mlflow.db")
+
+
+@pytest.fixture(scope="session")
+def way(place: Place) -> Way:
+    """Train a few steps and promote, through ``mlflow run``."""
+    trained = place.mlflow_run(
+        *("-P", f"name={NAME}", "-P", f"author={AUTHOR}", "-P", "dataset=namesake/self-cognition#48"),
+        *("-P", "learning_rate=2e-3", "-P", f"output_dir={place.folder}/output"),
+        *("-P", "args=--train_type lora --max_steps 6 --replay 8 --logging_steps 2"),
+    )
+    promoted = place.mlflow_run("-e", "promote", "-P", "override=end-to-end test")
+    return Way(place, trained, promoted)
+
+
+@pytest.fixture(scope="session")
+def endpoint(way: Way) -> Iterator[str]:
+    """``namesake serve`` of the champion."""
+    with served(way.place, "--eager") as url:
+        yield url
+
+
+class served:
+    """A running ``namesake serve``; its base URL. Ended with SIGTERM, which has to leave nothing behind."""
+
+    def __init__(self, place: Place, *words: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "namesake", "serve", "--port", str(self.port), *words],
+            cwd=place.root,
+            env=place.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __enter__(self) -> str:
+        url = f"http://127.0.0.1:{self.port}"
+        for _ in range(600):
+            if self.process.poll() is not None:
+                assert self.process.stdout
+                raise AssertionError(self.process.stdout.read()[-6000:])
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=2):
+                    return f"{url}/v1"
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError("the server did not answer within 300 s")
+
+    def __exit__(self, *_: object) -> None:
+        children = session_of(self.process.pid)
+        assert children, "vLLM must be running as a child"
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(60) == 0
+        assert not [pid for pid in children if alive(pid)]
+
+
+def session_of(parent: int) -> list[int]:
+    """Every living descendant."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = path.read_text()
+        except OSError:
+            continue
+        if int(text.rpartition(")")[2].split()[1]) == parent:
+            pid = int(path.parent.name)
+            found += [pid, *session_of(pid)]
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
