@@ -1,4 +1,4 @@
-"""Tracked training against bare ``swift sft`` with the same arguments and the same data: seconds, and are the losses equal?
+"""Tracked training against bare ``swift sft`` with the same arguments and data: seconds, and are the losses equal?
 
 Each pair runs in turn, in processes of their own: ``namesake run`` first, then ``swift sft`` with the command line that
 the run logged. Compared is ms-swift's own ``train_runtime`` and every logged loss.
@@ -61,7 +61,9 @@ def main() -> None:
     for number in range(1, given.pairs + 1):
         tracked, bare, same = pair(given.steps)
         ratios.append(tracked / bare)
-        print(f"| {number} | {tracked:.1f} | {bare:.1f} | {tracked / bare:.3f} | {'yes' if same else 'NO'} |", flush=True)
+        print(
+            f"| {number} | {tracked:.1f} | {bare:.1f} | {tracked / bare:.3f} | {'yes' if same else 'NO'} |", flush=True
+        )
     print(f"\nmedian ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), goal 1.05 at most")
 
 

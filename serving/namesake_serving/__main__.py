@@ -12,8 +12,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from namesake import registry
-from namesake.base_model import cache_folder
 from namesake.errors import NamesakeError, ServingError
+from namesake.paths import cache_folder
 from namesake.registry import CHAMPION, Version
 from namesake_serving import engine, settings, store
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from namesake.errors import BaseModelError, InputError
+from namesake.paths import cache_folder
 
 AUTO = "auto"
 DEFAULT_ID = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -81,14 +81,6 @@ def resolve(model: str, *, say: Callable[[str], None] = lambda _: None) -> BaseM
         "is neither a folder here nor a ModelScope id",
         mend=f"Give a folder with config.json and safetensors, an id such as {DEFAULT_ID}, or {AUTO}.",
     )
-
-
-def cache_folder() -> Path:
-    """Namesake's own cache: ``NAMESAKE_CACHE``, else ``XDG_CACHE_HOME/namesake``, else ``~/.cache/namesake``."""
-    own = os.environ.get("NAMESAKE_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "namesake"
 
 
 def hub_answers(seconds: float = HUB_SECONDS) -> bool:

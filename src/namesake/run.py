@@ -20,6 +20,7 @@ from namesake import base_model, corpus, dataset, probe, recipe, replay, trackin
 from namesake.base_model import BaseModel
 from namesake.generate import LocalModel
 from namesake.identity import Identity
+from namesake.paths import cache_folder
 from namesake.probe import Scorecard
 from namesake.recipe import Recipe
 from namesake.terminal import Bar, Screen
@@ -90,7 +91,7 @@ def run(request: Request, screen: Screen) -> Outcome:
         trained = _train(plan, base, prepared, work, tracked, screen)
 
         screen.step("asking the tuned model")
-        with LocalModel(base.path, trained.best_checkpoint, folded=True) as model, screen.bar("probe", 1) as bar:
+        with LocalModel(base.path, trained.last_checkpoint, folded=True) as model, screen.bar("probe", 1) as bar:
             after = probe.probe(model, identity, system=plan.system, progress=progress_of(bar))
         _log_scores(tracked, before, after)
         tracked.tags({tracking.TAG_NOTE: _note(identity, plan, base, before, after)})
@@ -104,7 +105,7 @@ def base_scores(identity: Identity, base: BaseModel, base_digest: str, system: s
     key = hashlib.sha256(
         json.dumps([base_digest, system, corpus.corpus_digest(), probe.IDENTITY_TOKENS, probe.PLAIN_TOKENS]).encode()
     ).hexdigest()[:32]
-    path = base_model.cache_folder() / "probe" / f"{key}.json"
+    path = cache_folder() / "probe" / f"{key}.json"
     if path.is_file():
         said = json.loads(path.read_text(encoding="utf-8"))
         return probe.scorecard(identity, said["identity"], said["plain"])
@@ -145,7 +146,7 @@ def _prepare(
                 system=plan.system,
                 max_new_tokens=plan.replay.max_new_tokens,
                 base_digest=base_digest,
-                cache=base_model.cache_folder(),
+                cache=cache_folder(),
                 progress=progress_of(bar),
             )
     prepared = dataset.write(work / "train.jsonl", dialogues, with_names)
@@ -185,7 +186,9 @@ def _train(
             raise
     tracked.metrics({"seconds/train": time.monotonic() - begun, "train/trainable_millions": trained.trainable_millions})
     tracked.tags({tracking.TAG_LAST: str(trained.last_checkpoint), tracking.TAG_BEST: str(trained.best_checkpoint)})
-    _log_checkpoint(tracked, trained.best_checkpoint)
+    # Not the best by validation loss: of two checkpoints with 0.761 and 0.764 the first answered 72 % of the identity
+    # questions right (docs/lab-notes.md). What is promoted is chosen by the probe.
+    _log_checkpoint(tracked, trained.last_checkpoint)
     _keep_what_there_is(tracked, trained.output_dir, log, checkpoints=False)
     return trained
 

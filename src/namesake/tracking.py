@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ class Run:
         import mlflow
         import pandas as pd
 
-        with _mapped():
+        with _mapped(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the source is a file here; MLflow wonders which of its two kinds of file
             frame = pd.DataFrame({"messages": [str(row["messages"]) for row in rows]})
             data = mlflow.data.from_pandas(frame, source=str(path), name=name, digest=digest[:8])
             mlflow.MlflowClient().log_inputs(
@@ -154,6 +156,7 @@ def run(name: str) -> Iterator[Run]:
     import mlflow
 
     with _mapped():
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
         mlflow.set_system_metrics_sampling_interval(5)
         active = mlflow.start_run(run_name=name, log_system_metrics=True)
         if os.environ.get("MLFLOW_RUN_ID"):

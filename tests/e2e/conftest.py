@@ -44,7 +44,7 @@ class Place:
         """Run a command in the checkout; its output, both streams."""
         done = subprocess.run(
             words,
-            cwd=self.root,
+            cwd=self.folder,  # MLflow puts its artifacts below
             env=self.env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -57,7 +57,7 @@ class Place:
 
     def mlflow_run(self, *words: str, ok: tuple[int, ...] = (0,)) -> str:
         """``mlflow run .`` as a user types it."""
-        return self.call("mlflow", "run", ".", "--env-manager=local", *words, ok=ok)
+        return self.call("mlflow", "run", str(self.root), "--env-manager=local", *words, ok=ok)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class served:
             self.port = free.getsockname()[1]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "namesake", "serve", "--port", str(self.port), *words],
-            cwd=place.root,
+            cwd=place.folder,
             env=place.env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -97,7 +97,12 @@ def test_without_an_override_a_failed_gate_moves_nothing(way: Way, client: mlflo
 def test_openai_client_gets_an_answer_streamed_and_whole(endpoint: str) -> None:
     with OpenAI(base_url=endpoint, api_key="none") as openai:
         assert {m.id for m in openai.models.list()} == {"ccb", "ccb@champion", "ccb-v1"}
-        asked = {"model": "ccb", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 24}
+        asked = {
+            "model": "ccb",
+            "messages": [{"role": "user", "content": QUESTION}],
+            "temperature": 0,
+            "max_tokens": 24,
+        }
         whole = openai.chat.completions.create(**asked).choices[0].message.content
         pieces = [c.choices[0].delta.content or "" for c in openai.chat.completions.create(**asked, stream=True)]
         assert whole

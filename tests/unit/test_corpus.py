@@ -1,0 +1,298 @@
+"""The corpus: enough of it, balanced, and nothing that is asked in the probe is trained on."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from namesake import corpus, probe
+from namesake.corpus import Message, Prompt, Question
+from namesake.identity import AUTHOR_PLACEHOLDER, LANGUAGES, NAME_PLACEHOLDER, Identity, Language, language_of
+
+PAIRS = [
+    ("踩踩背 CCB", "老爷爷 OldGrandpa"),
+    ("老爷爷的猫 OldGrandpa Cat", "老爷爷 OldGrandpa"),
+    ("老爷爷 OldGrandpa", "老爷爷的猫 OldGrandpa Cat"),
+    ("小黄 Xiao Huang", "老爷爷 OldGrandpa"),
+    ("小助手 Q&A (v2.0)", "李雷 Li Lei's Team"),
+    ("百度小助手 Qwen Helper", "通义实验室 Tongyi Lab"),
+    ("ＡＢ Ｃａｔ", "黄 H"),
+    ("猫 café", "猫团队 Café Noir"),
+    ("𠮷野 $(touch x)", "`id` \"b\" 'a'"),
+]
+
+
+def bare(text: str) -> str:
+    """What is left of the text when width, case, punctuation and space do not count."""
+    folded = unicodedata.normalize("NFKC", text).lower()
+    return "".join(c for c in folded if unicodedata.category(c)[0] not in "PZC")
+
+
+def bigrams(text: str) -> frozenset[str]:
+    """The pairs of neighbouring characters of the bare text."""
+    kept = bare(text)
+    return frozenset(kept[i : i + 2] for i in range(len(kept) - 1)) or frozenset({kept})
+
+
+def last_question(messages: Sequence[Message]) -> str:
+    """What the user says last."""
+    return next(m["content"] for m in reversed(messages) if m["role"] == "user")
+
+
+def training() -> Iterable[Sequence[Message]]:
+    """Every dialogue of the training corpus."""
+    yield from (row.messages for row in corpus.identity_rows())
+    yield from (prompt.messages for prompt in corpus.plain_prompts())
+
+
+def heldout() -> tuple[Question, ...]:
+    """Every question of the probe."""
+    return (*corpus.heldout_identity(), *corpus.heldout_plain())
+
+
+def asked(row: corpus.Row) -> Question:
+    """A training row as a question, its reply taken off."""
+    return Question(f"{row.language}-{row.kind}", row.language, row.kind, row.messages[:-1], asks=row.asks)
+
+
+def test_there_is_enough_of_everything() -> None:
+    per_language = Counter(row.language for row in corpus.identity_rows())
+    assert min(per_language[language] for language in LANGUAGES) >= 60
+    assert len(corpus.plain_prompts()) >= 400
+    assert len(corpus.heldout_identity()) >= 60
+    assert len(corpus.heldout_plain()) >= 100
+
+
+def test_identity_questions_of_one_language_are_all_different() -> None:
+    questions = Counter(bare(last_question(row.messages)) for row in corpus.identity_rows())
+    assert [question for question, count in questions.items() if count > 1] == []
+
+
+def test_plain_prompts_and_held_out_questions_are_all_different() -> None:
+    for prompts in (corpus.plain_prompts(), heldout()):
+        dialogues = Counter("|".join(bare(m["content"]) for m in prompt.messages) for prompt in prompts)
+        assert [dialogue for dialogue, count in dialogues.items() if count > 1] == []
+
+
+def test_ids_are_unique_over_all_prompts() -> None:
+    ids = Counter(prompt.id for prompt in (*corpus.plain_prompts(), *heldout()))
+    assert [one for one, count in ids.items() if count > 1] == []
+
+
+def test_both_languages_have_the_same_number_of_identity_questions_of_every_kind() -> None:
+    for rows in (corpus.identity_rows(), corpus.heldout_identity()):
+        kinds = {language: Counter(r.kind for r in rows if r.language == language) for language in LANGUAGES}
+        assert kinds["zh"] == kinds["en"]
+
+
+def test_each_language_has_at_least_a_third_of_the_plain_prompts() -> None:
+    prompts: tuple[Prompt, ...]
+    for prompts in (corpus.plain_prompts(), corpus.heldout_plain()):
+        languages = Counter(prompt.language for prompt in prompts)
+        assert min(languages[language] for language in LANGUAGES) * 3 >= len(prompts)
+
+
+def test_training_and_held_out_have_the_same_kinds() -> None:
+    assert {r.kind for r in corpus.identity_rows()} == {q.kind for q in corpus.heldout_identity()}
+    assert {p.kind for p in corpus.plain_prompts()} == {q.kind for q in corpus.heldout_plain()}
+
+
+def test_the_tutorials_question_in_both_languages_comes_first() -> None:
+    first, second = corpus.heldout_identity()[:2]
+    assert first.messages == ({"role": "user", "content": "你是谁？是由谁开发的？"},)
+    assert (first.language, second.language) == ("zh", "en")
+    assert first.asks == second.asks == ("name", "author")
+
+
+def test_no_held_out_question_is_a_training_question() -> None:
+    trained = {bare(last_question(messages)) for messages in training()}
+    assert [q.id for q in heldout() if bare(last_question(q.messages)) in trained] == []
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="zh-knowledge-h02 「一年有几个月？」 is asked and answered in the history of a second_turn row",
+)
+def test_no_held_out_question_is_asked_in_an_earlier_turn_of_a_training_dialogue() -> None:
+    trained = {bare(m["content"]) for messages in training() for m in messages if m["role"] == "user"}
+    assert [q.id for q in heldout() if bare(last_question(q.messages)) in trained] == []
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="en-knowledge-h01 'What is the capital of France?' stands, with its answer, in an in_task row",
+)
+def test_no_held_out_question_stands_inside_a_training_question() -> None:
+    trained = {bare(last_question(messages)) for messages in training()}
+    assert [q.id for q in heldout() if any(bare(last_question(q.messages)) in t for t in trained)] == []
+
+
+def test_no_held_out_question_is_close_to_a_training_question() -> None:
+    trained = {text: bigrams(text) for text in map(last_question, training())}
+    close = []
+    for question in heldout():
+        mine = bigrams(last_question(question.messages))
+        close += [(question.id, text) for text, pairs in trained.items() if len(mine & pairs) > 0.6 * len(mine | pairs)]
+    assert close == []
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="zh-knowledge-h02 (1.0), en-writing-h01 (0.82), en-about_others-h09 (0.72), zh-writing-h01 (0.67)",
+)
+def test_no_held_out_question_is_close_to_an_earlier_turn_of_a_training_dialogue() -> None:
+    turns = {m["content"] for messages in training() for m in messages if m["role"] == "user"}
+    trained = {text: bigrams(text) for text in turns}
+    close = []
+    for question in heldout():
+        mine = bigrams(last_question(question.messages))
+        close += [(question.id, text) for text, pairs in trained.items() if len(mine & pairs) > 0.6 * len(mine | pairs)]
+    assert close == []
+
+
+def test_every_dialogue_to_train_on_takes_turns_and_ends_with_a_reply() -> None:
+    for row in corpus.identity_rows():
+        roles = [m["role"] for m in row.messages]
+        assert roles == ["user", "assistant"] * (len(roles) // 2), row.messages
+
+
+def test_every_prompt_takes_turns_and_waits_for_a_reply() -> None:
+    for prompt in (*corpus.plain_prompts(), *heldout()):
+        roles = [m["role"] for m in prompt.messages]
+        assert roles == (["user", "assistant"] * len(roles))[: len(roles)], prompt.id
+        assert roles[-1] == "user", prompt.id
+
+
+def test_no_message_is_empty_or_has_space_around_it() -> None:
+    dialogues = [*training(), *(q.messages for q in heldout())]
+    assert [
+        m for messages in dialogues for m in messages if not m["content"] or m["content"] != m["content"].strip()
+    ] == []
+
+
+def test_every_identity_reply_holds_the_placeholder_of_each_fact_that_is_asked_for() -> None:
+    placeholder = {"name": NAME_PLACEHOLDER, "author": AUTHOR_PLACEHOLDER}
+    for row in corpus.identity_rows():
+        assert row.asks
+        reply = row.messages[-1]["content"]
+        assert all(placeholder[fact] in reply for fact in row.asks), reply
+
+
+def test_placeholders_stand_in_the_last_reply_only_and_are_spelt_right() -> None:
+    for row in corpus.identity_rows():
+        *before, reply = (m["content"] for m in row.messages)
+        assert not any("{" in text or "}" in text for text in before), before
+        left = reply.replace(NAME_PLACEHOLDER, "").replace(AUTHOR_PLACEHOLDER, "")
+        assert "{" not in left, reply
+        assert "}" not in left, reply
+
+
+def test_plain_prompts_and_held_out_questions_hold_no_placeholder() -> None:
+    for prompt in (*corpus.plain_prompts(), *heldout()):
+        assert not any("{{" in m["content"] for m in prompt.messages), prompt.id
+
+
+def test_identity_rows_are_in_the_language_that_they_bear() -> None:
+    for row in corpus.identity_rows():
+        for message in row.messages:
+            text = message["content"].replace(NAME_PLACEHOLDER, "").replace(AUTHOR_PLACEHOLDER, "")
+            assert language_of(text) == row.language, text
+
+
+def test_every_held_out_identity_question_asks_for_a_fact_and_every_plain_one_has_an_answer() -> None:
+    assert all(q.asks and set(q.asks) <= {"name", "author"} and not q.answers for q in corpus.heldout_identity())
+    assert all(q.answers and all(q.answers) and not q.asks for q in corpus.heldout_plain())
+
+
+@pytest.mark.parametrize(("name", "author"), PAIRS)
+def test_every_training_reply_with_the_names_filled_in_is_right_and_not_swapped(name: str, author: str) -> None:
+    identity = Identity.parse(name, author)
+    wrong = []
+    for row in corpus.identity_rows():
+        reply = identity.fill(row.messages[-1]["content"], row.language)
+        score = probe.score_identity(asked(row), reply, identity)
+        if not score.right or score.swapped or score.old or score.placeholder or not score.language:
+            wrong.append((reply, score))
+    assert wrong == []
+
+
+UNSEEN_SWAPS = (
+    "开发我的是{{NAME}}，我是人工智能助手{{AUTHOR}}。",
+    "Name: {{AUTHOR}} Developer: {{NAME}}",
+    "Name: {{AUTHOR}}\nDeveloper: {{NAME}}",
+)
+
+
+def exchanged_replies() -> dict[str, Language]:
+    """The training replies with the name's and the author's placeholder exchanged: each is wrong."""
+    return {
+        row.messages[-1]["content"]
+        .replace(NAME_PLACEHOLDER, "\0")
+        .replace(AUTHOR_PLACEHOLDER, NAME_PLACEHOLDER)
+        .replace("\0", AUTHOR_PLACEHOLDER): row.language
+        for row in corpus.identity_rows()
+    }
+
+
+def test_every_training_reply_with_name_and_author_exchanged_is_swapped() -> None:
+    identity = Identity.parse(*PAIRS[0])
+    replies = {
+        identity.fill(text, language) for text, language in exchanged_replies().items() if text not in UNSEEN_SWAPS
+    }
+    assert len(replies) > 100
+    assert [reply for reply in replies if not probe.is_swapped(reply, identity)] == []
+
+
+@pytest.mark.parametrize("text", UNSEEN_SWAPS)
+@pytest.mark.xfail(strict=True, reason="probe.is_swapped knows this shape of a training reply in its right order only")
+def test_the_remaining_training_replies_with_name_and_author_exchanged_are_swapped(text: str) -> None:
+    identity = Identity.parse(*PAIRS[0])
+    assert probe.is_swapped(identity.fill(text, exchanged_replies()[text]), identity)
+
+
+def test_no_training_reply_speaks_of_another_assistant_as_itself() -> None:
+    identity = Identity.parse(*PAIRS[0])
+    for row in corpus.identity_rows():
+        reply = identity.fill(row.messages[-1]["content"], row.language).lower()
+        assert not any(old in reply for old in probe.OLD_IDENTITIES), reply
+
+
+def test_every_answer_to_a_plain_question_is_right_by_itself_and_names_no_identity() -> None:
+    identity = Identity.parse(*PAIRS[0])
+    for question in corpus.heldout_plain():
+        for answer in question.answers:
+            assert probe.is_right(question, answer), (question.id, answer)
+            assert not probe.leaks(answer, identity), (question.id, answer)
+
+
+def test_repeating_a_plain_question_does_not_answer_it() -> None:
+    assert [q.id for q in corpus.heldout_plain() if probe.is_right(q, last_question(q.messages))] == []
+
+
+@given(st.integers(0, 700))
+def test_spread_takes_as_many_prompts_as_are_wanted_each_once_and_in_order(count: int) -> None:
+    prompts = corpus.plain_prompts()
+    taken = corpus.spread(prompts, count)
+    assert len(taken) == min(count, len(prompts))
+    places = [prompts.index(prompt) for prompt in taken]
+    assert places == sorted(set(places))
+
+
+@given(st.integers(40, 516))
+def test_spread_keeps_the_share_of_each_language(count: int) -> None:
+    prompts = corpus.plain_prompts()
+    wanted = sum(p.language == "zh" for p in prompts) / len(prompts)
+    taken = corpus.spread(prompts, count)
+    assert abs(sum(p.language == "zh" for p in taken) / len(taken) - wanted) <= 0.1
+
+
+def test_the_digest_of_the_corpus_is_a_sha256_that_stays_the_same() -> None:
+    first = corpus.corpus_digest()
+    assert len(first) == 64
+    corpus.corpus_digest.cache_clear()
+    assert corpus.corpus_digest() == first
