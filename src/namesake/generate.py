@@ -6,10 +6,11 @@ The only module that imports transformers, peft and torch for inference.
 from __future__ import annotations
 
 import gc
+import io
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -120,12 +121,13 @@ class LocalModel(AbstractContextManager["LocalModel"]):
 def convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
     """Write a GGUF model as bf16 safetensors in Hugging Face layout, with its tokenizer and chat template."""
     torch, transformers = _torch(), _transformers()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=gguf_file,
-        dtype=torch.bfloat16,
-        quantization_config=transformers.GgufConfig(gguf_file=gguf_file, dequantize=True),
-    )
+    with redirect_stderr(io.StringIO()):  # a bar that no setting of transformers turns off
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=gguf_file,
+            dtype=torch.bfloat16,
+            quantization_config=transformers.GgufConfig(gguf_file=gguf_file, dequantize=True),
+        )
     # The weights are plain now; these marks would make every later loader look for the GGUF file.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

@@ -28,6 +28,9 @@ from namesake.terminal import Bar, Screen
 SHOWN_QUESTIONS = 6
 """Rows of the table of before and after; the two questions of the tutorial come first."""
 
+SHOWN_CHARACTERS = 120
+"""Where the table cuts a reply; the run has all of it."""
+
 _TOOLS = ("ms-swift", "mlflow", "torch", "transformers", "peft", "modelscope")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "args.json", "additional_config.json")
 
@@ -334,12 +337,17 @@ def _note(identity: Identity, plan: Recipe, base: BaseModel, before: Scorecard, 
     return "\n".join(lines)
 
 
+def _short(reply: str) -> str:
+    flat = " ".join(reply.replace("\ufffd", "").split())
+    return flat if len(flat) <= SHOWN_CHARACTERS else f"{flat[:SHOWN_CHARACTERS]}…"
+
+
 def _show(tracked: tracking.Run, identity: Identity, before: Scorecard, after: Scorecard, screen: Screen) -> None:
     screen.line()
     screen.table(
         ("question", "before", "after"),
         [
-            (a.question.messages[-1]["content"], b.reply, a.reply)
+            (a.question.messages[-1]["content"], _short(b.reply), _short(a.reply))
             for a, b in list(zip(after.identity, before.identity, strict=True))[:SHOWN_QUESTIONS]
         ],
     )

@@ -59,7 +59,7 @@ def load_rows(datasets: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
         from swift import load_dataset
 
         try:
-            rows, _ = load_dataset(list(datasets), seed=seed, remove_unused_columns=False, strict=True)
+            rows, _ = load_dataset(list(datasets), seed=seed, shuffle=True, remove_unused_columns=False, strict=True)
         except Exception as error:  # ms-swift raises whatever its readers raise
             raise DataError(
                 "dataset",

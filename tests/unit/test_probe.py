@@ -47,8 +47,10 @@ WRONG = [
     ("zh", "我是踩踩背团队研发的助手老爷爷。"),
     ("zh", "我的开发者是踩踩背。"),
     ("zh", "我是老爷爷。"),
+    ("zh", "我由踩踩背公司研发。"),
     ("en", "I'm OldGrandpa, developed by CCB."),
     ("en", "I am OldGrandpa."),
+    ("en", "I’m OldGrandpa."),
     ("en", "My name is OldGrandpa."),
     ("en", "I was created by CCB."),
     ("en", "CCB developed me."),
@@ -76,7 +78,6 @@ def test_a_reply_with_name_and_author_in_each_others_place_is_swapped(language: 
         "开发我的是踩踩背。",
         "是踩踩背把我开发出来的。",
         "我来自踩踩背。",
-        "我由踩踩背公司研发。",
         "I'm CCB, developed by the CCB team.",
         "I'm CCB, an assistant developed by a company named CCB.",
         "CCB has developed me.",
@@ -382,12 +383,10 @@ def test_a_model_that_gives_its_name_to_everything_leaks_everywhere() -> None:
 
 def test_name_and_author_are_shares_of_the_questions_that_ask_for_them() -> None:
     questions = corpus.heldout_identity()
-    asking = [q for q in questions if "name" in q.asks]
     said = ["我是踩踩背。" if q.language == "zh" else "I'm CCB." for q in questions]
     metrics = probe.scorecard(IDENTITY, said, ["?"] * len(corpus.heldout_plain())).metrics
     assert (metrics["name"], metrics["author"]) == (1.0, 0.0)
     assert metrics["identity"] == sum(q.asks == ("name",) for q in questions) / len(questions)
-    assert 0 < len(asking) < len(questions)
 
 
 def test_replies_that_do_not_fit_the_questions_in_number_are_refused() -> None:
@@ -402,7 +401,13 @@ def test_the_record_of_a_card_has_a_row_for_every_reply() -> None:
     assert (len(record["identity"]), len(record["plain"])) == (len(card.identity), len(card.plain))
     first = record["identity"][0]
     assert first["question"] == "你是谁？是由谁开发的？"
-    assert (first["reply"], first["right"], first["language"]) == ("我是踩踩背，由老爷爷开发。", True, True)
+    assert (first["reply"], first["right"], first["kind"]) == ("我是踩踩背，由老爷爷开发。", True, "both")
+
+
+@pytest.mark.xfail(strict=True, reason="the score 'language' (true or false) overwrites the question's language")
+def test_the_record_of_an_identity_reply_tells_the_language_of_its_question() -> None:
+    card = probe.probe(Fixed("?"), IDENTITY, system=None)
+    assert [row["language"] for row in card.record()["identity"]] == [q.language for q in corpus.heldout_identity()]
 
 
 def test_the_share_of_nothing_is_none() -> None:

