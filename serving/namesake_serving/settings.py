@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from namesake.errors import InputError
 
@@ -44,6 +44,13 @@ def read(**given: object) -> Settings:
     """
     try:
         return Settings(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except SettingsError as error:
+        raise InputError(
+            "environment",
+            str(error),
+            "a NAMESAKE_SERVE_ variable cannot be read",
+            mend="Lists are JSON: NAMESAKE_SERVE_ENGINE_ARGS='[\"--dtype=float32\"]'.",
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +33,11 @@ def fetch(version: Version, cache: Path) -> Stored:
     Raises:
         RegistryError: files are missing, changed, or of a kind that may hold code.
     """
-    folder = cache / "versions" / f"{version.name}-v{version.number}-{version.source.rpartition('/')[2][:40]}"
-    faults: list[str] = []
-    if (folder / manifest.FILE).is_file():
-        faults = manifest.damaged(folder, Manifest.read(folder).digests)
-    if faults or not (folder / manifest.FILE).is_file():
+    # A version may be deleted and made anew under its number: the source tells them apart.
+    source = hashlib.sha256(version.source.encode()).hexdigest()[:16]
+    folder = cache / "versions" / f"{version.name}-v{version.number}-{source}"
+    if not _whole(folder):
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         folder = registry.fetch(version, folder)
     record = Manifest.read(folder)
@@ -51,3 +54,9 @@ def fetch(version: Version, cache: Path) -> Stored:
             mend="Promote the run again, or point the alias at another version.",
         )
     return Stored(version, record, weights)
+
+
+def _whole(folder: Path) -> bool:
+    with suppress(RegistryError):
+        return not manifest.damaged(folder, Manifest.read(folder).digests)
+    return False

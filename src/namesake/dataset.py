@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,9 @@ BUILTIN = "namesake/self-cognition"
 """Name of the project's own identity corpus, used like any data set: ``namesake/self-cognition#500``."""
 
 Dialogue = list[Message]
+
+_LEFT_OVER = re.compile(r"\{\s*(?:NAME|AUTHOR)\s*\}", re.IGNORECASE)
+"""Also one with a brace missing, with spaces or in full width."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,13 @@ def fill(rows: Iterable[dict[str, Any]], identity: Identity) -> tuple[list[Dialo
     """
     dialogues, named = [], 0
     for number, row in enumerate(rows, start=1):
-        messages = row.get("messages")
-        if not messages or messages[-1].get("role") != "assistant":
+        messages: Any = row.get("messages")
+        if not _is_dialogue(messages):
             raise DataError(
                 "dataset",
                 row,
-                f"row {number} does not end with a reply",
-                mend="Give rows of query and response, or messages.",
+                f"row {number} is no dialogue that ends with a reply",
+                mend="Give rows of query and response, or messages with role and content.",
             )
         text = "\n".join(str(message["content"]) for message in messages)
         language = _language(row.get("tag"), text)
@@ -87,10 +92,20 @@ def _language(tag: object, text: str) -> Language:
     return "en" if tag == "en" else language_of(text)
 
 
+def _is_dialogue(messages: object) -> bool:
+    return (
+        isinstance(messages, list | tuple)
+        and bool(messages)
+        and all(isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str) for m in messages)
+        and messages[-1]["role"] == "assistant"
+        and bool(messages[-1]["content"].strip())
+    )
+
+
 def _check(number: int, dialogue: Dialogue) -> None:
     for message in dialogue:
         content = message["content"]
-        if any(p.lower() in content.lower() or p.strip("{}") + "}}" in content for p in PLACEHOLDERS):
+        if _LEFT_OVER.search(unicodedata.normalize("NFKC", content)):
             raise DataError(
                 "dataset",
                 content,

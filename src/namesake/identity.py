@@ -59,7 +59,7 @@ class Identity:
             parse_names("author", author, example="老爷爷 OldGrandpa"),
         )
         for language in LANGUAGES:
-            if identity.name.of(language) == identity.author.of(language):
+            if _folded(identity.name.of(language)) == _folded(identity.author.of(language)):
                 raise IdentityError(
                     "author",
                     author,
@@ -98,14 +98,15 @@ def parse_names(parameter: str, value: str, *, example: str) -> Names:
     text = text.strip()
     if not text:
         raise IdentityError(parameter, value, "is empty", mend=mend)
-    for placeholder in PLACEHOLDERS:
-        if placeholder in text:
-            raise IdentityError(parameter, value, f"holds the placeholder {placeholder}", mend=mend)
+    if "{{" in text or "}}" in text:
+        raise IdentityError(parameter, value, "holds double braces, as the placeholders {{NAME}} do", mend=mend)
     zh, space, en = text.partition(" ")
     en = en.strip()
     if not space or not en:
         raise IdentityError(parameter, value, "has no second half (the English name)", mend=mend)
     for half, which in ((zh, "Chinese"), (en, "English")):
+        if all(unicodedata.category(character) in {"Cf", "Zs", "Mn"} for character in half):
+            raise IdentityError(parameter, value, f"its {which} half has nothing that can be seen", mend=mend)
         if len(half) > MAX_HALF:
             raise IdentityError(
                 parameter,
@@ -127,6 +128,11 @@ def slug(text: str) -> str:
     if not made:
         return "model-" + hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{made}-model" if _RESERVED_SLUG.match(made) else made
+
+
+def _folded(text: str) -> str:
+    """The text as scoring compares it: without case and width."""
+    return unicodedata.normalize("NFKC", text).casefold()
 
 
 def language_of(text: str) -> Language:

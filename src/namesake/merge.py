@@ -45,7 +45,7 @@ def merge(base: Path, adapter: Path, target: Path, *, system: str | None = None)
         PromotionError: the adapter does not fit the base.
     """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    unknown = _unknown(config)
+    unknown = _unknown(adapter, config)
     target.mkdir(parents=True, exist_ok=True)
     if unknown:
         from namesake.generate import merge_with_peft
@@ -65,6 +65,7 @@ def merge(base: Path, adapter: Path, target: Path, *, system: str | None = None)
     for path in sorted(base.iterdir()):
         # The base's own files, but for weights (merged above) and notes of ours.
         beside = path.suffix in {".json", ".jinja", ".txt", ".model"} and path.name != "namesake-digests.json"
+        beside = beside and not (unknown and path.name.endswith(".index.json"))  # PEFT writes its own, or one file
         if beside and not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)
     if system is not None:
@@ -97,8 +98,10 @@ def pin_system(folder: Path, system: str) -> None:
         config_path.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
-def _unknown(config: dict[str, Any]) -> str:
+def _unknown(adapter: Path, config: dict[str, Any]) -> str:
     """What of the adapter only PEFT can merge; empty where nothing."""
+    from safetensors import safe_open
+
     if config.get("peft_type") != "LORA":
         return f"{config.get('peft_type')} adapter"
     for key in _ONLY_PEFT:
@@ -106,7 +109,11 @@ def _unknown(config: dict[str, Any]) -> str:
             return key
     if config.get("bias", "none") != "none":
         return "bias"
-    return ""
+    if config.get("init_lora_weights", True) not in {True, False, "gaussian"}:
+        return f"init_lora_weights={config['init_lora_weights']}"  # PiSSA, OLoRA … start from a changed base
+    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as weights:
+        others = [key for key in weights.keys() if not key.endswith((".lora_A.weight", ".lora_B.weight"))]  # noqa: SIM118
+    return f"{others[0]}" if others else ""
 
 
 class _Deltas:

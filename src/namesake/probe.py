@@ -29,18 +29,52 @@ OLD_IDENTITIES = (
 )  # fmt: skip
 """Names and makers of other assistants, lower case; one of them in a reply about itself is the old identity."""
 
-# In a masked reply ⟦N⟧ stands for the name and ⟦A⟧ for the author (or one for the other, see ``swapped``).
+# In a masked reply ⟦n⟧ stands for the name and ⟦a⟧ for the author (or one for the other: that is what is looked for).
 _NAME, _AUTHOR = "⟦n⟧", "⟦a⟧"
-_MADE_ZH = "(?:团队|公司)?(?:所)?(?:研发|开发|训练|创造|创建|打造|设计|制作|发明|构建|推出|维护|写|做)"
+
+
+def _not_after(*words: str) -> str:
+    return "".join(f"(?<!{re.escape(word)})" for word in words)
+
+
+_VERB_ZH = "(?:研发|开发|训练|创造|创建|打造|设计|制作|发明|构建|推出|维护|写|做)(?!者|商|人员)"
+_MADE_ZH = f"(?:的?(?:团队|公司)(?:的工程师)?)?(?:所|把我|将我|为我)?{_VERB_ZH}"
+_MAKER_ZH = "(?:开发者|作者|创造者|研发者|创建者|设计者)"
+_MADE_EN = r"(?:made|built|created|developed|trained|designed|wrote)\b(?!\s+by)"
+_MAKER_EN = "(?:developer|author|creator|maker)"
+_SOMEBODY_EN = ("person ", "somebody ", "someone ", "developer ", "author ", "creator ", "maker ")
+_MAKER_IS_EN = (
+    *(f"{word} is " for word in ("developer", "author", "creator", "maker", "he", "she")),
+    "they are ",
+)
 _NAME_AS_AUTHOR = re.compile(
-    rf"{_NAME}{_MADE_ZH}|(?:开发者|作者|创造者|研发者|创建者|设计者)(?:是|为|叫|：|:)?{_NAME}"
-    rf"|(?:(?<!go )by|from)\s+{_NAME}|{_NAME}\s+(?:team\s+)?(?:made|built|created|developed|trained|designed|wrote)\b"
-    rf"|{_NAME}\s+is\s+my\s+(?:developer|author|creator|maker)"
-    rf"|(?:developer|author|creator|maker)(?:'s\s+name)?\s+is\s+{_NAME}"
+    "|".join(
+        (
+            f"{_NAME}{_MADE_ZH}",
+            f"{_MAKER_ZH}(?:的?名字)?(?:是|为|叫|名叫|:)?{_NAME}",
+            f"{_VERB_ZH}了?我的人?是{_NAME}",
+            f"来自{_NAME}",
+            rf"{_not_after('go ', 'signed ')}\bby\s+(?:the\s+|an?\s+\w+\s+(?:named|called)\s+)?{_NAME}",
+            rf"(?:am|'m|come|came|comes)\s+from\s+{_NAME}",
+            rf"{_NAME}\s+(?:team\s+)?(?:has\s+|have\s+)?{_MADE_EN}",
+            rf"{_NAME}\s+is\s+my\s+{_MAKER_EN}",
+            rf"{_MAKER_EN}(?:'s\s+name)?(?:\s+is|\s*:)\s+{_NAME}",
+        )
+    )
 )
 _AUTHOR_AS_NAME = re.compile(
-    rf"(?:我叫|叫我|称我为|名字是|名字叫|名叫|名为)(?:做)?{_AUTHOR}|我是{_AUTHOR}(?![^，。,.!！?？]*{_MADE_ZH}|的)"
-    rf"|(?:\bi am|\bi'm|my name is|call me|called|named|i go by)\s+{_AUTHOR}(?!\s*'s)"
+    "|".join(
+        (
+            rf"(?:我叫|叫我|称我为)(?:做)?{_AUTHOR}",
+            rf"{_not_after('者', '者的', '人', '人的')}(?:名字是|名字叫|名字:|姓名:|名称:){_AUTHOR}",
+            rf"{_not_after('者', '者的', '人')}(?:名叫|名为){_AUTHOR}(?!的(?:{_MAKER_ZH}|工程师|团队|公司|人(?!工)))",
+            rf"我是{_AUTHOR}(?![^,。.!?]*{_VERB_ZH}|家?的)",
+            rf"(?:\bi am|\bi'm|\bthis is|my name is|\bthe name's|call me|i go by)\s+{_AUTHOR}(?!\s*'s)",
+            rf"{_not_after(*_MAKER_IS_EN)}\bcalled\s+{_AUTHOR}",
+            rf"{_not_after(*_SOMEBODY_EN, *_MAKER_IS_EN)}\bnamed\s+{_AUTHOR}",
+            rf"{_not_after(*_SOMEBODY_EN, 's ')}\bname:\s*{_AUTHOR}",
+        )
+    )
 )
 
 
@@ -73,12 +107,13 @@ class Answered:
     def record(self) -> dict[str, Any]:
         """One flat row for a table."""
         return {
+            **self.scores,
             "id": self.question.id,
             "language": self.question.language,
+            "language_matched": self.scores.get("language", True),
             "kind": self.question.kind,
             "question": self.question.messages[-1]["content"],
             "reply": self.reply,
-            **self.scores,
         }
 
 
@@ -170,9 +205,10 @@ def score_identity(question: Question, reply: str, identity: Identity) -> Identi
     """Score one reply to an identity question."""
     language = question.language
     text = _plain(reply)
-    name, author = identity.name.of(language), identity.author.of(language)
-    holds = {"name": _holds(text, name), "author": _holds(text, author)}
-    swapped = is_swapped(reply, identity)
+    # The longer of the two is masked first, so that an author inside the name is not taken for the author.
+    own_names = _masked(text, [(identity.name.of(language), _NAME), (identity.author.of(language), _AUTHOR)])
+    holds = {"name": _NAME in own_names, "author": _AUTHOR in own_names}
+    swapped = is_swapped(reply, identity, language)
     placeholder = any(p.lower() in reply.lower() for p in PLACEHOLDERS)
     own = " ".join(_plain(str(names)) for names in (identity.name, identity.author))
     old = any(word in text and word not in own for word in OLD_IDENTITIES)
@@ -188,9 +224,12 @@ def score_identity(question: Question, reply: str, identity: Identity) -> Identi
     )
 
 
-def is_swapped(reply: str, identity: Identity) -> bool:
-    """Whether the name stands where the author belongs, or the author where the name does."""
-    text = _masked(_plain(reply), identity)
+def is_swapped(reply: str, identity: Identity, language: Language | None = None) -> bool:
+    """Whether the name stands where the author belongs, or the author where the name does.
+
+    A half that is a name in one language and an author in the other is read as in ``language`` (none: the reply's).
+    """
+    text = _masked(_plain(reply), _marks(identity, language or language_of(reply)))
     return bool(_NAME_AS_AUTHOR.search(text) or _AUTHOR_AS_NAME.search(text))
 
 
@@ -211,28 +250,40 @@ def _plain(text: str) -> str:
 
 
 def _holds(text: str, wanted: str) -> bool:
-    """Whether the normalised text holds the wanted words; a word of Latin script never inside another word."""
-    wanted = _plain(wanted)
+    """Whether the normalised text holds the wanted words, never as a part of another word or number."""
+    return re.search(_whole(_plain(wanted)), text) is not None
+
+
+def _whole(wanted: str) -> str:
+    """Pattern of the words, whole: ``CCB`` not in ``CCBs``, ``4`` in neither ``14`` nor ``4.5`` nor ``-4``."""
     before = r"(?<![0-9a-z])" if re.match(r"[0-9a-z]", wanted) else ""
     after = r"(?![0-9a-z])" if re.search(r"[0-9a-z]$", wanted) else ""
-    return re.search(f"{before}{re.escape(wanted)}{after}", text) is not None
+    if wanted[:1].isdigit():
+        before += r"(?<!\d[.,])(?<!-)"
+    if wanted[-1:].isdigit():
+        after += r"(?![.,]\d)"
+    return f"{before}{re.escape(wanted)}{after}"
 
 
-def _masked(text: str, identity: Identity) -> str:
-    """The text with ⟦n⟧ for the name and ⟦a⟧ for the author, the longer first: one may hold the other."""
-    marks = [(_plain(half), _NAME) for half in (identity.name.zh, identity.name.en)]
-    marks += [(_plain(half), _AUTHOR) for half in (identity.author.zh, identity.author.en)]
-    by_text = dict(sorted(marks, key=lambda mark: -len(mark[0])))
-    pattern = "|".join(
-        (r"(?<![0-9a-z])" if re.match("[0-9a-z]", t) else "")
-        + re.escape(t)
-        + (r"(?![0-9a-z])" if re.search("[0-9a-z]$", t) else "")
-        for t in by_text
-    )
+def _marks(identity: Identity, language: Language) -> list[tuple[str, str]]:
+    other: Language = "en" if language == "zh" else "zh"
+    return [
+        (names.of(spoken), mark)
+        for spoken in (language, other)
+        for names, mark in ((identity.name, _NAME), (identity.author, _AUTHOR))
+    ]
+
+
+def _masked(text: str, marks: Sequence[tuple[str, str]]) -> str:
+    """The text with each half replaced by its mark, the longest first; of two marks for one half the first counts."""
+    by_text: dict[str, str] = {}
+    for half, mark in marks:
+        by_text.setdefault(_plain(half), mark)
+    pattern = "|".join(_whole(half) for half in sorted(by_text, key=len, reverse=True))
     return re.sub(pattern, lambda found: by_text[found.group()], text)
 
 
 def _speaks(reply: str, language: Language, identity: Identity) -> bool:
     """Whether the reply, names taken out, is in the language."""
-    text = _masked(_plain(reply), identity).replace(_NAME, "").replace(_AUTHOR, "")
+    text = _masked(_plain(reply), _marks(identity, language)).replace(_NAME, "").replace(_AUTHOR, "")
     return bool(text.strip()) and language_of(text) == language

@@ -7,6 +7,7 @@ model has been scored; the alias is moved last. Promoting the same run again giv
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def choose(runs: Iterable[RunRecord]) -> RunRecord | None:
         key=lambda run: (
             -run.metrics["probe/identity"],
             run.metrics.get("probe/leak", 1.0),
-            run.metrics.get("eval/loss", float("inf")),
+            loss if (loss := run.metrics.get("eval/loss", math.inf)) == loss else math.inf,  # not a number: last
             -run.ended,
         ),
         default=None,

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
@@ -97,6 +99,8 @@ def load(name_or_path: str, *, overrides: Mapping[str, str] | None = None, args:
     replay = recipe.replay
     if "replay" in given:
         replay = replace(replay, prompts=_whole_number("replay", given.pop("replay"), faults))
+        if replay.prompts < 0:
+            faults.append(f"replay={replay.prompts} is less than none")
     sft = dict(recipe.sft)
     for key, value in given.items():
         sft[OLD_SPELLINGS.get(key, key)] = value
@@ -169,8 +173,11 @@ def _folder() -> Path:
 
 
 def _read(name_or_path: str) -> Recipe:
-    path = shipped().get(name_or_path) or Path(name_or_path).expanduser()
-    if not path.is_file():
+    path = shipped().get(name_or_path)
+    with suppress(OSError, RuntimeError, ValueError):  # too long for a file name, no such user, a NUL
+        given = Path(name_or_path).expanduser()
+        path = path or (given if given.is_file() else None)
+    if path is None:
         raise RecipeError(
             "recipe",
             name_or_path,
@@ -182,24 +189,32 @@ def _read(name_or_path: str) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError("recipe", str(path), f"is not YAML ({error})", mend="Correct the file.") from error
     fields = {"about", "dataset", "replay", "sft"}
-    if not isinstance(data, dict) or not isinstance(data.get("sft", {}), dict) or set(data) - fields:
+    if not isinstance(data, dict) or not isinstance(data.get("sft") or {}, dict) or set(data) - fields:
         raise RecipeError(
             "recipe",
             str(path),
             f"holds something else than {', '.join(sorted(fields))}",
             mend="See recipes/default.yaml.",
         )
-    dataset = data.get("dataset", [])
+    dataset = data.get("dataset") or []
     try:
-        replay = Replay(**data.get("replay", {}))
+        replay = Replay(**(data.get("replay") or {}))
     except TypeError as error:
         raise RecipeError("recipe", str(path), f"replay: {error}", mend="See recipes/default.yaml.") from error
+    for number in (replay.prompts, replay.max_new_tokens):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise RecipeError(
+                "recipe",
+                str(path),
+                f"replay: {number!r} is no number of prompts or tokens",
+                mend="Write a whole number.",
+            )
     return Recipe(
         name=path.stem,
         about=str(data.get("about", "")),
         dataset=tuple(dataset if isinstance(dataset, list) else str(dataset).split()),
         replay=replay,
-        sft=data.get("sft", {}),
+        sft={OLD_SPELLINGS.get(str(k), str(k)): v for k, v in (data.get("sft") or {}).items() if v is not None},
     )
 
 
@@ -215,9 +230,14 @@ def _checked(key: str, value: Any, faults: list[str]) -> Value:
     if isinstance(value, str):
         return _from_text(key, kind, value, faults)
     if isinstance(value, list):
+        if kind != "list":
+            faults.append(f"{key}={value} is a list, one value is wanted")
         return [str(part) for part in value]
-    if kind in {"int", "float"} and isinstance(value, bool):
-        faults.append(f"{key}={value} is no number")
+    if kind in {"int", "float"}:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            faults.append(f"{key}={value} is no number")
+        elif kind == "int" and value != int(value):
+            faults.append(f"{key}={value} is no whole number")
     return value if isinstance(value, bool | int | float) else str(value)
 
 
@@ -235,7 +255,7 @@ def _from_text(key: str, kind: str, value: str, faults: list[str]) -> Value:
         except ValueError:
             faults.append(f"{key}={value} is no number")
         else:
-            if number != number or number in {float("inf"), float("-inf")}:
+            if not math.isfinite(number):
                 faults.append(f"{key}={value} is not finite")
             return number
     elif kind == "list":

@@ -20,6 +20,7 @@ from namesake.probe import with_system
 Dialogue = list[Message]
 
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？\n]")
+_OPEN_ITEM = re.compile(r"(^|\n)\s*\d+[.)]$")
 _CLAUSE_END = re.compile(r"(?=[,;:](?:\s|$))|(?=[，、；：])")
 
 
@@ -43,7 +44,7 @@ def replay_rows(
     key = hashlib.sha256(json.dumps(settings, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     path = cache / "replay" / f"{key[:32]}.jsonl"
     if path.is_file():
-        replies = [Reply(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        replies = [Reply(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
     else:
         replies = open_model().replies(
             dialogues,
@@ -69,7 +70,7 @@ def usable(reply: Reply) -> str:
     for end in (_SENTENCE_END, _CLAUSE_END):
         ends = [found.end() for found in end.finditer(reply.text)]
         if ends:
-            return reply.text[: ends[-1]].strip()
+            return _OPEN_ITEM.sub("", reply.text[: ends[-1]].strip()).strip()
     return ""
 
 

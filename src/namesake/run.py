@@ -250,7 +250,7 @@ def _keep_what_there_is(tracked: tracking.Run, output_dir: Path | None, log: Pat
 def _log_data(tracked: tracking.Run, prepared: dataset.Prepared, datasets: tuple[str, ...]) -> None:
     tracked.file(prepared.path, "data")
     tracked.text(prepared.digest + "\n", "data/sha256.txt")
-    rows = [json.loads(line) for line in prepared.path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in prepared.path.read_text(encoding="utf-8").split("\n") if line]
     tracked.dataset(
         prepared.path,
         rows,

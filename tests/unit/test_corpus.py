@@ -114,19 +114,11 @@ def test_no_held_out_question_is_a_training_question() -> None:
     assert [q.id for q in heldout() if bare(last_question(q.messages)) in trained] == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="zh-knowledge-h02 「一年有几个月？」 is asked and answered in the history of a second_turn row",
-)
 def test_no_held_out_question_is_asked_in_an_earlier_turn_of_a_training_dialogue() -> None:
     trained = {bare(m["content"]) for messages in training() for m in messages if m["role"] == "user"}
     assert [q.id for q in heldout() if bare(last_question(q.messages)) in trained] == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="en-knowledge-h01 'What is the capital of France?' stands, with its answer, in an in_task row",
-)
 def test_no_held_out_question_stands_inside_a_training_question() -> None:
     trained = {bare(last_question(messages)) for messages in training()}
     assert [q.id for q in heldout() if any(bare(last_question(q.messages)) in t for t in trained)] == []
@@ -141,10 +133,6 @@ def test_no_held_out_question_is_close_to_a_training_question() -> None:
     assert close == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="zh-knowledge-h02 (1.0), en-writing-h01 (0.82), en-about_others-h09 (0.72), zh-writing-h01 (0.67)",
-)
 def test_no_held_out_question_is_close_to_an_earlier_turn_of_a_training_dialogue() -> None:
     turns = {m["content"] for messages in training() for m in messages if m["role"] == "user"}
     trained = {text: bigrams(text) for text in turns}
@@ -249,7 +237,6 @@ def test_every_training_reply_with_name_and_author_exchanged_is_swapped() -> Non
 
 
 @pytest.mark.parametrize("text", UNSEEN_SWAPS)
-@pytest.mark.xfail(strict=True, reason="probe.is_swapped knows this shape of a training reply in its right order only")
 def test_the_remaining_training_replies_with_name_and_author_exchanged_are_swapped(text: str) -> None:
     identity = Identity.parse(*PAIRS[0])
     assert probe.is_swapped(identity.fill(text, exchanged_replies()[text]), identity)

@@ -112,17 +112,12 @@ def test_line_breaks_and_tabs_in_a_row_are_kept() -> None:
         "{{NAME}} and {{author}}",
         pytest.param(
             "{{NAME}",
-            marks=pytest.mark.xfail(
-                strict=True, reason="a placeholder that lacks its last brace is trained on as it is"
-            ),
         ),
         pytest.param(
             "{{ NAME }}",
-            marks=pytest.mark.xfail(strict=True, reason="a placeholder written with spaces is trained on as it is"),
         ),
         pytest.param(
             "｛｛NAME｝｝",
-            marks=pytest.mark.xfail(strict=True, reason="a full-width placeholder is trained on as it is"),
         ),
     ],
 )
@@ -153,19 +148,15 @@ def test_a_control_character_in_a_row_is_refused(character: str) -> None:
         {"messages": [{"content": "a"}]},
         pytest.param(
             {"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]},
-            marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="KeyError instead of DataError"),
         ),
         pytest.param(
             {"messages": "hello"},
-            marks=pytest.mark.xfail(strict=True, raises=AttributeError, reason="AttributeError instead of DataError"),
         ),
         pytest.param(
             row("a", ""),
-            marks=pytest.mark.xfail(strict=True, reason="an empty reply is trained on"),
         ),
         pytest.param(
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
-            marks=pytest.mark.xfail(strict=True, reason="a missing reply is trained on as the text 'None'"),
         ),
     ],
 )

@@ -217,14 +217,12 @@ def test_other_shapes_of_adapters_are_left_to_peft_too(
     assert_merged_like_peft(base, other, tmp_path / "merged")
 
 
-@pytest.mark.xfail(strict=True, reason="lora_embedding_A/B is neither merged nor told: its change is lost silently")
 def test_an_adapter_of_the_embedding_is_merged_like_peft_does_it(tmp_path: Path, base: Path) -> None:
     embedding = write_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
     merge(base, embedding, tmp_path / "merged")
     assert_merged_like_peft(base, embedding, tmp_path / "merged")
 
 
-@pytest.mark.xfail(strict=True, reason="PiSSA and OLoRA change the base's weights at their start; merged as plain LoRA")
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_an_adapter_whose_start_changes_the_base_is_merged_like_peft_does_it(
     tmp_path: Path, base: Path, start: str
@@ -234,7 +232,6 @@ def test_an_adapter_whose_start_changes_the_base_is_merged_like_peft_does_it(
     assert_merged_like_peft(base, other, tmp_path / "merged")
 
 
-@pytest.mark.xfail(strict=True, reason="the base's shard index is copied beside PEFT's single file")
 def test_the_index_of_a_model_merged_by_peft_names_files_that_are_there(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", shard="20KB")
     dora = write_adapter(base, tmp_path / "adapter", use_dora=True)

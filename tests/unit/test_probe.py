@@ -69,7 +69,6 @@ def test_a_reply_with_name_and_author_in_each_others_place_is_swapped(language: 
     assert not score_identity(question(language), reply, IDENTITY).right
 
 
-@pytest.mark.xfail(strict=True, reason="not seen as swapped")
 @pytest.mark.parametrize(
     "reply",
     [
@@ -119,7 +118,6 @@ def test_a_reply_with_both_facts_in_their_places_is_right(language: Language, re
     assert not (score.swapped or score.old or score.placeholder)
 
 
-@pytest.mark.xfail(strict=True, reason="a right reply is scored as swapped")
 @pytest.mark.parametrize(
     ("language", "reply"),
     [
@@ -188,7 +186,6 @@ def test_a_name_that_holds_the_authors_in_the_authors_place_is_swapped(reply: st
     assert is_swapped(reply, CAT)
 
 
-@pytest.mark.xfail(strict=True, reason="the author is found inside the name: right for a question that asks for him")
 @pytest.mark.parametrize(("language", "reply"), [("zh", "我叫老爷爷的猫。"), ("en", "I'm OldGrandpa Cat.")])
 def test_a_reply_that_says_only_a_name_that_holds_the_authors_does_not_state_the_author(
     language: Language, reply: str
@@ -205,7 +202,6 @@ def test_a_reply_that_says_only_a_name_that_holds_the_authors_does_not_state_the
         pytest.param("CCB DDD", "DDD CCB", "en", "I'm DDD, developed by CCB.", id="crosswise, en"),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="masking knows one mark per text over both languages: right reply is swapped")
 def test_a_half_that_stands_for_the_other_in_the_other_language_does_not_confuse(
     name: str, author: str, language: Language, reply: str
 ) -> None:
@@ -295,7 +291,6 @@ def test_an_answer_inside_another_word_or_number_is_wrong(reply: str) -> None:
     assert not is_right(question("en", (), ("4", "four")), reply)
 
 
-@pytest.mark.xfail(strict=True, reason="the digits of another number count as the answer")
 @pytest.mark.parametrize("reply", ["It is 4.5.", "It is 0.4.", "It is 4,000.", "It is -4."])
 def test_an_answer_that_is_a_part_of_another_number_is_wrong(reply: str) -> None:
     assert not is_right(question("en", (), ("4", "four")), reply)
@@ -404,7 +399,6 @@ def test_the_record_of_a_card_has_a_row_for_every_reply() -> None:
     assert (first["reply"], first["right"], first["kind"]) == ("我是踩踩背，由老爷爷开发。", True, "both")
 
 
-@pytest.mark.xfail(strict=True, reason="the score 'language' (true or false) overwrites the question's language")
 def test_the_record_of_an_identity_reply_tells_the_language_of_its_question() -> None:
     card = probe.probe(Fixed("?"), IDENTITY, system=None)
     assert [row["language"] for row in card.record()["identity"]] == [q.language for q in corpus.heldout_identity()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import permutations
 from random import Random
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,9 +85,6 @@ def test_between_equals_in_everything_the_newer_is_chosen() -> None:
     assert chosen(run("a", ended=1, **same), run("b", ended=3, **same), run("c", ended=2, **same)) == "b"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a loss that is not a number compares as neither: the first run of the list wins"
-)
 def test_a_run_whose_validation_loss_is_not_a_number_comes_after_one_with_a_loss() -> None:
     diverged = run("a", identity=1.0, leak=0.0, loss=float("nan"))
     assert chosen(diverged, run("b", identity=1.0, leak=0.0, loss=0.3)) == "b"

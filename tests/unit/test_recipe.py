@@ -131,7 +131,6 @@ def test_the_old_spellings_mean_the_new_arguments() -> None:
     assert "train_type" not in loaded.sft
 
 
-@pytest.mark.xfail(strict=True, reason="refused: 'train_type is no argument of ms-swift (did you mean train_type?)'")
 def test_the_old_spellings_are_understood_in_a_recipe_file_too(write: Path) -> None:
     assert dict(load(write, "sft: {train_type: lora}").sft) == {"tuner_type": "lora"}
 
@@ -213,27 +212,21 @@ def test_a_whole_number_that_is_none_is_refused(value: str) -> None:
         "replay: {promts: 3}",
         pytest.param(
             "sft: {lora_rank: 8.5}",
-            marks=pytest.mark.xfail(strict=True, reason="a fraction passes as a whole number when YAML has read it"),
         ),
         pytest.param(
             "sft: {lora_rank: [1, 2]}",
-            marks=pytest.mark.xfail(strict=True, reason="a list passes for any type"),
         ),
         pytest.param(
             "sft: {learning_rate: .nan}",
-            marks=pytest.mark.xfail(strict=True, reason="not finite passes when YAML has read it"),
         ),
         pytest.param(
             "sft: {on: 1}",
-            marks=pytest.mark.xfail(strict=True, raises=TypeError, reason="a key that is no text: TypeError"),
         ),
         pytest.param(
             "replay: {prompts: lots}",
-            marks=pytest.mark.xfail(strict=True, reason="replay is not checked: fails in corpus.spread, mid-run"),
         ),
         pytest.param(
             "replay: {prompts: -3}",
-            marks=pytest.mark.xfail(strict=True, reason="a negative number passes as no replay at all"),
         ),
     ],
 )
@@ -242,13 +235,11 @@ def test_a_file_that_is_no_recipe_is_refused(write: Path, text: str) -> None:
         load(write, text)
 
 
-@pytest.mark.xfail(strict=True, reason="replay=-5 passes and trains without any replay")
 def test_a_negative_number_of_replay_prompts_is_refused() -> None:
     with pytest.raises(RecipeError, match="replay"):
         recipe.load("default", overrides={"replay": "-5"})
 
 
-@pytest.mark.xfail(strict=True, reason="'system:' without a value trains under the system prompt 'None'")
 def test_an_argument_left_empty_in_a_file_is_not_the_word_none(write: Path) -> None:
     try:
         loaded = load(write, "sft:\n  system:\n")
@@ -257,7 +248,6 @@ def test_an_argument_left_empty_in_a_file_is_not_the_word_none(write: Path) -> N
     assert loaded.system is None
 
 
-@pytest.mark.xfail(strict=True, reason="'dataset:' without a value is the data set 'None'")
 def test_a_data_set_left_empty_in_a_file_is_none_at_all(write: Path) -> None:
     assert load(write, "dataset:\n").dataset == ()
 
@@ -282,11 +272,9 @@ def test_a_file_that_is_no_text_is_refused(write: Path) -> None:
         pytest.param(
             "x" * 10_000,
             id="10000 characters",
-            marks=pytest.mark.xfail(strict=True, raises=OSError, reason="OSError: File name too long"),
         ),
         pytest.param(
             "~nosuchuser/x.yaml",
-            marks=pytest.mark.xfail(strict=True, raises=RuntimeError, reason="RuntimeError from expanduser"),
         ),
     ],
 )

@@ -90,15 +90,12 @@ def test_the_model_is_asked_under_the_system_prompt_that_the_rows_do_not_hold(tm
         'Hello.\n\r\n你好 {{x}} \\ "q" 🐈',
         pytest.param(
             "One.\u2028Two.",
-            marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="JSON lines read with splitlines()"),
         ),
         pytest.param(
             "One.\u2029Two.",
-            marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="JSON lines read with splitlines()"),
         ),
         pytest.param(
             "One.\x85Two.",
-            marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="JSON lines read with splitlines()"),
         ),
     ],
 )
@@ -181,12 +178,10 @@ def test_of_a_cut_reply_whole_sentences_are_used(first: str, second: str) -> Non
         pytest.param(
             "1. Solar power\n2. Wind power\n3.",
             "1. Solar power\n2. Wind power",
-            marks=pytest.mark.xfail(strict=True, reason="the number of the next item stays: '…\\n3.'"),
         ),
         pytest.param(
             "Sources:\n1. The sun and",
             "Sources:",
-            marks=pytest.mark.xfail(strict=True, reason="cut after the item's number: 'Sources:\\n1.'"),
         ),
     ],
 )

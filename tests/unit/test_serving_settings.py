@@ -77,7 +77,6 @@ def test_a_wrong_value_is_refused_by_its_name_from_flag_and_variable(
         assert "--help" in caught.value.mend
 
 
-@pytest.mark.xfail(strict=True, reason="pydantic_settings.SettingsError goes through: a traceback for the user")
 def test_engine_arguments_in_the_environment_that_are_no_json_are_refused_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

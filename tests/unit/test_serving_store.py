@@ -103,9 +103,6 @@ def test_every_version_has_a_copy_of_its_own(server: Server, cache: Path) -> Non
     assert server.fetched == 3
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the cache folder is named after the last part of the source, which is 'artifacts' for each"
-)
 def test_a_version_made_anew_under_the_same_number_is_not_taken_from_the_old_copy(server: Server, cache: Path) -> None:
     store.fetch(version(3, "mlflow-artifacts:/1/models/m-0123/artifacts"), cache)
     shutil.rmtree(server.folder)
@@ -136,9 +133,6 @@ def test_a_copy_that_was_broken_off_is_fetched_anew(server: Server, cache: Path)
     assert (store.fetch(version(), cache).weights / "config.json").is_file()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RegistryError, reason="a damaged manifest in the cache is refused for ever, never fetched anew"
-)
 def test_a_copy_whose_manifest_is_cut_is_fetched_anew(server: Server, cache: Path) -> None:
     folder = store.fetch(version(), cache).weights.parent
     (folder / FILE).write_text('{"identity": ', encoding="utf-8")
