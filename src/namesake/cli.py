@@ -28,8 +28,9 @@ _DEFAULT_AUTHOR = "老爷爷 OldGrandpa"
 def main() -> NoReturn:
     """Entry point of ``namesake``: exit codes as in :mod:`namesake.errors`, 130 when interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
-    # Threads that spin while they wait make training twenty times slower as soon as anything else runs beside it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin long while they wait make training twenty times slower as soon as anything runs beside it; not
+    # spinning at all costs a quarter (docs/lab-notes.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         app(standalone_mode=True)
