@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -72,6 +73,7 @@ def talk(answer: Answer, *, system: str | None = None) -> None:
     """A conversation with its history: ``/new`` starts again, ``/exit`` or Ctrl-D ends, Ctrl-C stops a reply."""
     import readline  # noqa: F401  (line editing and history for input())
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # here Ctrl-C stops a reply, again and again
     print("/new starts again, /exit or Ctrl-D ends, Ctrl-C stops a reply", file=sys.stderr)
     history: list[Message] = with_system([], system)
     while True:

@@ -27,15 +27,27 @@ _DEFAULT_AUTHOR = "老爷爷 OldGrandpa"
 
 def main() -> NoReturn:
     """Entry point of ``namesake``: exit codes as in :mod:`namesake.errors`, 130 when interrupted."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    stopped: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        # `mlflow run` passes Ctrl-C on as SIGINT and then SIGTERM: the second must not break off the tidying.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     # Threads that spin long while they wait make training twenty times slower as soon as anything runs beside it; not
     # spinning at all costs a quarter (docs/lab-notes.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the MLflow run keeps what there was", file=sys.stderr)
+        app()
+    except SystemExit:
+        if not stopped:
+            raise
+        print("interrupted; the MLflow run keeps what there was", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         from namesake.errors import NamesakeError
@@ -47,13 +59,6 @@ def main() -> NoReturn:
             print(f"  mend: {error.mend}", file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(0)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    # `mlflow run` passes Ctrl-C on as SIGINT and then SIGTERM: the second must not break off the tidying.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _version(wanted: bool) -> None:
@@ -68,7 +73,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    signal.signal(signal.SIGINT, _interrupt)
+    pass
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -29,6 +29,7 @@ TAG_AUTHOR = "namesake.author"
 TAG_LAST = "namesake.checkpoint.last"
 TAG_BEST = "namesake.checkpoint.best"
 TAG_BASE = "namesake.base"
+TAG_ENDED = "namesake.ended"
 TAG_NOTE = "mlflow.note.content"
 
 ADAPTER = "adapter"
@@ -164,6 +165,9 @@ def run(name: str) -> Iterator[Run]:
     try:
         yield Run(active.info.run_id, active.info.experiment_id)
     except KeyboardInterrupt:
+        with _mapped():
+            # `mlflow run` overwrites KILLED with FAILED (it compares the status' name with numbers): the tag stays.
+            mlflow.set_tag(TAG_ENDED, "killed")
         mlflow.end_run("KILLED")
         raise
     except BaseException as error:

@@ -36,6 +36,7 @@ class Place:
         return {
             **os.environ,
             "MLFLOW_TRACKING_URI": self.tracking_uri,
+            "COLUMNS": "240",  # tables unbroken
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": f"{self.root / 'src'}:{self.root / 'serving'}",
         }

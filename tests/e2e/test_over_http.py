@@ -83,9 +83,20 @@ def test_train_promote_and_serve_over_http(server: Place) -> None:
         assert said.choices[0].message.content
 
 
-def test_an_interrupted_run_is_killed_and_keeps_what_there_was(server: Place) -> None:
+@pytest.mark.parametrize(
+    ("words", "name", "status"),
+    [
+        # MLflow's own parent process writes FAILED over the KILLED of the run (it compares a name with numbers).
+        pytest.param(
+            ("mlflow", "run", "{root}", "--env-manager=local", "-P", "{name}"), "停 Stopped", "FAILED", id="mlflow"
+        ),
+        pytest.param((sys.executable, "-m", "namesake", "run", "--{name}"), "停 Halted", "KILLED", id="namesake"),
+    ],
+)
+def test_an_interrupted_run_keeps_what_there_was(server: Place, words: tuple[str, ...], name: str, status: str) -> None:
     process = subprocess.Popen(
-        ["mlflow", "run", str(server.root), "--env-manager=local", "-P", "name=停 Stopped", "-P", "replay=0"],
+        [word.format(root=server.root, name=f"name={name}") for word in words]
+        + (["-P", "replay=0"] if words[0] == "mlflow" else ["--replay", "0"]),
         cwd=server.folder,
         env=server.env,
         stdout=subprocess.PIPE,
@@ -103,8 +114,9 @@ def test_an_interrupted_run_is_killed_and_keeps_what_there_was(server: Place) ->
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
     seen += process.communicate(timeout=120)[0]
     client = mlflow.MlflowClient(server.tracking_uri)
-    (run,) = client.search_runs(["0"], "tags.`namesake.slug` = 'stopped'")
-    assert run.info.status == "KILLED", seen[-3000:]
+    (run,) = client.search_runs(["0"], f"tags.`namesake.name` = '{name}'")
+    assert run.info.status == status, seen[-3000:]
+    assert run.data.tags["namesake.ended"] == "killed"
     assert "train.log" in {f.path for f in client.list_artifacts(run.info.run_id)}
-    assert run.data.params["identity.name"] == "停 Stopped"
+    assert run.data.params["identity.name"] == name
     assert not [pid for pid in children if alive(pid)]
