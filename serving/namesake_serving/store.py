@@ -28,7 +28,7 @@ class Stored:
 def fetch(version: Version, cache: Path) -> Stored:
     """Get the version's files and check every digest.
 
-    A local artifact store is read where it lies; from a server the files are copied into ``cache`` once.
+    They are copied into ``cache`` once, so that nobody can change them under a running server.
 
     Raises:
         RegistryError: files are missing, changed, or of a kind that may hold code.

@@ -42,6 +42,7 @@ def main() -> NoReturn:
     # spinning at all costs a quarter (docs/lab-notes.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
         app()
     except SystemExit:
