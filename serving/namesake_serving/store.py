@@ -36,12 +36,13 @@ def fetch(version: Version, cache: Path) -> Stored:
     # A version may be deleted and made anew under its number: the source tells them apart.
     source = hashlib.sha256(version.source.encode()).hexdigest()[:16]
     folder = cache / "versions" / f"{version.name}-v{version.number}-{source}"
-    if not _whole(folder):
+    record, faults = _whole(folder), []
+    if record is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         folder = registry.fetch(version, folder)
-    record = Manifest.read(folder)
-    faults = manifest.damaged(folder, record.digests)
+        record = Manifest.read(folder)
+        faults = manifest.damaged(folder, record.digests)
     weights = folder / WEIGHTS_FOLDER
     known = {name for name in record.digests if name.startswith(f"{WEIGHTS_FOLDER}/")}
     for path in sorted(weights.rglob("*")):
@@ -56,7 +57,10 @@ def fetch(version: Version, cache: Path) -> Stored:
     return Stored(version, record, weights)
 
 
-def _whole(folder: Path) -> bool:
+def _whole(folder: Path) -> Manifest | None:
+    """The manifest of a copy whose every file fits it; none where the copy is not there or not whole."""
     with suppress(RegistryError):
-        return not manifest.damaged(folder, Manifest.read(folder).digests)
-    return False
+        record = Manifest.read(folder)
+        if not manifest.damaged(folder, record.digests):
+            return record
+    return None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from namesake.errors import BaseModelError, InputError
-from namesake.paths import cache_folder
+from namesake.paths import cache_folder, digest_of_file
 
 AUTO = "auto"
 DEFAULT_ID = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -109,12 +109,6 @@ def digest_of_folder(folder: Path) -> str:
         if path.is_file() and path.suffix in _MODEL_SUFFIXES and path.name != _DIGEST_FILE:
             total.update(path.name.encode() + b"\0" + digest_of_file(path).encode() + b"\n")
     return total.hexdigest()
-
-
-def digest_of_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _automatic(say: Callable[[str], None]) -> BaseModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import unicodedata
@@ -15,6 +14,7 @@ from namesake import corpus
 from namesake.corpus import Message
 from namesake.errors import DataError
 from namesake.identity import PLACEHOLDERS, Identity, Language, language_of
+from namesake.paths import digest_of_file
 
 BUILTIN = "namesake/self-cognition"
 """Name of the project's own identity corpus, used like any data set: ``namesake/self-cognition#500``."""
@@ -83,7 +83,7 @@ def fill(rows: Iterable[dict[str, Any]], identity: Identity) -> tuple[list[Dialo
 def write(path: Path, dialogues: Sequence[Dialogue], identity_rows: int) -> Prepared:
     """Write the training file."""
     _write(path, ({"messages": dialogue} for dialogue in dialogues))
-    return Prepared(path, len(dialogues), identity_rows, hashlib.sha256(path.read_bytes()).hexdigest())
+    return Prepared(path, len(dialogues), identity_rows, digest_of_file(path))
 
 
 def _language(tag: object, text: str) -> Language:

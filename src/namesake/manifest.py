@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from namesake.errors import RegistryError
+from namesake.paths import digest_of_file
 
 FILE = "namesake.json"
 ADAPTER_FOLDER = "adapter"
@@ -72,8 +72,7 @@ def digests(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with path.open("rb") as stream:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[path.relative_to(folder).as_posix()] = digest_of_file(path)
     return found
 
 
@@ -84,8 +83,6 @@ def damaged(folder: Path, wanted: Mapping[str, str]) -> list[str]:
         path = folder / name
         if not path.is_file():
             faults.append(f"{name} is missing")
-            continue
-        with path.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
-                faults.append(f"{name} has changed")
+        elif digest_of_file(path) != digest:
+            faults.append(f"{name} has changed")
     return faults

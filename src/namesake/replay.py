@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from namesake.corpus import Message, Prompt
 from namesake.generate import Replier, Reply
+from namesake.paths import write_whole
 from namesake.probe import with_system
 
 Dialogue = list[Message]
@@ -51,7 +51,7 @@ def replay_rows(
             max_new_tokens=max_new_tokens,
             progress=(lambda done: progress(done, len(dialogues))) if progress else None,
         )
-        _write(path, replies)
+        write_whole(path, "".join(json.dumps(vars(reply), ensure_ascii=False) + "\n" for reply in replies))
     return [
         [*prompt.messages, {"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, map(usable, replies), strict=True)
@@ -72,10 +72,3 @@ def usable(reply: Reply) -> str:
         if ends:
             return _OPEN_ITEM.sub("", reply.text[: ends[-1]].strip()).strip()
     return ""
-
-
-def _write(path: Path, replies: Sequence[Reply]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text("".join(json.dumps(vars(reply), ensure_ascii=False) + "\n" for reply in replies), encoding="utf-8")
-    part.replace(path)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from namesake import base_model, corpus, dataset, probe, recipe, replay, trackin
 from namesake.base_model import BaseModel
 from namesake.generate import LocalModel
 from namesake.identity import Identity
-from namesake.paths import cache_folder
+from namesake.paths import cache_folder, write_whole
 from namesake.probe import Scorecard
 from namesake.recipe import Recipe
 from namesake.terminal import Bar, Screen
@@ -116,10 +115,7 @@ def base_scores(identity: Identity, base: BaseModel, base_digest: str, system: s
     with LocalModel(base.path) as model, screen.bar("probe", 1) as bar:
         card = probe.probe(model, identity, system=system, progress=progress_of(bar))
     said = {"identity": [a.reply for a in card.identity], "plain": [a.reply for a in card.plain]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(said, ensure_ascii=False))
     return card
 
 
