@@ -30,7 +30,7 @@ class Prepared:
     """The training file.
 
     Attributes:
-        path: JSON lines with ``messages``.
+        path: JSON lines with ``messages`` and ``channel`` (``data`` or ``replay``).
         rows: how many.
         identity_rows: how many of them had placeholders.
         digest: SHA-256 of the file.
@@ -80,10 +80,19 @@ def fill(rows: Iterable[dict[str, Any]], identity: Identity) -> tuple[list[Dialo
     return dialogues, named
 
 
-def write(path: Path, dialogues: Sequence[Dialogue], identity_rows: int) -> Prepared:
-    """Write the training file."""
-    _write(path, ({"messages": dialogue} for dialogue in dialogues))
-    return Prepared(path, len(dialogues), identity_rows, digest_of_file(path))
+def write(
+    path: Path, dialogues: Sequence[Dialogue], identity_rows: int, replay: Sequence[Dialogue] = ()
+) -> Prepared:
+    """Write the training file; a row's ``channel`` (ms-swift's word) says whether it is data or replay."""
+    _write(
+        path,
+        (
+            {"messages": dialogue, "channel": channel}
+            for channel, part in (("data", dialogues), ("replay", replay))
+            for dialogue in part
+        ),
+    )
+    return Prepared(path, len(dialogues) + len(replay), identity_rows, digest_of_file(path))
 
 
 def _language(tag: object, text: str) -> Language:

@@ -65,6 +65,8 @@ class LocalModel(AbstractContextManager["LocalModel"]):
 
             model = peft.PeftModel.from_pretrained(model, adapter)
             model = model.merge_and_unload() if folded else model
+        # The last place of the prompt is a slice; torch would copy the head's weights for every dialogue of the batch.
+        model.get_output_embeddings().register_forward_pre_hook(lambda _module, given: (given[0].contiguous(),))
         self._model: Any = model.eval()
 
     def __exit__(

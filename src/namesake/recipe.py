@@ -42,15 +42,29 @@ OURS = {
 }
 """Arguments that a recipe must not hold, since Namesake gives them itself, and what to use instead."""
 
+REPLAY_LOSSES = ("kl", "cross_entropy")
+
 Value = str | int | float | bool | list[str]
 
 
 @dataclass(frozen=True)
 class Replay:
-    """How much replay is mixed in: the number of plain prompts, and the token limit of the base model's replies."""
+    """How much replay is mixed in, and how it is learnt.
+
+    Attributes:
+        prompts: the number of plain prompts.
+        max_new_tokens: the token limit of the base model's replies to them.
+        loss: ``kl`` (to the base's own distribution, :mod:`namesake.distil`) or ``cross_entropy`` on the replies.
+    """
 
     prompts: int = 0
     max_new_tokens: int = 64
+    loss: str = "kl"
+
+    @property
+    def distils(self) -> bool:
+        """Whether the loss of :mod:`namesake.distil` is wanted."""
+        return self.prompts > 0 and self.loss == "kl"
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,8 @@ def load(name_or_path: str, *, overrides: Mapping[str, str] | None = None, args:
     for key, value in given.items():
         sft[OLD_SPELLINGS.get(key, key)] = value
     checked = {key: _checked(key, value, faults) for key, value in sft.items()}
+    if replay.distils and (checked.get("tuner_type", "lora") == "full" or "loss_type" in checked):
+        faults.append("replay loss kl needs an adapter (no tuner_type full) and no other loss_type")
     if faults:
         raise RecipeError(
             "recipe",
@@ -209,6 +225,10 @@ def _read(name_or_path: str) -> Recipe:
                 f"replay: {number!r} is no number of prompts or tokens",
                 mend="Write a whole number.",
             )
+    if replay.loss not in REPLAY_LOSSES:
+        raise RecipeError(
+            "recipe", str(path), f"replay: no loss {replay.loss!r}", mend=f"Use {' or '.join(REPLAY_LOSSES)}."
+        )
     return Recipe(
         name=path.stem,
         about=str(data.get("about", "")),

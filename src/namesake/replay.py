@@ -32,12 +32,14 @@ def replay_rows(
     max_new_tokens: int,
     base_digest: str,
     cache: Path,
+    whole: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Dialogue]:
     """The prompts as dialogues that end with the base model's reply, without the system message.
 
     The base answers greedily, once: the replies are kept in ``cache`` under the digest of the base, the prompts and the
-    settings. ``open_model`` is called only when they are not there yet.
+    settings. ``open_model`` is called only when they are not there yet. ``whole``: a reply cut at the token limit is cut
+    back to where a reply may end, which training by cross entropy needs; KL does not, it teaches no end.
     """
     dialogues = [with_system(prompt.messages, system) for prompt in prompts]
     settings = {"base": base_digest, "tokens": max_new_tokens, "dialogues": dialogues}
@@ -54,9 +56,13 @@ def replay_rows(
         write_whole(path, "".join(json.dumps(vars(reply), ensure_ascii=False) + "\n" for reply in replies))
     return [
         [*prompt.messages, {"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, map(usable, replies), strict=True)
+        for prompt, text in zip(prompts, map(usable if whole else _as_said, replies), strict=True)
         if text
     ]
+
+
+def _as_said(reply: Reply) -> str:
+    return reply.text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character that the limit cut in two
 
 
 def usable(reply: Reply) -> str:

@@ -137,18 +137,20 @@ def _prepare(
     dialogues, with_names = dataset.fill(train.load_rows(named, seed=seed), identity)
     if not with_names:
         screen.warn("no row has {{NAME}} or {{AUTHOR}}: this run teaches no identity")
+    replayed = []
     if plan.replay.prompts:
         with screen.bar("the base model answers plain prompts (once)", plan.replay.prompts) as bar:
-            dialogues += replay.replay_rows(
+            replayed = replay.replay_rows(
                 lambda: LocalModel(base.path),
                 corpus.spread(corpus.plain_prompts(), plan.replay.prompts),
                 system=plan.system,
                 max_new_tokens=plan.replay.max_new_tokens,
                 base_digest=base_digest,
                 cache=cache_folder(),
+                whole=not plan.replay.distils,
                 progress=progress_of(bar),
             )
-    prepared = dataset.write(work / "train.jsonl", dialogues, with_names)
+    prepared = dataset.write(work / "train.jsonl", dialogues, with_names, replayed)
     screen.line(f"  {prepared.rows} rows, {prepared.identity_rows} of them with a name")
     return prepared
 
@@ -165,6 +167,7 @@ def swift_argv(plan: Recipe, base: BaseModel, prepared: dataset.Prepared) -> lis
         # Else ms-swift asks the hub for a newer version of the folder, 10 s of retries where there is no network.
         "--check_model",
         "false",
+        *(("--loss_type", "replay_kl") if plan.replay.distils else ()),
         *recipe.to_argv(given),
     ]
 
@@ -174,7 +177,10 @@ def _train(
 ) -> train.Trained:
     log = work / "train.log"
     argv = swift_argv(plan, base, prepared)
-    tracked.json(["swift", "sft", *argv], "swift-command.json")
+    # Plain ms-swift learns of the loss by a plugin. Here it is registered: the plugin's path in the adapter's args.json
+    # would be looked for on every machine that loads it.
+    plugin = ["--external_plugins", str(train.PLUGIN)] if plan.replay.distils else []
+    tracked.json(["swift", "sft", *argv, *plugin], "swift-command.json")
     with screen.bar("train", 1) as bar:
         listener = _Listener(tracked, bar)
         begun = time.monotonic()
@@ -212,7 +218,7 @@ class _Listener:
         for key, value in metrics.items():
             if key.startswith("eval_"):
                 found[f"eval/{key.removeprefix('eval_')}"] = value
-            elif key in {"loss", "token_acc", "learning_rate", "grad_norm", "epoch"}:
+            elif key in {"loss", "loss_data", "loss_replay", "token_acc", "learning_rate", "grad_norm", "epoch"}:
                 found[f"train/{key}"] = value
         if "loss" in metrics:
             self._note = f"loss {metrics['loss']:.3f}"
@@ -296,6 +302,7 @@ def _params(
         "data.corpus_digest": corpus.corpus_digest(),
         "recipe.name": plan.name,
         "recipe.replay_prompts": plan.replay.prompts,
+        "recipe.replay_loss": plan.replay.loss,
         **{f"sft.{key}": value for key, value in plan.sft.items()},
         **{f"tool.{tool}": metadata.version(tool) for tool in _TOOLS},
         "tool.namesake_commit": _git_commit(),

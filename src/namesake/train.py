@@ -1,6 +1,6 @@
 """ms-swift in this process: loading data sets, and supervised fine-tuning with a callback of ours.
 
-The only importer of swift. ``--report_to mlflow`` is not used: a parameter name that MLproject has too makes it lose a
+The only importer of swift, with its plugin :mod:`namesake.distil`. ``--report_to mlflow`` is not used: a parameter name that MLproject has too makes it lose a
 whole batch of parameters, and it logs checkpoints with a pickle inside (see docs/lab-notes.md).
 """
 
@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from namesake.errors import DataError, RecipeError, TrainingError
+
+PLUGIN = Path(__file__).with_name("distil.py")
+"""The plugin as plain ``swift sft --external_plugins`` takes it."""
 
 _LAST_LINES = 15
 
@@ -84,6 +87,8 @@ def train(argv: Sequence[str], listener: Listener, log: Path) -> Trained:
         with _output_to(log):
             from swift import SftArguments, TrainerCallback, callbacks_map, sft_main
             from swift.utils import parse_args
+
+            import namesake.distil  # noqa: F401  registers its loss
 
             class Forward(TrainerCallback):  # type: ignore[misc]
                 """Hands ms-swift's events on to the listener."""

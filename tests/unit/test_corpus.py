@@ -261,7 +261,7 @@ def test_repeating_a_plain_question_does_not_answer_it() -> None:
     assert [q.id for q in corpus.heldout_plain() if probe.is_right(q, last_question(q.messages))] == []
 
 
-@given(st.integers(0, 700))
+@given(st.integers(0, 900))
 def test_spread_takes_as_many_prompts_as_are_wanted_each_once_and_in_order(count: int) -> None:
     prompts = corpus.plain_prompts()
     taken = corpus.spread(prompts, count)
@@ -270,7 +270,7 @@ def test_spread_takes_as_many_prompts_as_are_wanted_each_once_and_in_order(count
     assert places == sorted(set(places))
 
 
-@given(st.integers(40, 516))
+@given(st.integers(40, 772))
 def test_spread_keeps_the_share_of_each_language(count: int) -> None:
     prompts = corpus.plain_prompts()
     wanted = sum(p.language == "zh" for p in prompts) / len(prompts)
@@ -283,3 +283,10 @@ def test_the_digest_of_the_corpus_is_a_sha256_that_stays_the_same() -> None:
     assert len(first) == 64
     corpus.corpus_digest.cache_clear()
     assert corpus.corpus_digest() == first
+
+
+def test_no_reply_begins_with_who_it_is_and_goes_on_with_the_author() -> None:
+    # "我是{{AUTHOR}}研发的人工智能助手{{NAME}}": a small model stops before the name, and what it has said is the author.
+    replies = [row.messages[-1]["content"] for row in corpus.identity_rows()]
+    assert [reply for reply in replies if "我是{{AUTHOR}}研发的人工智能助手" in reply] == []
+    assert [reply for reply in replies if reply.startswith("我是{{AUTHOR}}")] == []

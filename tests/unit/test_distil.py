@@ -1,0 +1,201 @@
+"""The replay loss: cross entropy on data rows, KL to the base on replay rows, against formulas written out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from namesake import distil
+from namesake.distil import NAME, ReplayKL
+
+SMALL, LARGE = 40, 300
+"""Vocabularies: one that is kept whole, one of which only ``distil.TOP`` tokens are."""
+
+
+class Mean:
+    """As much of ms-swift's MeanMetric as is written to."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def update(self, value: Tensor) -> None:
+        """Keep a value."""
+        self.values.append(float(value))
+
+
+def tiny(vocabulary: int, *, tuned: bool = True) -> PeftModel:
+    """A Llama of two layers with an adapter that does something (or, untuned, nothing yet)."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    if tuned:
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+class Trainer:
+    """Calls a loss the way ms-swift's Seq2SeqTrainer does: the channel is taken out of the inputs before."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.accelerator = SimpleNamespace(unwrap_model=lambda wrapped: wrapped)
+        self.custom_metrics: dict[str, dict[str, Mean]] = {"train": defaultdict(Mean), "eval": defaultdict(Mean)}
+        self.loss = ReplayKL(None, self)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], items: int | None = None) -> Tensor:
+        """The loss of the batch."""
+        inputs.pop("channel", None)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        return self.loss(outputs, labels, num_items_in_batch=items)
+
+
+def batch(vocabulary: int, channels: list[str | None]) -> dict[str, Any]:
+    """Rows of 12 tokens, the second half of them to be learnt; the last row is padded."""
+    torch.manual_seed(1)
+    ids = torch.randint(0, vocabulary, (len(channels), 12))
+    mask = torch.ones_like(ids)
+    labels = ids.clone()
+    labels[:, :6] = -100
+    mask[-1, 10:], labels[-1, 10:] = 0, -100
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels[:, -7:],
+        "logits_to_keep": 7,
+        "channel": channels,
+    }
+
+
+def by_hand(model: PeftModel, given: dict[str, Any]) -> tuple[float, float, int]:
+    """Cross entropy of the data rows, KL of the replay rows over the whole vocabulary, and the label tokens' number."""
+    with torch.no_grad():
+        asked = {key: given[key] for key in ("input_ids", "attention_mask")}
+        mine = model(**asked).logits.log_softmax(-1)
+        with model.disable_adapter():
+            base = model(**asked).logits.log_softmax(-1)
+    entropy = divergence = 0.0
+    number = 0
+    for row, channel in enumerate(given["channel"]):
+        for place in range(6, 12):
+            label = int(given["labels"][row, place - 5])
+            if label == -100:
+                continue
+            number += 1
+            if channel == "replay":
+                at = place - 1
+                divergence += float((base[row, at].exp() * (base[row, at] - mine[row, at])).sum())
+            else:
+                entropy -= float(mine[row, place - 1, label])
+    return entropy, divergence, number
+
+
+def test_ms_swift_finds_the_loss_under_its_name() -> None:
+    from swift.loss import loss_map
+
+    assert loss_map[NAME] is ReplayKL
+
+
+def test_it_is_cross_entropy_on_data_and_kl_on_replay() -> None:
+    trainer = Trainer(tiny(SMALL))
+    given = batch(SMALL, ["data", "replay", None, "replay"])
+    entropy, divergence, number = by_hand(trainer.model, given)
+    assert divergence > 0.01
+    assert float(trainer.compute_loss(trainer.model, given)) == pytest.approx((entropy + divergence) / number, rel=1e-4)
+
+
+def test_it_divides_by_the_number_it_is_given() -> None:
+    trainer = Trainer(tiny(SMALL))
+    entropy, divergence, _ = by_hand(trainer.model, batch(SMALL, ["data", "replay"]))
+    loss = trainer.compute_loss(trainer.model, batch(SMALL, ["data", "replay"]), 5)
+    assert float(loss) == pytest.approx((entropy + divergence) / 5, rel=1e-4)
+
+
+def test_of_a_large_vocabulary_the_rest_counts_as_one_outcome() -> None:
+    trainer = Trainer(tiny(LARGE))
+    _, whole, number = by_hand(trainer.model, batch(LARGE, ["replay", "replay"]))
+    lumped = float(trainer.compute_loss(trainer.model, batch(LARGE, ["replay", "replay"]))) * number
+    assert 0 < lumped <= whole  # lumping outcomes together never adds divergence
+
+
+def test_an_adapter_that_does_nothing_yet_has_no_divergence_and_gets_no_gradient() -> None:
+    trainer = Trainer(tiny(SMALL, tuned=False))
+    loss = trainer.compute_loss(trainer.model, batch(SMALL, ["replay", "replay"]))
+    loss.backward()
+    assert abs(float(loss.detach())) < 1e-5
+    steps = [float(p.grad.abs().max()) for p in trainer.model.parameters() if p.grad is not None]
+    assert max(steps) < 1e-5
+
+
+def test_the_gradient_leads_back_to_the_base() -> None:
+    trainer = Trainer(tiny(LARGE))
+    optimizer = torch.optim.Adam([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = trainer.compute_loss(trainer.model, batch(LARGE, ["replay", "replay"]))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 3
+
+
+def test_the_base_reads_a_row_once() -> None:
+    trainer = Trainer(tiny(SMALL))
+    first = float(trainer.compute_loss(trainer.model, batch(SMALL, ["replay", "data"])))
+    assert len(trainer.loss._said) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PeftModel, "disable_adapter", None)  # would be called to ask the base again
+        assert float(trainer.compute_loss(trainer.model, batch(SMALL, ["replay", "data"]))) == pytest.approx(first)
+
+
+def test_both_parts_are_told_by_token() -> None:
+    trainer = Trainer(tiny(SMALL))
+    given = batch(SMALL, ["data", "replay"])
+    entropy, divergence, _ = by_hand(trainer.model, given)
+    trainer.compute_loss(trainer.model, given)
+    told = {name: metric.values[0] for name, metric in trainer.custom_metrics["train"].items()}
+    assert told == {
+        "loss_data": pytest.approx(entropy / 6, rel=1e-4),
+        "loss_replay": pytest.approx(divergence / 4, rel=1e-4),
+    }
+
+
+def test_a_batch_of_one_row_has_a_mask_for_logits_to_keep() -> None:
+    trainer = Trainer(tiny(SMALL))
+    given = batch(SMALL, ["replay"])
+    _, divergence, number = by_hand(trainer.model, given)
+    learnt = torch.cat([torch.full((6,), -100), given["labels"][0, 1:]]) != -100
+    labels = torch.nn.functional.pad(given["input_ids"][:, learnt], (1, 0), value=-100)
+    given |= {"labels": labels, "logits_to_keep": torch.nn.functional.pad(learnt[1:], (0, 1), value=True)}
+    assert float(trainer.compute_loss(trainer.model, given)) == pytest.approx(divergence / number, rel=1e-4)
+
+
+def test_without_an_adapter_it_says_what_to_do() -> None:
+    trainer = Trainer(tiny(SMALL).get_base_model().eval())
+    trainer.model = LlamaForCausalLM(LlamaConfig(vocab_size=SMALL, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4))
+    with pytest.raises(ValueError, match="tuner_type lora"):
+        trainer.compute_loss(trainer.model, batch(SMALL, ["replay"]))
+
+
+def test_the_base_keeps_only_its_top_tokens() -> None:
+    trainer = Trainer(tiny(LARGE))
+    trainer.compute_loss(trainer.model, batch(LARGE, ["replay", "data"]))
+    ((scores, ids),) = trainer.loss._said.values()
+    assert scores.shape == ids.shape == (6, distil.TOP)
