@@ -80,9 +80,7 @@ def fill(rows: Iterable[dict[str, Any]], identity: Identity) -> tuple[list[Dialo
     return dialogues, named
 
 
-def write(
-    path: Path, dialogues: Sequence[Dialogue], identity_rows: int, replay: Sequence[Dialogue] = ()
-) -> Prepared:
+def write(path: Path, dialogues: Sequence[Dialogue], identity_rows: int, replay: Sequence[Dialogue] = ()) -> Prepared:
     """Write the training file; a row's ``channel`` (ms-swift's word) says whether it is data or replay."""
     _write(
         path,

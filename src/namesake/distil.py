@@ -3,8 +3,8 @@
 A plugin in ms-swift's own sense: importing it registers the loss :data:`NAME`, in this process by
 :mod:`namesake.train`, in plain ``swift sft`` by ``--external_plugins …/distil.py --loss_type replay_kl``.
 
-Cross entropy on the base's replies pulls the model towards single tokens, makes it surer than its base is, and teaches it
-to stop where a reply was cut. The divergence from the base's own distribution does neither, and starts at zero
+Cross entropy on the base's replies pulls the model towards single tokens, makes it surer than its base is, and teaches
+it to stop where a reply was cut. The divergence from the base's own distribution does neither, and starts at zero
 (knowledge distillation, arXiv 1503.02531; the student's own base as the teacher, arXiv 2402.13669).
 """
 
@@ -58,8 +58,8 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         model = self._model()
         if not hasattr(model, "disable_adapter"):
             raise ValueError("loss replay_kl needs an adapter: use tuner_type lora, or replay loss cross_entropy")
-        # A slice of the hidden states is not contiguous, and torch then copies the head's weights once for every row of
-        # the batch: a third of a training step (docs/lab-notes.md).
+        # A slice of the hidden states is not contiguous, and torch then copies the head's weights once for every row
+        # of the batch: a third of a training step (docs/lab-notes.md).
         model.get_output_embeddings().register_forward_pre_hook(lambda _module, given: (given[0].contiguous(),))
 
     def _model(self) -> Any:
@@ -71,7 +71,6 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         labels: Tensor,
         *,
         num_items_in_batch: Any = None,
-        loss_scale: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
         """The loss of one batch: the sum over its label tokens, divided by their number.
@@ -98,13 +97,16 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
             self.trainer.custom_metrics[mode][f"loss_{channel}"].update(loss.detach() / places.sum())
 
     def _teacher(self, replay: Tensor, learnt: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (tokens, TOP) and token ids (tokens, TOP) of the base, over the replay rows' label tokens."""
+        """Log-probabilities and ids of the base's top tokens, both (label tokens of the replay rows, TOP)."""
         given = {
             key: value[replay]
             for key in ("input_ids", "attention_mask", "position_ids")
             if (value := self._inputs.get(key)) is not None
         }
-        keys = [row[mask.bool()].cpu().numpy().tobytes() for row, mask in zip(given["input_ids"], given["attention_mask"])]
+        keys = [
+            row[mask.bool()].cpu().numpy().tobytes()
+            for row, mask in zip(given["input_ids"], given["attention_mask"], strict=True)
+        ]
         if any(key not in self._said for key in keys):
             model = self._model()
             if (keep := self._inputs.get("logits_to_keep")) is not None:

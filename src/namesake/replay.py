@@ -38,8 +38,8 @@ def replay_rows(
     """The prompts as dialogues that end with the base model's reply, without the system message.
 
     The base answers greedily, once: the replies are kept in ``cache`` under the digest of the base, the prompts and the
-    settings. ``open_model`` is called only when they are not there yet. ``whole``: a reply cut at the token limit is cut
-    back to where a reply may end, which training by cross entropy needs; KL does not, it teaches no end.
+    settings. ``open_model`` is called only when they are not there yet. ``whole``: a reply that met the token limit is
+    cut back to where a reply may end, which training by cross entropy needs; KL does not, it teaches no end.
     """
     dialogues = [with_system(prompt.messages, system) for prompt in prompts]
     settings = {"base": base_digest, "tokens": max_new_tokens, "dialogues": dialogues}

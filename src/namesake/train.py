@@ -1,7 +1,8 @@
 """ms-swift in this process: loading data sets, and supervised fine-tuning with a callback of ours.
 
-The only importer of swift, with its plugin :mod:`namesake.distil`. ``--report_to mlflow`` is not used: a parameter name that MLproject has too makes it lose a
-whole batch of parameters, and it logs checkpoints with a pickle inside (see docs/lab-notes.md).
+The only importer of swift, with its plugin :mod:`namesake.distil`. ``--report_to mlflow`` is not used: a parameter name
+that MLproject has too makes it lose a whole batch of parameters, and it logs checkpoints with a pickle inside
+(see docs/lab-notes.md).
 """
 
 from __future__ import annotations

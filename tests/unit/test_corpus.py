@@ -286,7 +286,7 @@ def test_the_digest_of_the_corpus_is_a_sha256_that_stays_the_same() -> None:
 
 
 def test_no_reply_begins_with_who_it_is_and_goes_on_with_the_author() -> None:
-    # "我是{{AUTHOR}}研发的人工智能助手{{NAME}}": a small model stops before the name, and what it has said is the author.
+    # A small model stops before the name, and what it has said then is the author.
     replies = [row.messages[-1]["content"] for row in corpus.identity_rows()]
     assert [reply for reply in replies if "我是{{AUTHOR}}研发的人工智能助手" in reply] == []
     assert [reply for reply in replies if reply.startswith("我是{{AUTHOR}}")] == []

@@ -41,7 +41,9 @@ def tiny(vocabulary: int, *, tuned: bool = True) -> PeftModel:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        LlamaForCausalLM(config), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     if tuned:
         for name, weight in model.named_parameters():
             if "lora_B" in name:
@@ -189,7 +191,9 @@ def test_a_batch_of_one_row_has_a_mask_for_logits_to_keep() -> None:
 
 def test_without_an_adapter_it_says_what_to_do() -> None:
     trainer = Trainer(tiny(SMALL).get_base_model().eval())
-    trainer.model = LlamaForCausalLM(LlamaConfig(vocab_size=SMALL, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4))
+    trainer.model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=SMALL, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    )
     with pytest.raises(ValueError, match="tuner_type lora"):
         trainer.compute_loss(trainer.model, batch(SMALL, ["replay"]))
 
