@@ -19,6 +19,9 @@ from namesake.paths import digest_of_file
 BUILTIN = "namesake/self-cognition"
 """Name of the project's own identity corpus, used like any data set: ``namesake/self-cognition#500``."""
 
+DATA, REPLAY = "data", "replay"
+"""Channels of the training file: what a row is there for, and so which loss it bears (:mod:`namesake.distil`)."""
+
 Dialogue = list[Message]
 
 _LEFT_OVER = re.compile(r"\{\s*(?:NAME|AUTHOR)\s*\}", re.IGNORECASE)
@@ -86,7 +89,7 @@ def write(path: Path, dialogues: Sequence[Dialogue], identity_rows: int, replay:
         path,
         (
             {"messages": dialogue, "channel": channel}
-            for channel, part in (("data", dialogues), ("replay", replay))
+            for channel, part in ((DATA, dialogues), (REPLAY, replay))
             for dialogue in part
         ),
     )

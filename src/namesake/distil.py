@@ -1,6 +1,6 @@
 """A loss for ms-swift that keeps the tuned model what its base was: KL to the base on the replay rows.
 
-A plugin in ms-swift's own sense: importing it registers the loss :data:`NAME`, in this process by
+A plugin in ms-swift's own sense: importing it registers the loss ``replay_kl``, in this process by
 :mod:`namesake.train`, in plain ``swift sft`` by ``--external_plugins …/distil.py --loss_type replay_kl``.
 
 Cross entropy on the base's replies pulls the model towards single tokens, makes it surer than its base is, and teaches
@@ -17,11 +17,8 @@ from swift.loss import loss_map
 from swift.loss.base import BaseLoss
 from torch import Tensor
 
-NAME = "replay_kl"
-"""What ``--loss_type`` calls it."""
-
-REPLAY = "replay"
-"""The ``channel`` of the rows that the divergence is taken on; all others get cross entropy."""
+from namesake.dataset import DATA, REPLAY
+from namesake.recipe import KL_LOSS_TYPE
 
 TOP = 64
 """Tokens kept of the base's distribution at each place; the rest of the vocabulary is one more outcome."""
@@ -31,7 +28,7 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
     """Cross entropy on the data rows, KL divergence of the base's distribution from the model's on replay rows.
 
     The base is the model with its adapter switched off. It reads each replay row once; what it says is kept for later
-    epochs (``TOP`` × 8 bytes a token).
+    epochs (``TOP`` × 12 bytes a token).
 
     Raises:
         ValueError: there is no adapter to switch off (``tuner_type`` full).
@@ -57,7 +54,7 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         self._ready = True
         model = self._model()
         if not hasattr(model, "disable_adapter"):
-            raise ValueError("loss replay_kl needs an adapter: use tuner_type lora, or replay loss cross_entropy")
+            raise ValueError(f"loss {KL_LOSS_TYPE} needs an adapter: use tuner_type lora, or replay loss cross_entropy")
         # A slice of the hidden states is not contiguous, and torch then copies the head's weights once for every row
         # of the batch: a third of a training step (docs/lab-notes.md).
         model.get_output_embeddings().register_forward_pre_hook(lambda _module, given: (given[0].contiguous(),))
@@ -86,7 +83,7 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         divergence = (
             _divergence(logits[kept].float(), *self._teacher(replay, learnt)) if replay.any() else entropy.new_zeros(())
         )
-        self._record("data", entropy, own)
+        self._record(DATA, entropy, own)
         self._record(REPLAY, divergence, kept)
         total = num_items_in_batch if num_items_in_batch is not None else learnt.sum()
         return (entropy + divergence) / total
@@ -132,4 +129,4 @@ def _divergence(scores: Tensor, base: Tensor, ids: Tensor) -> Tensor:
     return (base.exp() * (base - model)).sum() + (rest_base * (rest_base.log() - rest_model.log())).sum()
 
 
-loss_map[NAME] = ReplayKL
+loss_map[KL_LOSS_TYPE] = ReplayKL

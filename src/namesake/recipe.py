@@ -43,6 +43,8 @@ OURS = {
 """Arguments that a recipe must not hold, since Namesake gives them itself, and what to use instead."""
 
 REPLAY_LOSSES = ("kl", "cross_entropy")
+KL_LOSS_TYPE = "replay_kl"
+"""What ms-swift's ``--loss_type`` calls the first of them."""
 
 Value = str | int | float | bool | list[str]
 

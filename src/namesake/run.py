@@ -167,7 +167,7 @@ def swift_argv(plan: Recipe, base: BaseModel, prepared: dataset.Prepared) -> lis
         # Else ms-swift asks the hub for a newer version of the folder, 10 s of retries where there is no network.
         "--check_model",
         "false",
-        *(("--loss_type", "replay_kl") if plan.replay.distils else ()),
+        *(("--loss_type", recipe.KL_LOSS_TYPE) if plan.replay.distils else ()),
         *recipe.to_argv(given),
     ]
 

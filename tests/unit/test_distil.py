@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from namesake import distil
-from namesake.distil import NAME, ReplayKL
+from namesake.distil import ReplayKL
 
 SMALL, LARGE = 40, 300
 """Vocabularies: one that is kept whole, one of which only ``distil.TOP`` tokens are."""
@@ -111,7 +111,7 @@ def by_hand(model: PeftModel, given: dict[str, Any]) -> tuple[float, float, int]
 def test_ms_swift_finds_the_loss_under_its_name() -> None:
     from swift.loss import loss_map
 
-    assert loss_map[NAME] is ReplayKL
+    assert loss_map["replay_kl"] is ReplayKL
 
 
 def test_it_is_cross_entropy_on_data_and_kl_on_replay() -> None:

@@ -16,6 +16,14 @@ from namesake.terminal import Screen
 NASTY = "[bold]not bold[/bold] [red] {x} $(touch x) \\[ 踩踩背 :smile: https://x.y/z 'a' 3.14"
 
 
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the terminal's clock shows, in seconds; the test moves it."""
+    shown = [0.0]
+    monkeypatch.setattr("namesake.terminal.time", SimpleNamespace(monotonic=lambda: shown[0]))
+    return shown
+
+
 def test_a_line_is_shown_as_it_is_and_never_read_as_markup(capfd: pytest.CaptureFixture[str]) -> None:
     Screen().line(NASTY)
     assert capfd.readouterr().out == f"{NASTY}\n"
@@ -83,11 +91,8 @@ def test_a_piped_bar_is_silent_while_it_is_quick(capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().out == ""
 
 
-def test_a_piped_bar_is_a_line_every_ten_seconds(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr("namesake.terminal.time", SimpleNamespace(monotonic=lambda: now[0]))
+def test_a_piped_bar_is_a_line_every_ten_seconds(capfd: pytest.CaptureFixture[str], now: list[float]) -> None:
+    now[0] = 100.0
     with Screen().bar("train", 40) as bar:
         for done in range(41):
             bar.advance(done, "loss [0.5]")
@@ -95,11 +100,7 @@ def test_a_piped_bar_is_a_line_every_ten_seconds(
     assert capfd.readouterr().out == "".join(f"  train {done}/40 loss [0.5]\n" for done in (10, 20, 30, 40))
 
 
-def test_a_bar_takes_a_total_that_becomes_known_later(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr("namesake.terminal.time", SimpleNamespace(monotonic=lambda: now[0]))
+def test_a_bar_takes_a_total_that_becomes_known_later(capfd: pytest.CaptureFixture[str], now: list[float]) -> None:
     with Screen().bar("train", 1) as bar:
         bar.advance(0, total=90)
         now[0] = 10.0
