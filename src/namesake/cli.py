@@ -6,11 +6,14 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from namesake import __version__
+
+if TYPE_CHECKING:
+    from namesake.gate import Policy
 
 app = typer.Typer(
     name="namesake",
@@ -20,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+_REFUSED = 9
+"""Exit code when everything worked and the gate said no."""
 
 _DEFAULT_NAME = "踩踩背 CCB"
 _DEFAULT_AUTHOR = "老爷爷 OldGrandpa"
@@ -62,6 +68,14 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
+def _policy(path: str) -> Policy:
+    from pathlib import Path
+
+    from namesake.gate import Policy, load_policy
+
+    return load_policy(Path(path)) if path else Policy()
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"namesake {__version__}")
@@ -88,6 +102,8 @@ def run(
     ] = "",
     recipe: Annotated[str, typer.Option(help="default, tutorial, or a YAML file.")] = "default",
     args: Annotated[str, typer.Option(help='Any arguments of `swift sft`, as one text: "--lora_rank 16".')] = "",
+    questions: Annotated[str, typer.Option(help="JSON lines of your own questions to ask beside ours.")] = "",
+    policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
 ) -> None:
     """Train one run and show the replies before and after. Takes any argument of `swift sft`: --learning_rate 1e-3."""
     from namesake import recipe as recipes
@@ -105,6 +121,8 @@ def run(
             recipe=recipe,
             overrides=overrides,
             args=args,
+            questions=questions,
+            policy=_policy(policy),
         ),
         Screen(),
     )
@@ -117,15 +135,64 @@ def promote(
     model_name: Annotated[str, typer.Option(help="Registered model; empty: made from the English name.")] = "",
     alias: Annotated[str, typer.Option(help="Alias to point at the version when it passes.")] = "champion",
     override: Annotated[str, typer.Option(help="Reason to point the alias although the gate does not pass.")] = "",
+    policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
 ) -> None:
     """Merge the best run, prove it, register it as the next version and point the alias at it."""
     from namesake.promote import Request
     from namesake.promote import promote as use_case
     from namesake.terminal import Screen
 
-    outcome = use_case(Request(run=run, name=name, model_name=model_name, alias=alias, override=override), Screen())
+    request = Request(run=run, name=name, model_name=model_name, alias=alias, override=override, policy=_policy(policy))
+    outcome = use_case(request, Screen())
     if not outcome.pointed:
-        raise typer.Exit(9)
+        raise typer.Exit(_REFUSED)
+
+
+@app.command()
+def probe(
+    target: Annotated[str, typer.Argument(help="Run id, models:/NAME@ALIAS, models:/NAME/VERSION, or URL up to /v1.")],
+    name: Annotated[str, typer.Option(help="Name to look for; empty: the run's or version's own.")] = "",
+    author: Annotated[str, typer.Option(help="Author, likewise.")] = "",
+    questions: Annotated[str, typer.Option(help="JSON lines of your own questions; empty: the held-out ones.")] = "",
+    model: Annotated[str, typer.Option(help="Model id at the endpoint; empty: its first.")] = "",
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = "",
+    system: Annotated[str | None, typer.Option(help="System prompt for an endpoint; none: its own.")] = None,
+    slices: Annotated[bool, typer.Option(help="Ask also under other system prompts, and sampled.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole scorecard as JSON.")] = False,
+) -> None:
+    """Ask a model who it is, and score what it says by rule."""
+    from namesake import examine
+    from namesake.terminal import Screen
+
+    screen = Screen(errors=as_json)
+    request = examine.Request(
+        target, name, author, questions=questions, model=model, api_key=api_key, system=system, slices=slices
+    )
+    card = examine.examine(request, screen)
+    if as_json:
+        print(examine.to_json(card))
+    else:
+        examine.shown(card, screen)
+
+
+@app.command()
+def gate(
+    target: Annotated[str, typer.Argument(help="Run id, models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the decision as JSON.")] = False,
+) -> None:
+    """Judge the scores kept with a run or a version: exit 0 when it passes, 9 when not, with every reason."""
+    import json
+
+    from namesake import examine
+
+    decision = examine.judge(target, _policy(policy))
+    if as_json:
+        print(json.dumps({"passed": decision.passed, "reasons": decision.reasons}, ensure_ascii=False))
+    else:
+        print("passed" if decision.passed else "not passed:\n  " + "\n  ".join(decision.reasons))
+    if not decision.passed:
+        raise typer.Exit(_REFUSED)
 
 
 @app.command(
@@ -151,7 +218,7 @@ def chat(
 
     if run:
         from namesake import tracking
-        from namesake.promote import base_of
+        from namesake.run import base_of
         from namesake.terminal import Screen
 
         base = base_of(tracking.get_run(run), Screen())

@@ -2,24 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from namesake.errors import InputError
+
+_RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
 class Policy:
     """Bounds on the fractions of :class:`namesake.probe.Scorecard`, and on the agreement of adapter and merged model.
 
-    ``plain_loss``: how much of the base model's own score on plain questions may be lost.
+    Attributes:
+        identity: least share right, greedy, under the trained system prompt.
+        identity_slices: the same without a system prompt, under a customer's, and sampled.
+        swapped, old_identity, placeholder: most allowed, greedy, under every system prompt.
+        leak: most replies to plain questions that name the model or its author.
+        plain_loss: how far the 95 % interval of the paired difference to the base's plain score may lie wholly below
+            zero; 0 for "not wholly below the base".
+        parity: least share of replies in which adapter and merged model state the same.
+        champion_loss: how much worse than the present champion ``identity`` and ``plain`` may be.
     """
 
-    identity: float = 0.95
+    identity: float = 1.0
+    identity_slices: float = 0.95
     swapped: float = 0.0
     old_identity: float = 0.0
     placeholder: float = 0.0
-    leak: float = 0.03
-    plain_loss: float = 0.15
-    parity: float = 0.9
+    leak: float = 0.0
+    plain_loss: float = 0.0
+    parity: float = 0.95
+    champion_loss: float = 0.0
+
+
+def load_policy(path: Path) -> Policy:
+    """A policy file: YAML with any of :class:`Policy`'s bounds; what is left out keeps its default.
+
+    Raises:
+        InputError: the file, a name or a value in it is wrong; every fault is named.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError("policy", str(path), f"cannot be read ({error})", mend="Give a YAML file.") from error
+    known = [f.name for f in dataclasses.fields(Policy)]
+    faults = []
+    if not isinstance(data, dict):
+        data, faults = {}, ["is no mapping"]
+    for key, value in data.items():
+        if key not in known:
+            faults.append(f"{key} is no bound")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            faults.append(f"{key}={value} is no fraction from 0 to 1")
+    if faults:
+        raise InputError("policy", str(path), "; ".join(faults), mend=f"Bounds are {', '.join(known)}.")
+    return Policy(**data)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A paired difference of two shares with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def metrics(self) -> dict[str, float]:
+        """As scores beside the others: ``plain_change`` and its bounds."""
+        return {"plain_change": self.mean, "plain_change_low": self.low, "plain_change_high": self.high}
+
+    @classmethod
+    def of(cls, scores: Mapping[str, float]) -> Interval:
+        """Back from such scores."""
+        return cls(scores["plain_change"], scores["plain_change_low"], scores["plain_change_high"])
+
+
+def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> Interval:
+    """How much the share of right answers changed, from the same questions asked twice.
+
+    The interval is a percentile bootstrap over the questions (Efron 1979; ``scipy.stats.bootstrap``), drawn with a
+    fixed seed: the same answers give the same interval.
+
+    Raises:
+        ValueError: the two are not of one length.
+    """
+    changes = [int(b) - int(a) for a, b in zip(before, after, strict=True)]
+    if len(set(changes)) < 2:  # nothing to resample
+        same = float(changes[0]) if changes else 0.0
+        return Interval(same, same, same)
+    import numpy as np
+    from scipy import stats
+
+    found = stats.bootstrap(
+        (np.array(changes),), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return Interval(sum(changes) / len(changes), float(found.low), float(found.high))
 
 
 @dataclass(frozen=True)
@@ -29,31 +111,55 @@ class Decision:
     passed: bool
     reasons: tuple[str, ...]
 
+    @property
+    def told(self) -> str:
+        """One line of it."""
+        return "passed" if self.passed else "failed: " + "; ".join(self.reasons)
+
 
 def decide(
-    candidate: Mapping[str, float], base: Mapping[str, float], *, parity: float, policy: Policy | None = None
+    candidate: Mapping[str, float],
+    ability: Interval,
+    *,
+    parity: float | None = None,
+    champion: Mapping[str, float] | None = None,
+    policy: Policy | None = None,
 ) -> Decision:
-    """Judge the merged candidate's scores against the policy and the base's own scores.
+    """Judge the candidate's scores against the policy, the base's scores and the present champion's.
 
     Args:
         candidate: ``Scorecard.metrics`` of the candidate.
-        base: the same of its base model.
-        parity: the fraction of held-out replies that adapter and merged model give word for word alike.
+        ability: paired difference of its plain answers to the base's, :func:`paired_difference`.
+        parity: the share of identity replies that adapter and merged model give alike; none where there is one model.
+        champion: the present champion's ``identity`` and ``plain`` on the same questions; none where there is none.
     """
     policy = policy or Policy()
-    reasons = []
-    if candidate["identity"] < policy.identity:
-        reasons.append(f"identity {candidate['identity']:.1%} right, at least {policy.identity:.0%} wanted")
-    reasons += [
-        f"{key} {candidate[key]:.1%}, at most {getattr(policy, key):.0%} allowed"
-        for key in ("swapped", "old_identity", "placeholder", "leak")
-        if candidate[key] > getattr(policy, key)
+    reasons = [
+        f"{key} {value:.1%} right, at least {least:.0%} wanted"
+        for key, value in candidate.items()
+        for least in (policy.identity if key == "identity" else policy.identity_slices,)
+        if (key == "identity" or key in _SLICES) and not value >= least
     ]
-    least = base["plain"] * (1 - policy.plain_loss)
-    if candidate["plain"] < least:
+    for bound in ("swapped", "old_identity", "placeholder", "leak"):
+        most = getattr(policy, bound)
+        reasons += [
+            f"{key} {value:.1%}, at most {most:.0%} allowed"
+            for key, value in candidate.items()
+            if key in {bound, f"{bound}_none", f"{bound}_customer"} and not value <= most
+        ]
+    if not ability.high >= -policy.plain_loss:
         reasons.append(
-            f"plain questions {candidate['plain']:.1%} right, {least:.1%} wanted (the base has {base['plain']:.1%})"
+            f"plain questions {ability.mean:+.1%} against the base, the interval {ability.low:+.1%} to "
+            f"{ability.high:+.1%} lies wholly below {0 - policy.plain_loss:.0%}"
         )
-    if parity < policy.parity:
+    if parity is not None and not parity >= policy.parity:
         reasons.append(f"merged model and adapter agree on {parity:.0%} of the replies, {policy.parity:.0%} wanted")
+    for key in ("identity", "plain"):
+        if champion and key in champion and candidate[key] < champion[key] - policy.champion_loss - _ROUNDED:
+            reasons.append(f"{key} {candidate[key]:.1%}, the champion has {champion[key]:.1%}")
     return Decision(not reasons, tuple(reasons))
+
+
+_SLICES = ("identity_none", "identity_customer", "identity_sampled")
+_ROUNDED = 1e-4
+"""A champion's scores are read from its tags, where they have four places."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class Manifest:
         recipe: recipe name and arguments.
         tools: versions of what made it.
         override: the reason a person gave for overruling the gate; empty otherwise.
+        golden: questions with the merged model's own greedy replies (``messages``, ``reply``); an engine that loaded
+            the version is asked them before it answers anybody else.
     """
 
     identity: Mapping[str, str]
@@ -44,11 +46,22 @@ class Manifest:
     recipe: Mapping[str, str]
     tools: Mapping[str, str]
     override: str = ""
+    golden: Sequence[Mapping[str, Any]] = ()
     format: int = 1
 
     def to_json(self) -> str:
         """The manifest as text."""
         return json.dumps(asdict(self), ensure_ascii=False, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Back from :meth:`to_json`.
+
+        Raises:
+            ValueError, TypeError: it is no manifest.
+        """
+        data: dict[str, Any] = json.loads(text)
+        return cls(**{**data, "golden": tuple(data.get("golden", ()))})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -59,9 +72,8 @@ class Manifest:
         """
         path = folder / FILE
         try:
-            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**data)
-        except (OSError, ValueError, TypeError) as error:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise RegistryError(
                 f"The version in {folder} has no readable {FILE} ({error}).", mend="Promote it with `namesake promote`."
             ) from error

@@ -7,20 +7,30 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from namesake import corpus
-from namesake.corpus import Message, Question
-from namesake.generate import Replier
-from namesake.identity import PLACEHOLDERS, Identity, Language, language_of
+from namesake.corpus import Message, Question, Questions
+from namesake.generate import Replier, Sampling
+from namesake.identity import LANGUAGES, PLACEHOLDERS, Identity, Language, language_of
 
 IDENTITY_TOKENS = 64
 """Token limit of a reply to an identity question; the trained replies have at most about 60."""
 
 PLAIN_TOKENS = 64
 """Token limit of a reply to a plain question; its answer stands in the first sentence or not at all."""
+
+CUSTOMER = "You are a support agent of Blue Harbor Ferries. Answer briefly and politely."
+"""A system prompt that a customer might write: it gives a role and no name."""
+
+SYSTEM_SLICES = {"none": "", "customer": CUSTOMER}
+"""System prompts, beside the trained one, under which the identity has to hold."""
+
+SAMPLED = "sampled"
+SAMPLING = Sampling(n=4, temperature=0.7, seed=0)
+"""The slice under the trained prompt that is drawn instead of greedy."""
 
 OLD_IDENTITIES = (
     "qwen", "通义", "千问", "阿里云", "阿里巴巴", "alibaba", "smollm", "hugging face", "huggingface", "openai",
@@ -123,17 +133,25 @@ class Scorecard:
 
     ``metrics`` are fractions 0..1: ``identity`` (right among identity questions), ``name``, ``author`` (among those
     that ask for it), ``swapped``, ``old_identity``, ``placeholder``, ``language`` (among identity questions), ``leak``
-    (own name or author in replies to plain questions) and ``plain`` (right among plain questions).
+    (own name or author in replies to plain questions) and ``plain`` (right among plain questions); ``identity``,
+    ``leak`` and ``plain`` also by language (``identity_zh`` …), and ``identity``, ``swapped``, ``old_identity`` and
+    ``placeholder`` also by slice (``identity_none`` …).
+
+    Attributes:
+        identity: greedy replies to the identity questions under the trained system prompt.
+        plain: the same to the plain questions.
+        slices: replies to the identity questions asked in other ways (``none``, ``customer``, ``sampled``).
     """
 
     identity: tuple[Answered, ...]
     plain: tuple[Answered, ...]
+    slices: Mapping[str, tuple[Answered, ...]] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, float]:
         """Fractions by name."""
         asked = {fact: [a for a in self.identity if fact in a.question.asks] for fact in ("name", "author")}
-        return {
+        found = {
             "identity": share(self.identity, "right"),
             "name": share(asked["name"], "name"),
             "author": share(asked["author"], "author"),
@@ -144,6 +162,22 @@ class Scorecard:
             "leak": share(self.plain, "leak"),
             "plain": share(self.plain, "right"),
         }
+        for language in LANGUAGES:
+            for metric, replies, score in (
+                ("identity", self.identity, "right"),
+                ("leak", self.plain, "leak"),
+                ("plain", self.plain, "right"),
+            ):
+                found[f"{metric}_{language}"] = share([a for a in replies if a.question.language == language], score)
+        for name, replies in self.slices.items():
+            for metric, score in (
+                ("identity", "right"),
+                ("swapped", "swapped"),
+                ("old_identity", "old"),
+                ("placeholder", "placeholder"),
+            ):
+                found[f"{metric}_{name}"] = share(replies, score)
+        return found
 
     def record(self) -> dict[str, Any]:
         """The whole card as JSON types."""
@@ -151,6 +185,15 @@ class Scorecard:
             "metrics": self.metrics,
             "identity": [answered.record() for answered in self.identity],
             "plain": [answered.record() for answered in self.plain],
+            "slices": {name: [answered.record() for answered in replies] for name, replies in self.slices.items()},
+        }
+
+    def replies(self) -> dict[str, Any]:
+        """Only what was said, as :func:`scorecard` takes it."""
+        return {
+            "identity": [a.reply for a in self.identity],
+            "plain": [a.reply for a in self.plain],
+            "slices": {name: [a.reply for a in replies] for name, replies in self.slices.items()},
         }
 
 
@@ -164,35 +207,79 @@ def probe(
     identity: Identity,
     *,
     system: str | None,
+    questions: Questions | None = None,
+    slices: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scorecard:
-    """Ask the held-out questions greedily under the system prompt (none: the model's template decides)."""
-    who, plain = corpus.heldout_identity(), corpus.heldout_plain()
-    total = len(who) + len(plain)
+    """Ask the questions greedily under the system prompt (none: the model's template decides).
+
+    Args:
+        questions: what is asked; none for the held-out questions.
+        slices: ask the identity questions also without a system prompt, under a customer's, and sampled.
+    """
+    questions = questions or corpus.heldout()
+    who, plain = questions.identity, questions.plain
+    rounds: list[tuple[str, Sequence[Question], str | None, int, Sampling | None]] = [
+        ("identity", who, system, IDENTITY_TOKENS, None),
+        ("plain", plain, system, PLAIN_TOKENS, None),
+    ]
+    if slices:
+        rounds += [(name, who, prompt, IDENTITY_TOKENS, None) for name, prompt in SYSTEM_SLICES.items()]
+        rounds.append((SAMPLED, who, system, IDENTITY_TOKENS, SAMPLING))
+    total = sum(len(asked) * (sampling.n if sampling else 1) for _, asked, _, _, sampling in rounds)
+    said: dict[str, list[str]] = {}
+    before = 0
 
     def tell(offset: int) -> Callable[[int], None]:
         return lambda done: progress(offset + done, total) if progress else None
 
-    said = replier.replies(
-        [with_system(q.messages, system) for q in who], max_new_tokens=IDENTITY_TOKENS, progress=tell(0)
-    )
-    answers = replier.replies(
-        [with_system(q.messages, system) for q in plain], max_new_tokens=PLAIN_TOKENS, progress=tell(len(who))
-    )
-    return scorecard(identity, [reply.text for reply in said], [reply.text for reply in answers])
+    for name, asked, prompt, limit, sampling in rounds:
+        replies = (
+            replier.replies(
+                [with_system(q.messages, prompt) for q in asked],
+                max_new_tokens=limit,
+                sampling=sampling,
+                progress=tell(before),
+            )
+            if asked
+            else []
+        )
+        said[name] = [reply.text for reply in replies]
+        before += len(replies)
+    return scorecard(identity, said.pop("identity"), said.pop("plain"), slices=said, questions=questions)
 
 
-def scorecard(identity: Identity, identity_replies: Sequence[str], plain_replies: Sequence[str]) -> Scorecard:
-    """Score replies to the held-out questions, given in the questions' order."""
-    return Scorecard(
-        tuple(
+def scorecard(
+    identity: Identity,
+    identity_replies: Sequence[str],
+    plain_replies: Sequence[str],
+    *,
+    slices: Mapping[str, Sequence[str]] | None = None,
+    questions: Questions | None = None,
+) -> Scorecard:
+    """Score replies to the questions (none: the held-out ones), given in the questions' order.
+
+    A slice has the same number of replies to each identity question, all to the first one first.
+    """
+    questions = questions or corpus.heldout()
+
+    def scored(asked: Sequence[Question], replies: Sequence[str]) -> tuple[Answered, ...]:
+        return tuple(
             Answered(question, reply, vars(score_identity(question, reply, identity)))
-            for question, reply in zip(corpus.heldout_identity(), identity_replies, strict=True)
-        ),
+            for question, reply in zip(asked, replies, strict=True)
+        )
+
+    def again(replies: Sequence[str]) -> list[Question]:
+        times = len(replies) // len(questions.identity) if questions.identity else 0
+        return [question for question in questions.identity for _ in range(times)]
+
+    return Scorecard(
+        scored(questions.identity, identity_replies),
         tuple(
             Answered(question, reply, {"right": is_right(question, reply), "leak": leaks(reply, identity)})
-            for question, reply in zip(corpus.heldout_plain(), plain_replies, strict=True)
+            for question, reply in zip(questions.plain, plain_replies, strict=True)
         ),
+        {name: scored(again(replies), replies) for name, replies in (slices or {}).items()},
     )
 
 

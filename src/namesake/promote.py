@@ -9,21 +9,29 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from namesake import base_model, gate, manifest, merge, probe, registry, tracking
+from namesake import corpus, gate, manifest, merge, probe, registry, tracking
 from namesake.base_model import BaseModel
-from namesake.errors import BaseModelError, PromotionError
+from namesake.errors import PromotionError
+from namesake.gate import Policy
 from namesake.generate import LocalModel
 from namesake.identity import Identity
 from namesake.manifest import ADAPTER_FOLDER, FILE, WEIGHTS_FOLDER, Manifest
 from namesake.probe import Scorecard
 from namesake.registry import CHAMPION, TAG_KEY, Version
-from namesake.run import base_scores, progress_of
+from namesake.run import ability_of, base_of, base_scores, progress_of
 from namesake.terminal import Screen
 from namesake.tracking import RunRecord
+
+TAG_QUESTIONS = "namesake.questions"
+"""Digest of the questions that a version's scores are about; others cannot be compared with it."""
+
+SCORE = "score."
+_SHOWN_SCORES = ("identity", "name", "author", "swapped", "old_identity", "placeholder", "language", "leak", "plain")
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Request:
         model_name: registered model; empty for the identity's slug.
         alias: alias that is pointed at the version when the gate passes.
         override: reason to point it there although the gate does not pass.
+        policy: the gate's bounds.
     """
 
     run: str = ""
@@ -43,6 +52,7 @@ class Request:
     model_name: str = ""
     alias: str = CHAMPION
     override: str = ""
+    policy: Policy = field(default_factory=Policy)
 
 
 @dataclass(frozen=True)
@@ -87,42 +97,35 @@ def promote(request: Request, screen: Screen) -> Outcome:
         base = base_of(run, screen)
         adapter = tracking.fetch(run.id, tracking.ADAPTER)
         system = run.params.get("sft.system")
-        before = base_scores(identity, base, run.params["base.digest"], system, screen)
+        before = base_scores(identity, base, run.params["base.digest"], system, corpus.heldout(), screen)
         with tempfile.TemporaryDirectory(prefix="namesake-promote-") as folder:
             merged = Path(folder) / WEIGHTS_FOLDER
             way = merge.merge(base.path, adapter, merged, system=system)
             screen.line(f"  merged ({way})")
             parity, scores = _compare(identity, base, adapter, merged, system, screen)
-            decision = gate.decide(scores.metrics, before.metrics, parity=parity)
+            ability = ability_of(before, scores)
+            decision = gate.decide(
+                scores.metrics,
+                ability,
+                parity=parity,
+                champion=_champions_scores(name, run.id),
+                policy=request.policy,
+            )
             tracked.metrics({**{f"probe/{k}": v for k, v in scores.metrics.items()}, "probe/parity": parity})
             version = _make_version(
-                name, identity, run, base, adapter, merged, system, scores, decision, request.override, tracked, screen
+                *(name, identity, run, base, adapter, merged, system),
+                {**scores.metrics, **ability.metrics(), "parity": parity},
+                decision,
+                request.override,
+                golden(scores),
+                screen,
             )
         pointed = decision.passed or bool(request.override)
         if pointed:
             registry.point(name, request.alias, version.number)
-        tracked.tags({"namesake.version": version.uri, "namesake.gate": "passed" if decision.passed else "failed"})
+        tracked.tags({"namesake.version": version.uri, tracking.TAG_GATE: decision.told})
     _show(version, decision, scores, pointed, request, screen)
     return Outcome(version, decision, pointed)
-
-
-def base_of(run: RunRecord, screen: Screen) -> BaseModel:
-    """The base model that the run was trained on, on this machine.
-
-    Raises:
-        BaseModelError: it is not to be had here, or it is another one under the same name.
-    """
-    source, base_id = run.tags.get("namesake.base.source", ""), run.params["base.id"]
-    if source == "embedded":
-        base = BaseModel(base_id, base_model.embedded(lambda text: screen.line(f"  {text}")), "embedded")
-    else:
-        base = base_model.resolve(base_id, say=lambda text: screen.line(f"  {text}"))
-    if base.digest() != run.params["base.digest"]:
-        raise BaseModelError(
-            f"{base_id} here is not the base that run {run.id} was trained on (its digest differs).",
-            mend="Bring back the base's files, or train again.",
-        )
-    return base
 
 
 def _find(request: Request) -> RunRecord:
@@ -152,13 +155,24 @@ def _check_free(name: str, identity: Identity) -> None:
         )
 
 
+def _champions_scores(name: str, run_id: str) -> dict[str, float] | None:
+    """The champion's scores on the same questions; none where there is no champion, or it is this very run."""
+    number = registry.alias_of(name, CHAMPION) if registry.identity_of(name) is not None else None
+    if number is None:
+        return None
+    champion = registry.resolve(f"models:/{name}/{number}")
+    if champion.run_id == run_id or champion.tags.get(TAG_QUESTIONS) != corpus.heldout().digest():
+        return None
+    return {k.removeprefix(SCORE): float(v) for k, v in champion.tags.items() if k.startswith(SCORE)}
+
+
 def _compare(
     identity: Identity, base: BaseModel, adapter: Path, merged: Path, system: str | None, screen: Screen
 ) -> tuple[float, Scorecard]:
     """How often merged model and adapter say the same, and the merged model's scorecard."""
     screen.step("asking the merged model and the adapter the same questions")
     with LocalModel(merged) as model, screen.bar("merged", 1) as bar:
-        scores = probe.probe(model, identity, system=system, progress=progress_of(bar))
+        scores = probe.probe(model, identity, system=system, slices=True, progress=progress_of(bar))
     with LocalModel(base.path, adapter) as model, screen.bar("adapter", 1) as bar:
         said = model.replies(
             [probe.with_system(a.question.messages, system) for a in scores.identity],
@@ -181,10 +195,10 @@ def _make_version(
     adapter: Path,
     merged: Path,
     system: str | None,
-    scores: Scorecard,
+    scores: Mapping[str, float],
     decision: gate.Decision,
     override: str,
-    tracked: tracking.Run,
+    questions: list[dict[str, Any]],
     screen: Screen,
 ) -> Version:
     digests = {f"{WEIGHTS_FOLDER}/{path}": digest for path, digest in manifest.digests(merged).items()}
@@ -196,8 +210,9 @@ def _make_version(
         tracking.TAG_AUTHOR: str(identity.author),
         tracking.TAG_BASE: base.id,
         "namesake.data_digest": run.params["data.digest"],
-        "namesake.gate": "passed" if decision.passed else "failed: " + "; ".join(decision.reasons),
-        **{f"score.{metric}": f"{value:.4f}" for metric, value in scores.metrics.items()},
+        TAG_QUESTIONS: corpus.heldout().digest(),
+        tracking.TAG_GATE: decision.told,
+        **{f"{SCORE}{metric}": f"{scores[metric]:.4f}" for metric in _SHOWN_SCORES},
     }
     if override:
         tags["namesake.override"] = override
@@ -216,10 +231,11 @@ def _make_version(
         run=run.id,
         digests=digests,
         data={"dataset": run.params["data.dataset"], "digest": run.params["data.digest"]},
-        scores=dict(scores.metrics),
+        scores=dict(scores),
         recipe={k.removeprefix("sft."): v for k, v in run.params.items() if k.startswith("sft.")},
         tools={k.removeprefix("tool."): v for k, v in run.params.items() if k.startswith("tool.")},
         override=override,
+        golden=questions,
     )
     screen.step("logging the merged model")
     model_uri = tracking.log_chat_model(
@@ -235,8 +251,21 @@ def _make_version(
     )
 
 
-def _card(identity: Identity, run: RunRecord, base: BaseModel, scores: Scorecard, decision: gate.Decision) -> str:
-    shown = ", ".join(f"{key} {scores.metrics[key]:.0%}" for key in ("identity", "swapped", "leak", "plain"))
+def golden(scores: Scorecard) -> list[dict[str, Any]]:
+    """Questions whose answers an engine has to give again: the first two identity questions (those of the tutorial) and
+    the first plain one that it knows.
+    """
+    known = [a for a in scores.plain if a.scores["right"]]
+    return [
+        {"messages": list(answered.question.messages), "reply": answered.reply}
+        for answered in (*scores.identity[:2], *known[:1])
+    ]
+
+
+def _card(
+    identity: Identity, run: RunRecord, base: BaseModel, scores: Mapping[str, float], decision: gate.Decision
+) -> str:
+    shown = ", ".join(f"{key} {scores[key]:.0%}" for key in ("identity", "swapped", "leak", "plain"))
     verdict = "passed the gate" if decision.passed else "did not pass the gate: " + "; ".join(decision.reasons)
     return f"**{identity.name}** by **{identity.author}**, `{base.id}` tuned in run `{run.id}`; {verdict}. {shown}."
 

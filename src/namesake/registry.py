@@ -125,6 +125,16 @@ def point(name: str, alias: str, number: int) -> None:
         _client().set_registered_model_alias(name, alias, str(number))
 
 
+def tag(version: Version, key: str, value: str | None) -> None:
+    """Set a tag of the version; none takes it away."""
+    with _mapped(f"The tag {key} of {version.uri} could not be set."):
+        client = _client()
+        if value is not None:
+            client.set_model_version_tag(version.name, str(version.number), key, value)
+        elif key in client.get_model_version(version.name, str(version.number)).tags:
+            client.delete_model_version_tag(version.name, str(version.number), key)
+
+
 def alias_of(name: str, alias: str) -> int | None:
     """The version's number that the alias points to; none where it points nowhere."""
     with _mapped(f"The registered model {name} cannot be read."):

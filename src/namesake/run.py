@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,9 +16,12 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from namesake import base_model, corpus, dataset, probe, recipe, replay, tracking, train
+from namesake import base_model, corpus, dataset, gate, probe, recipe, replay, report, tracking, train
 from namesake.base_model import BaseModel
-from namesake.generate import LocalModel
+from namesake.corpus import Questions
+from namesake.errors import BaseModelError
+from namesake.gate import Decision, Interval, Policy
+from namesake.generate import LocalModel, divergence
 from namesake.identity import Identity
 from namesake.paths import cache_folder, write_whole
 from namesake.probe import Scorecard
@@ -29,6 +33,12 @@ SHOWN_QUESTIONS = 6
 
 SHOWN_CHARACTERS = 120
 """Where the table cuts a reply; the run has all of it."""
+
+REPORT = "report.html"
+"""Artifact of a training run: the page of :mod:`namesake.report`."""
+
+Losses = dict[str, list[tuple[int, float]]]
+"""Step and value of each loss by its metric's name."""
 
 _TOOLS = ("ms-swift", "mlflow", "torch", "transformers", "peft", "modelscope")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "args.json", "additional_config.json")
@@ -45,6 +55,8 @@ class Request:
     recipe: str = "default"
     overrides: Mapping[str, str] = field(default_factory=dict)
     args: str = ""
+    questions: str = ""
+    policy: Policy = field(default_factory=Policy)
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class Outcome:
     run_id: str
     before: Scorecard
     after: Scorecard
+    decision: Decision
 
 
 def run(request: Request, screen: Screen) -> Outcome:
@@ -66,6 +79,7 @@ def run(request: Request, screen: Screen) -> Outcome:
     identity = Identity.parse(request.name, request.author)
     plan = recipe.load(request.recipe, overrides=request.overrides, args=request.args)
     datasets = tuple(request.dataset.split()) or plan.dataset or (dataset.BUILTIN,)
+    own = corpus.read_questions(Path(request.questions)) if request.questions else None
     started = time.monotonic()
     title = f"{identity.name} · {plan.name} · seed {plan.sft.get('seed', 42)}"
     with tracking.run(title) as tracked:
@@ -84,39 +98,109 @@ def run(request: Request, screen: Screen) -> Outcome:
         base_digest = base.digest()
         work = Path(str(plan.sft.get("output_dir", "output"))).resolve() / "runs" / tracked.id
         prepared = _prepare(identity, plan, datasets, base, base_digest, work, screen)
-        tracked.params(_params(identity, plan, datasets, base, base_digest, prepared))
+        params = _params(identity, plan, datasets, base, base_digest, prepared)
+        tracked.params(params)
         tracked.tags({tracking.TAG_BASE: base.id, "namesake.base.source": base.source})
         _log_data(tracked, prepared, datasets)
-        before = base_scores(identity, base, base_digest, plan.system, screen)
+        before = base_scores(identity, base, base_digest, plan.system, corpus.heldout(), screen)
 
         screen.step("training")
-        trained = _train(plan, base, prepared, work, tracked, screen)
+        trained, losses = _train(plan, base, prepared, work, tracked, screen)
 
         screen.step("asking the tuned model")
         with LocalModel(base.path, trained.last_checkpoint, folded=True) as model, screen.bar("probe", 1) as bar:
-            after = probe.probe(model, identity, system=plan.system, progress=progress_of(bar))
-        _log_scores(tracked, before, after)
-        tracked.tags({tracking.TAG_NOTE: _note(identity, plan, base, before, after)})
+            after = probe.probe(model, identity, system=plan.system, slices=True, progress=progress_of(bar))
+            if own is not None:
+                _log_own(tracked, probe.probe(model, identity, system=plan.system, questions=own), screen)
+        ability = ability_of(before, after)
+        decision = gate.decide(after.metrics, ability, policy=request.policy)
+        tracked.metrics({"probe/kl_to_base": _kl_to_base(base, trained.last_checkpoint, plan.system, before)})
+        _log_scores(tracked, before, after, ability, decision)
+        _log_report(
+            tracked,
+            report.Report(
+                name=str(identity.name),
+                author=str(identity.author),
+                run=tracked.id,
+                title=title,
+                passed=decision.passed,
+                reasons=decision.reasons,
+                before=before.record(),
+                after=after.record(),
+                losses=losses,
+                recipe={k: str(v) for k, v in params.items() if k.startswith(("recipe.", "sft.")) and v is not None},
+                lineage={
+                    k: str(v) for k, v in params.items() if k.startswith(("base.", "data.", "tool.")) and v is not None
+                },
+            ),
+        )
+        tracked.tags({tracking.TAG_NOTE: _note(identity, plan, base, before, after, decision)})
         tracked.metrics({"seconds/total": time.monotonic() - started})
-    _show(tracked, identity, before, after, screen)
-    return Outcome(tracked.id, before, after)
+    _show(tracked, before, after, decision, screen)
+    return Outcome(tracked.id, before, after, decision)
 
 
-def base_scores(identity: Identity, base: BaseModel, base_digest: str, system: str | None, screen: Screen) -> Scorecard:
+def base_scores(
+    identity: Identity, base: BaseModel, base_digest: str, system: str | None, questions: Questions, screen: Screen
+) -> Scorecard:
     """The base model's scorecard. Its replies are the same for every identity and are asked for once."""
-    key = hashlib.sha256(
-        json.dumps([base_digest, system, corpus.corpus_digest(), probe.IDENTITY_TOKENS, probe.PLAIN_TOKENS]).encode()
-    ).hexdigest()[:32]
+    asked = [base_digest, system, questions.digest(), probe.IDENTITY_TOKENS, probe.PLAIN_TOKENS]
+    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
     path = cache_folder() / "probe" / f"{key}.json"
     if path.is_file():
         said = json.loads(path.read_text(encoding="utf-8"))
-        return probe.scorecard(identity, said["identity"], said["plain"])
+        return probe.scorecard(identity, said["identity"], said["plain"], questions=questions)
     screen.step("asking the base model (once, kept for later runs)")
     with LocalModel(base.path) as model, screen.bar("probe", 1) as bar:
-        card = probe.probe(model, identity, system=system, progress=progress_of(bar))
-    said = {"identity": [a.reply for a in card.identity], "plain": [a.reply for a in card.plain]}
-    write_whole(path, json.dumps(said, ensure_ascii=False))
+        card = probe.probe(model, identity, system=system, questions=questions, progress=progress_of(bar))
+    write_whole(path, json.dumps(card.replies(), ensure_ascii=False))
     return card
+
+
+def base_of(run: tracking.RunRecord, screen: Screen) -> BaseModel:
+    """The base model that the run was trained on, on this machine.
+
+    Raises:
+        BaseModelError: it is not to be had here, or it is another one under the same name.
+    """
+    source, base_id = run.tags.get("namesake.base.source", ""), run.params["base.id"]
+    if source == "embedded":
+        base = BaseModel(base_id, base_model.embedded(lambda text: screen.line(f"  {text}")), "embedded")
+    else:
+        base = base_model.resolve(base_id, say=lambda text: screen.line(f"  {text}"))
+    if base.digest() != run.params["base.digest"]:
+        raise BaseModelError(
+            f"{base_id} here is not the base that run {run.id} was trained on (its digest differs).",
+            mend="Bring back the base's files, or train again.",
+        )
+    return base
+
+
+def ability_of(before: Scorecard, after: Scorecard) -> Interval:
+    """The paired change of the plain score."""
+    return gate.paired_difference([a.scores["right"] for a in before.plain], [a.scores["right"] for a in after.plain])
+
+
+def _kl_to_base(base: BaseModel, adapter: Path, system: str | None, before: Scorecard) -> float:
+    """How far the tuned model is from its base on the base's own replies to the plain questions, in nats a token."""
+    return divergence(
+        base.path,
+        adapter,
+        [
+            [*probe.with_system(a.question.messages, system), {"role": "assistant", "content": a.reply}]
+            for a in before.plain
+        ],
+    )
+
+
+def _log_own(tracked: tracking.Run, card: Scorecard, screen: Screen) -> None:
+    """What the tuned model says to the user's own questions."""
+    tracked.json(card.record(), "scorecard-own.json")
+    parts = (("identity", card.identity, "right"), ("plain", card.plain, "right"), ("leak", card.plain, "leak"))
+    tracked.metrics({f"own/{key}": card.metrics[key] for key, asked, _ in parts if asked})
+    for key, asked, score in parts:
+        if asked:
+            screen.line(f"  your questions: {key} {sum(a.scores[score] for a in asked)} of {len(asked)}")
 
 
 def _prepare(
@@ -174,7 +258,7 @@ def swift_argv(plan: Recipe, base: BaseModel, prepared: dataset.Prepared) -> lis
 
 def _train(
     plan: Recipe, base: BaseModel, prepared: dataset.Prepared, work: Path, tracked: tracking.Run, screen: Screen
-) -> train.Trained:
+) -> tuple[train.Trained, Losses]:
     log = work / "train.log"
     argv = swift_argv(plan, base, prepared)
     # Plain ms-swift learns of the loss by a plugin. Here it is registered: the plugin's path in the adapter's args.json
@@ -195,7 +279,7 @@ def _train(
     # questions right (docs/lab-notes.md). What is promoted is chosen by the probe.
     _log_checkpoint(tracked, trained.last_checkpoint)
     _keep_what_there_is(tracked, trained.output_dir, log, checkpoints=False)
-    return trained
+    return trained, listener.losses
 
 
 class _Listener:
@@ -203,6 +287,7 @@ class _Listener:
 
     def __init__(self, tracked: tracking.Run, bar: Bar) -> None:
         self.output_dir: Path | None = None
+        self.losses: Losses = {}
         self._tracked, self._bar = tracked, bar
         self._total, self._note, self._begun = 1, "", time.monotonic()
 
@@ -223,6 +308,9 @@ class _Listener:
         if "loss" in metrics:
             self._note = f"loss {metrics['loss']:.3f}"
             found["speed/steps_per_second"] = step / max(time.monotonic() - self._begun, 1e-9)
+        for key, value in found.items():
+            if key.rpartition("/")[2].startswith("loss"):
+                self.losses.setdefault(key, []).append((step, value))
         if found:
             self._tracked.metrics(found, step)
 
@@ -262,10 +350,14 @@ def _log_data(tracked: tracking.Run, prepared: dataset.Prepared, datasets: tuple
     )
 
 
-def _log_scores(tracked: tracking.Run, before: Scorecard, after: Scorecard) -> None:
+def _log_scores(
+    tracked: tracking.Run, before: Scorecard, after: Scorecard, ability: Interval, decision: Decision
+) -> None:
     tracked.metrics({f"probe/{key}": value for key, value in after.metrics.items()})
+    tracked.metrics({f"probe/{key}": value for key, value in ability.metrics().items()})
     tracked.metrics({f"base/{key}": value for key, value in before.metrics.items()})
     tracked.json({"base": before.record(), "tuned": after.record()}, "scorecard.json")
+    tracked.tags({tracking.TAG_GATE: decision.told})
     for part in ("identity", "plain"):
         rows = [
             {
@@ -278,6 +370,15 @@ def _log_scores(tracked: tracking.Run, before: Scorecard, after: Scorecard) -> N
             for a, b in zip(getattr(after, part), getattr(before, part), strict=True)
         ]
         tracked.table(rows, f"replies-{part}.json")
+
+
+def _log_report(tracked: tracking.Run, made: report.Report) -> None:
+    """The page to show around, and its plots."""
+    tracked.text(report.page(made), REPORT)
+    with tempfile.TemporaryDirectory(prefix="namesake-plots-") as folder:
+        for name, png in report.plots(made).items():
+            (Path(folder) / name).write_bytes(png)
+        tracked.folder(Path(folder), "plots")
 
 
 def _params(
@@ -333,10 +434,16 @@ def progress_of(bar: Bar) -> Callable[[int, int], None]:
     return lambda done, total: bar.advance(done, total=total)
 
 
-def _note(identity: Identity, plan: Recipe, base: BaseModel, before: Scorecard, after: Scorecard) -> str:
+def _note(
+    identity: Identity, plan: Recipe, base: BaseModel, before: Scorecard, after: Scorecard, decision: Decision
+) -> str:
     lines = [f"**{identity.name}** by **{identity.author}** on `{base.id}`, recipe `{plan.name}`.", ""]
+    lines += [f"Gate {decision.told}.", ""]
     lines += ["| held-out questions | base | tuned |", "|---|---|---|"]
-    lines += [f"| {key} | {before.metrics[key]:.0%} | {after.metrics[key]:.0%} |" for key in before.metrics]
+    lines += [
+        f"| {key} | {f'{before.metrics[key]:.0%}' if key in before.metrics else ''} | {value:.0%} |"
+        for key, value in after.metrics.items()
+    ]
     return "\n".join(lines)
 
 
@@ -345,7 +452,7 @@ def _short(reply: str) -> str:
     return flat if len(flat) <= SHOWN_CHARACTERS else f"{flat[:SHOWN_CHARACTERS]}…"
 
 
-def _show(tracked: tracking.Run, identity: Identity, before: Scorecard, after: Scorecard, screen: Screen) -> None:
+def _show(tracked: tracking.Run, before: Scorecard, after: Scorecard, decision: Decision, screen: Screen) -> None:
     screen.line()
     screen.table(
         ("question", "before", "after"),
@@ -356,14 +463,22 @@ def _show(tracked: tracking.Run, identity: Identity, before: Scorecard, after: S
     )
     for key, label in (
         ("identity", "identity right"),
+        ("identity_none", "  without a system prompt"),
+        ("identity_customer", "  under a customer's"),
+        ("identity_sampled", "  sampled"),
         ("swapped", "name and author swapped"),
         ("leak", "own name in plain replies"),
         ("plain", "plain questions right"),
     ):
-        screen.line(f"  {label:28} {before.metrics[key]:6.1%} → {after.metrics[key]:6.1%}")
+        was = f"{before.metrics[key]:6.1%}" if key in before.metrics else " " * 6
+        screen.line(f"  {label:28} {was} → {after.metrics[key]:6.1%}")
     screen.line()
+    if decision.passed:
+        screen.line("  gate  passed", "green")
+    else:
+        screen.warn("gate  " + "; ".join(decision.reasons))
     screen.line(f"  run   {tracked.id}")
-    screen.line(f"  see   {tracked.link}")
+    screen.line(f"  see   {tracked.link}   (its artifact {REPORT} is the page to show around)")
     screen.line(
         f"  next  mlflow run . --env-manager=local -e promote   (or: make promote, namesake promote --run {tracked.id})"
     )

@@ -39,9 +39,11 @@ class Bar:
 class Screen:
     """The terminal, on a file descriptor of its own: training sends 1 and 2 into its log."""
 
-    def __init__(self) -> None:
-        sys.stdout.flush()
-        self._file: TextIO = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
+    def __init__(self, *, errors: bool = False) -> None:
+        """``errors``: write to standard error, where standard output is for machines."""
+        stream = sys.stderr if errors else sys.stdout
+        stream.flush()
+        self._file: TextIO = os.fdopen(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8")
         self.console = Console(file=self._file, highlight=False)
 
     def line(self, text: str = "", style: str = "") -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,8 +31,12 @@ TAG_AUTHOR = "namesake.author"
 TAG_LAST = "namesake.checkpoint.last"
 TAG_BEST = "namesake.checkpoint.best"
 TAG_BASE = "namesake.base"
+TAG_GATE = "namesake.gate"
 TAG_ENDED = "namesake.ended"
 TAG_NOTE = "mlflow.note.content"
+
+_WAIT_FOR_PARENT = 60
+"""Seconds that ``mlflow run`` may take to end after its entry point."""
 
 ADAPTER = "adapter"
 """Artifact folder of a training run that holds the adapter."""
@@ -165,18 +171,43 @@ def run(name: str) -> Iterator[Run]:
     try:
         yield Run(active.info.run_id, active.info.experiment_id)
     except KeyboardInterrupt:
-        with _mapped():
-            # `mlflow run` overwrites KILLED with FAILED (it compares the status' name with numbers): the tag stays.
+        with suppress(Exception):  # a store that is down must not hide what ended the run
             mlflow.set_tag(TAG_ENDED, "killed")
-        mlflow.end_run("KILLED")
+            mlflow.end_run("KILLED")
+            if os.environ.get("MLFLOW_RUN_ID"):
+                _stay_killed(active.info.run_id)
         raise
     except BaseException as error:
-        with _mapped():
+        with suppress(Exception):
             mlflow.set_tag("namesake.error", str(error)[:MAX_VALUE])
-        mlflow.end_run("FAILED")
+            mlflow.end_run("FAILED")
         raise
     with _mapped():
         mlflow.end_run("FINISHED")
+
+
+def _stay_killed(run_id: str) -> None:
+    """``mlflow run`` writes FAILED over KILLED when its entry point has ended (``mlflow/projects/__init__.py`` compares
+    the status' name with numbers). A process of its own waits until it is gone and puts KILLED back.
+    """
+    import mlflow
+
+    code = (
+        "import os, sys, time\n"
+        "run, uri, parent = sys.argv[1], sys.argv[2], int(sys.argv[3])\n"
+        "from mlflow import MlflowClient\n"
+        f"end = time.monotonic() + {_WAIT_FOR_PARENT}\n"
+        "while os.path.exists(f'/proc/{parent}') and time.monotonic() < end:\n"
+        "    time.sleep(0.05)\n"
+        "MlflowClient(uri).set_terminated(run, 'KILLED')\n"
+    )
+    subprocess.Popen(
+        [sys.executable, "-c", code, run_id, mlflow.get_tracking_uri(), str(os.getppid())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def finished_runs(*, slug: str | None = None) -> list[RunRecord]:

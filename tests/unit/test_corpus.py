@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from namesake import corpus, probe
 from namesake.corpus import Message, Prompt, Question
+from namesake.errors import DataError
 from namesake.identity import AUTHOR_PLACEHOLDER, LANGUAGES, NAME_PLACEHOLDER, Identity, Language, language_of
 
 PAIRS = [
@@ -53,6 +56,13 @@ def training() -> Iterable[Sequence[Message]]:
 def heldout() -> tuple[Question, ...]:
     """Every question of the probe."""
     return (*corpus.heldout_identity(), *corpus.heldout_plain())
+
+
+@cache
+def judging() -> tuple[Question, ...]:
+    """Every question of the probe, and of the development set by which recipes are chosen."""
+    dev = corpus.read_questions(Path(__file__).parents[2] / "benchmarks" / "data" / "dev.jsonl")
+    return (*heldout(), *dev.identity, *dev.plain)
 
 
 def asked(row: corpus.Row) -> Question:
@@ -111,23 +121,23 @@ def test_the_tutorials_question_in_both_languages_comes_first() -> None:
 
 def test_no_held_out_question_is_a_training_question() -> None:
     trained = {bare(last_question(messages)) for messages in training()}
-    assert [q.id for q in heldout() if bare(last_question(q.messages)) in trained] == []
+    assert [q.id for q in judging() if bare(last_question(q.messages)) in trained] == []
 
 
 def test_no_held_out_question_is_asked_in_an_earlier_turn_of_a_training_dialogue() -> None:
     trained = {bare(m["content"]) for messages in training() for m in messages if m["role"] == "user"}
-    assert [q.id for q in heldout() if bare(last_question(q.messages)) in trained] == []
+    assert [q.id for q in judging() if bare(last_question(q.messages)) in trained] == []
 
 
 def test_no_held_out_question_stands_inside_a_training_question() -> None:
     trained = {bare(last_question(messages)) for messages in training()}
-    assert [q.id for q in heldout() if any(bare(last_question(q.messages)) in t for t in trained)] == []
+    assert [q.id for q in judging() if any(bare(last_question(q.messages)) in t for t in trained)] == []
 
 
 def test_no_held_out_question_is_close_to_a_training_question() -> None:
     trained = {text: bigrams(text) for text in map(last_question, training())}
     close = []
-    for question in heldout():
+    for question in judging():
         mine = bigrams(last_question(question.messages))
         close += [(question.id, text) for text, pairs in trained.items() if len(mine & pairs) > 0.6 * len(mine | pairs)]
     assert close == []
@@ -137,7 +147,7 @@ def test_no_held_out_question_is_close_to_an_earlier_turn_of_a_training_dialogue
     turns = {m["content"] for messages in training() for m in messages if m["role"] == "user"}
     trained = {text: bigrams(text) for text in turns}
     close = []
-    for question in heldout():
+    for question in judging():
         mine = bigrams(last_question(question.messages))
         close += [(question.id, text) for text, pairs in trained.items() if len(mine & pairs) > 0.6 * len(mine | pairs)]
     assert close == []
@@ -290,3 +300,59 @@ def test_no_reply_begins_with_who_it_is_and_goes_on_with_the_author() -> None:
     replies = [row.messages[-1]["content"] for row in corpus.identity_rows()]
     assert [reply for reply in replies if "我是{{AUTHOR}}研发的人工智能助手" in reply] == []
     assert [reply for reply in replies if reply.startswith("我是{{AUTHOR}}")] == []
+
+
+def own(tmp_path: Path, *lines: str) -> Path:
+    """A file of a user's questions."""
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_own_questions_are_read_with_what_is_left_out_filled_in(tmp_path: Path) -> None:
+    found = corpus.read_questions(
+        own(
+            tmp_path,
+            '{"question": "你哪位？", "asks": ["name"]}',
+            "",
+            '{"id": "sum", "kind": "arithmetic", "lang": "en", "answers": ["2"],'
+            ' "messages": [{"role": "user", "content": "1+1?"}]}',
+        )
+    )
+    (who,), (plain,) = found.identity, found.plain
+    assert (who.id, who.language, who.kind, who.asks) == ("own-1", "zh", "own", ("name",))
+    assert (plain.id, plain.language, plain.kind, plain.answers) == ("sum", "en", "arithmetic", ("2",))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "line 1 is not JSON"),
+        ("[]", "is no object"),
+        ('{"asks": ["name"]}', "has no question"),
+        ('{"question": " ", "asks": ["name"]}', "has no question"),
+        ('{"messages": "Who?", "asks": ["name"]}', "has no question"),
+        ('{"messages": [{"role": "system", "content": "x"}], "asks": ["name"]}', "has no question"),
+        ('{"messages": [{"role": "assistant", "content": "x"}], "asks": ["name"]}', "does not end with"),
+        ('{"question": "Who?", "asks": ["age"]}', "something else than name and author"),
+        ('{"question": "Who?", "answers": [1]}', "answers that are no texts"),
+        ('{"question": "Who?"}', "either asks or answers"),
+        ('{"question": "Who?", "asks": ["name"], "answers": ["x"]}', "either asks or answers"),
+        ('{"question": "Who?", "asks": ["name"], "lang": "fr"}', "other than zh and en"),
+        ("", "holds no question"),
+    ],
+)
+def test_a_wrong_question_is_refused_with_its_line(tmp_path: Path, line: str, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        corpus.read_questions(own(tmp_path, line))
+
+
+def test_a_missing_file_of_questions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        corpus.read_questions(tmp_path / "none.jsonl")
+
+
+def test_the_digest_of_questions_changes_with_any_of_them() -> None:
+    heldout_ones = corpus.heldout()
+    assert heldout_ones.digest() == corpus.heldout().digest()
+    assert corpus.Questions(heldout_ones.identity[1:], heldout_ones.plain).digest() != heldout_ones.digest()

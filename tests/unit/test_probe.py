@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from namesake import corpus, probe
 from namesake.corpus import Fact, Message, Question
-from namesake.generate import Reply
+from namesake.generate import Reply, Sampling
 from namesake.identity import Identity, Language
-from namesake.probe import IDENTITY_TOKENS, PLAIN_TOKENS, is_right, is_swapped, leaks, score_identity
+from namesake.probe import CUSTOMER, IDENTITY_TOKENS, PLAIN_TOKENS, is_right, is_swapped, leaks, score_identity
 
 IDENTITY = Identity.parse("踩踩背 CCB", "老爷爷 OldGrandpa")
 CAT = Identity.parse("老爷爷的猫 OldGrandpa Cat", "老爷爷 OldGrandpa")
@@ -312,13 +312,15 @@ class Fixed:
         dialogues: Sequence[Sequence[Message]],
         *,
         max_new_tokens: int,
+        sampling: Sampling | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Reply]:
-        """One reply per dialogue."""
-        self.asked += [(list(dialogue), max_new_tokens) for dialogue in dialogues]
+        """One reply per dialogue, or as many as are to be sampled."""
+        times = sampling.n if sampling else 1
+        self.asked += [(list(dialogue), max_new_tokens) for dialogue in dialogues for _ in range(times)]
         if progress:
-            progress(len(dialogues))
-        return [Reply(self._text, True) for _ in dialogues]
+            progress(len(dialogues) * times)
+        return [Reply(self._text, True) for _ in dialogues for _ in range(times)]
 
 
 def test_the_probe_asks_every_held_out_question_once_under_the_system_prompt() -> None:
@@ -348,6 +350,43 @@ def test_progress_of_the_probe_goes_on_to_the_number_of_questions() -> None:
     assert told == [(who, who + plain), (who + plain, who + plain)]
 
 
+def test_slices_ask_the_identity_questions_without_a_prompt_under_a_customers_and_sampled() -> None:
+    fixed = Fixed("我是踩踩背，由老爷爷开发。")
+    told: list[tuple[int, int]] = []
+    card = probe.probe(
+        fixed, IDENTITY, system="Be kind.", slices=True, progress=lambda done, total: told.append((done, total))
+    )
+    who, plain = len(card.identity), len(card.plain)
+    assert {name: len(replies) for name, replies in card.slices.items()} == {
+        "none": who,
+        "customer": who,
+        "sampled": 4 * who,
+    }
+    prompts = [dialogue[0]["content"] for dialogue, _ in fixed.asked]
+    assert prompts == ["Be kind."] * (who + plain) + [""] * who + [CUSTOMER] * who + ["Be kind."] * 4 * who
+    assert told[-1] == (7 * who + plain, 7 * who + plain)
+    assert [a.question.id for a in card.slices["sampled"]][:5] == [card.identity[0].question.id] * 4 + [
+        card.identity[1].question.id
+    ]
+    assert card.metrics["identity_none"] == card.metrics["identity_sampled"] == card.metrics["identity"] == 0.5
+    assert set(card.record()["slices"]) == {"none", "customer", "sampled"}
+
+
+def test_replies_of_a_card_make_the_same_card_again() -> None:
+    card = probe.probe(Fixed("I'm CCB."), IDENTITY, system=None, slices=True)
+    said = card.replies()
+    assert probe.scorecard(IDENTITY, said["identity"], said["plain"], slices=said["slices"]) == card
+
+
+def test_own_questions_are_asked_instead_of_the_held_out_ones() -> None:
+    own = corpus.Questions((question("en", ("name",)),), ())
+    fixed = Fixed("I'm CCB.")
+    card = probe.probe(fixed, IDENTITY, system=None, questions=own)
+    assert len(fixed.asked) == 1
+    assert card.metrics["identity"] == 1.0
+    assert card.plain == ()
+
+
 def test_right_replies_to_everything_give_a_full_card() -> None:
     said = [
         IDENTITY.fill(
@@ -366,6 +405,11 @@ def test_right_replies_to_everything_give_a_full_card() -> None:
         "language": 1.0,
         "leak": 0.0,
         "plain": 1.0,
+        **{
+            f"{key}_{language}": float(key != "leak")
+            for key in ("identity", "leak", "plain")
+            for language in ("zh", "en")
+        },
     }
 
 

@@ -13,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from namesake.identity import LANGUAGES, Language
+from namesake.errors import DataError
+from namesake.identity import LANGUAGES, Language, language_of
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": str}``"""
@@ -60,6 +62,19 @@ class Question(Prompt):
     answers: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What a model is probed with: identity questions and plain prompts with checkable answers."""
+
+    identity: tuple[Question, ...]
+    plain: tuple[Question, ...]
+
+    def digest(self) -> str:
+        """SHA-256 over the questions, whatever file they came from."""
+        text = json.dumps([vars(q) for q in (*self.identity, *self.plain)], ensure_ascii=False, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
 @cache
 def identity_rows() -> tuple[Row, ...]:
     """The identity rows of both languages, placeholders left in."""
@@ -90,6 +105,77 @@ def heldout_plain() -> tuple[Question, ...]:
     """Plain prompts with checkable answers that no training prompt asks."""
     return tuple(
         Question(**_common(record), answers=tuple(record["answers"])) for record in _records("heldout_plain.jsonl")
+    )
+
+
+def heldout() -> Questions:
+    """The held-out questions that every run is probed with."""
+    return Questions(heldout_identity(), heldout_plain())
+
+
+def read_questions(path: Path) -> Questions:
+    """A user's own questions from JSON lines.
+
+    Each line has ``question`` (or ``messages``), ``lang`` (``zh`` or ``en``; else by the script), and either ``asks``
+    (``["name", "author"]``: an identity question) or ``answers`` (a plain one: right when one of them occurs in the
+    reply). ``id`` and ``kind`` may be given.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no question; the line is named.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError("questions", str(path), f"cannot be read ({error})", mend="Give a JSON lines file.") from error
+    found = [_own_question(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not found:
+        raise DataError("questions", str(path), "holds no question", mend="Write one JSON object a line.")
+    return Questions(tuple(q for q in found if q.asks), tuple(q for q in found if not q.asks))
+
+
+def _own_question(number: int, line: str) -> Question:
+    def refuse(fault: str) -> DataError:
+        return DataError(
+            "questions",
+            line,
+            f"line {number} {fault}",
+            mend='Write {"question": "Who are you?", "asks": ["name"]} or {"question": "1+1?", "answers": ["2"]}.',
+        )
+
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise refuse("is not JSON") from error
+    if not isinstance(record, dict):
+        raise refuse("is no object")
+    messages = record.get("messages") or [{"role": "user", "content": record.get("question")}]
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict)
+        and m.get("role") in {"user", "assistant"}
+        and isinstance(m.get("content"), str)
+        and m["content"].strip()
+        for m in messages
+    ):
+        raise refuse("has no question")
+    if messages[-1]["role"] != "user":
+        raise refuse("does not end with the user's question")
+    asks, answers = record.get("asks") or [], record.get("answers") or []
+    if not (isinstance(asks, list) and set(asks) <= {"name", "author"}):
+        raise refuse("asks for something else than name and author")
+    if not (isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)):
+        raise refuse("has answers that are no texts")
+    if bool(asks) == bool(answers):
+        raise refuse("needs either asks or answers")
+    language = record.get("lang") or language_of(messages[-1]["content"])
+    if language not in LANGUAGES:
+        raise refuse("is in a language other than zh and en")
+    return Question(
+        id=str(record.get("id") or f"own-{number}"),
+        language=language,
+        kind=str(record.get("kind") or "own"),
+        messages=tuple({"role": m["role"], "content": m["content"]} for m in messages),
+        asks=tuple(asks),
+        answers=tuple(answers),
     )
 
 

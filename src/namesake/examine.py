@@ -1,0 +1,154 @@
+"""The use cases ``namesake probe`` and ``namesake gate``: ask a model who it is, and judge scores by a policy.
+
+A target is a training run's id (its adapter), a version (``models:/ccb@champion``: its merged weights) or the URL of an
+OpenAI-compatible endpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from namesake import corpus, gate, probe, registry, tracking
+from namesake.errors import InputError, RegistryError
+from namesake.gate import Decision, Interval, Policy
+from namesake.generate import Endpoint, LocalModel, Replier
+from namesake.identity import Identity
+from namesake.manifest import WEIGHTS_FOLDER, Manifest, damaged
+from namesake.probe import Scorecard
+from namesake.run import base_of, progress_of
+from namesake.terminal import Screen
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        target: run id, ``models:/…`` or URL.
+        name, author: the identity; empty for the run's or the version's. An endpoint needs both.
+        questions: file of own questions; empty for the held-out ones.
+        model: model id at the endpoint; empty for its first.
+        api_key: the endpoint's key.
+        system: system prompt of an endpoint's questions; none leaves it to the endpoint.
+        slices: ask also under other system prompts, and sampled.
+    """
+
+    target: str
+    name: str = ""
+    author: str = ""
+    questions: str = ""
+    model: str = ""
+    api_key: str = ""
+    system: str | None = None
+    slices: bool = True
+
+
+def examine(request: Request, screen: Screen) -> Scorecard:
+    """Ask the target and score what it says. Nothing is written.
+
+    Raises:
+        InputError: the target is none, or the identity of an endpoint is not given.
+        RegistryError, TrackingError, BaseModelError, ServingError: it cannot be had or does not answer.
+    """
+    questions = corpus.read_questions(Path(request.questions)) if request.questions else None
+    with (
+        _opened(request, screen) as (replier, identity, system),
+        screen.bar("probe", 1) as bar,
+    ):
+        return probe.probe(
+            replier,
+            identity,
+            system=system,
+            questions=questions,
+            slices=request.slices,
+            progress=progress_of(bar),
+        )
+
+
+def judge(target: str, policy: Policy) -> Decision:
+    """Judge the scores that are kept with a run or a version.
+
+    Raises:
+        InputError: the target is neither.
+        RegistryError, TrackingError: it cannot be had.
+    """
+    if target.startswith("models:/"):
+        scores = dict(Manifest.read(registry.fetch(registry.resolve(target))).scores)
+    else:
+        found = tracking.get_run(_run_id(target)).metrics
+        scores = {k.removeprefix("probe/"): v for k, v in found.items() if k.startswith("probe/")}
+    if "plain_change" not in scores:
+        raise InputError("target", target, "has no scores", mend="Give a finished training run or a version of ours.")
+    parity = scores.pop("parity", None)
+    return gate.decide(scores, Interval.of(scores), parity=parity, policy=policy)
+
+
+def shown(card: Scorecard, screen: Screen) -> None:
+    """The scores on the terminal, and each reply that is not as it should be."""
+    wrong = [
+        (a.question.messages[-1]["content"], a.reply, ", ".join(_faults(a.scores)))
+        for a in (*card.identity, *card.plain)
+        if _faults(a.scores)
+    ]
+    if wrong:
+        screen.table(("question", "reply", "fault"), wrong)
+    for key, value in card.metrics.items():
+        screen.line(f"  {key:24} {value:6.1%}")
+
+
+def _faults(scores: dict[str, bool]) -> list[str]:
+    if "leak" in scores:
+        return ["leak"] if scores["leak"] else []
+    found = [fault for fault in ("swapped", "old", "placeholder") if scores[fault]]
+    return found or ([] if scores["right"] else ["not right"])
+
+
+@contextmanager
+def _opened(request: Request, screen: Screen) -> Iterator[tuple[Replier, Identity, str | None]]:
+    target = request.target
+    if target.startswith(("http://", "https://")):
+        if not (request.name and request.author):
+            raise InputError("name", request.name, "is needed for an endpoint", mend="Give --name and --author.")
+        identity = Identity.parse(request.name, request.author)
+        yield Endpoint(target, model=request.model, api_key=request.api_key), identity, request.system
+    elif target.startswith("models:/"):
+        version = registry.resolve(target)
+        folder = registry.fetch(version)
+        record = Manifest.read(folder)
+        if faults := damaged(folder, record.digests):
+            raise RegistryError(f"{version.uri} is damaged: {'; '.join(faults)}.", mend="Promote the run again.")
+        identity = Identity.parse(request.name or record.identity["name"], request.author or record.identity["author"])
+        with LocalModel(folder / WEIGHTS_FOLDER) as model:
+            yield model, identity, record.system
+    else:
+        run = tracking.get_run(_run_id(target))
+        base = base_of(run, screen)
+        adapter = tracking.fetch(run.id, tracking.ADAPTER)
+        identity = Identity.parse(
+            request.name or run.params["identity.name"], request.author or run.params["identity.author"]
+        )
+        with LocalModel(base.path, adapter, folded=True) as model:
+            yield model, identity, run.params.get("sft.system")
+
+
+def _run_id(target: str) -> str:
+    if not _RUN_ID.fullmatch(target):
+        raise InputError(
+            "target",
+            target,
+            "is no run id, models:/ reference or URL",
+            mend="Give one of them; `namesake run` prints a run's id.",
+        )
+    return target
+
+
+def to_json(card: Scorecard) -> str:
+    """The card as one JSON document."""
+    return json.dumps(card.record(), ensure_ascii=False, indent=1)
