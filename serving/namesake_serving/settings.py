@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, ValidationError
@@ -15,10 +16,21 @@ class Settings(BaseSettings):
 
     Attributes:
         model: version to serve, ``models:/ccb@champion``; empty: the champion of the newest registered model.
-        host: address to listen on; loopback unless asked, since vLLM leaves routes open that an API key does not guard.
+        host: address to listen on; loopback unless asked.
         port: port to listen on.
+        allowed_hosts: names in the ``Host`` header that are answered, beside loopback's and ``host``.
+        api_keys_file: file with a line ``name sha256-of-the-key`` for each key; read again when it changes.
+        api_keys: keys themselves; with neither everybody is answered.
         eager: start in 17 s instead of 25 (first time 67) on two cores, answer about a fifth slower.
-        max_streams: how many requests are worked on at a time on a CPU.
+        max_streams: how many requests the engine works on at a time on a CPU.
+        max_requests: how many requests may be under way or waiting; more get 429.
+        max_body_bytes: longest request body.
+        max_tokens: most tokens of one reply that a client may ask for.
+        poll_seconds: how often the registry is asked where the alias points.
+        hold_seconds: how long new requests may be held while running answers finish before weights are changed in
+            place; after that a second engine is started instead.
+        read_seconds: how long the head, and then the body, of a request may take to arrive.
+        require_gate: serve only versions that passed the gate.
         shutdown_seconds: how long running answers may take to finish after SIGTERM.
         start_seconds: how long the engine may take to answer.
         engine_args: more arguments for vLLM, as it names them.
@@ -29,8 +41,18 @@ class Settings(BaseSettings):
     model: str = ""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    allowed_hosts: tuple[str, ...] = ()
+    api_keys_file: Path | None = None
+    api_keys: tuple[str, ...] = ()
     eager: bool = False
     max_streams: Annotated[int, Field(ge=1, le=1024)] = 32
+    max_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
+    max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 1 << 20
+    max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
+    poll_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 2.0
+    hold_seconds: Annotated[float, Field(ge=0, le=600)] = 10.0
+    read_seconds: Annotated[float, Field(ge=0.1, le=600)] = 10.0
+    require_gate: bool = False
     shutdown_seconds: Annotated[int, Field(ge=0, le=3600)] = 30
     start_seconds: Annotated[int, Field(ge=1, le=7200)] = 900
     engine_args: tuple[str, ...] = ()

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from namesake import manifest, registry
 from namesake.errors import RegistryError
 from namesake.manifest import WEIGHTS_FOLDER, Manifest
+from namesake.paths import write_whole
 from namesake.registry import Version
+
+_LONGEST_HEADER = 100_000_000
+_CHUNK = 1 << 22
+_EXPONENTS: dict[str, tuple[np.dtype[Any], int]] = {
+    "F64": (np.dtype("<u8"), 0x7FF0000000000000),
+    "F32": (np.dtype("<u4"), 0x7F800000),
+    "F16": (np.dtype("<u2"), 0x7C00),
+    "BF16": (np.dtype("<u2"), 0x7F80),
+}
+"""Floating types, read as whole numbers, and the bits that are all set in an infinite value or NaN (IEEE 754)."""
 
 _ALLOWED = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md"}
 
@@ -55,6 +70,93 @@ def fetch(version: Version, cache: Path) -> Stored:
             mend="Promote the run again, or point the alias at another version.",
         )
     return Stored(version, record, weights)
+
+
+def check_weights(weights: Path) -> None:
+    """Look into the safetensors files, so that no engine dies of them: whole, and every number finite.
+
+    Raises:
+        RegistryError: they are cut short, malformed, or hold an infinite value or none (NaN).
+    """
+    for path in sorted(weights.glob("*.safetensors")):
+        header, start = _header(path)
+        size = path.stat().st_size - start
+        for name, tensor in header.items():
+            begin, end = tensor["data_offsets"]
+            if not 0 <= begin <= end <= size:
+                raise RegistryError(f"{path.name} is cut short: {name} ends after the file.")
+            kind = _EXPONENTS.get(tensor["dtype"])
+            if kind is None or begin == end:
+                continue
+            dtype, exponent = kind
+            values = np.memmap(
+                path, dtype=dtype, mode="r", offset=start + begin, shape=((end - begin) // dtype.itemsize,)
+            )
+            for first in range(0, len(values), _CHUNK):
+                if ((values[first : first + _CHUNK] & exponent) == exponent).any():
+                    raise RegistryError(f"{path.name}: {name} holds a value that is infinite or not a number.")
+
+
+def difference(live: Stored, coming: Stored) -> str:
+    """Why the coming version's weights cannot go into the live one's engine in place; empty where they can.
+
+    Everything that an engine reads once, at its start, has to be the same: configuration, tokenizer, template, and the
+    names, shapes and types of the tensors.
+    """
+    for path in sorted({*_kept(live), *_kept(coming)}):
+        if _kept(live).get(path) != _kept(coming).get(path):
+            return f"{path.rpartition('/')[2]} differs"
+    for one, other in zip(
+        sorted(live.weights.glob("*.safetensors")), sorted(coming.weights.glob("*.safetensors")), strict=True
+    ):
+        if _shapes(one) != _shapes(other):
+            return f"the tensors of {other.name} differ in name, shape or type"
+    return ""
+
+
+def remember(cache: Path, uri: str, version: Version) -> None:
+    """Keep which version was served, for a start while the registry is away."""
+    write_whole(_memory(cache, uri), json.dumps(vars(version), ensure_ascii=False))
+
+
+def recall(cache: Path, uri: str) -> Version | None:
+    """The version that was served last under the reference; none where there was none."""
+    with suppress(OSError, ValueError, TypeError):
+        return Version(**json.loads(_memory(cache, uri).read_text(encoding="utf-8")))
+    return None
+
+
+def _memory(cache: Path, uri: str) -> Path:
+    return cache / "versions" / f"last-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.json"
+
+
+def _kept(stored: Stored) -> dict[str, str]:
+    return {
+        path: digest if not path.endswith(".safetensors") else ""
+        for path, digest in stored.manifest.digests.items()
+        if path.startswith(f"{WEIGHTS_FOLDER}/")
+    }
+
+
+def _shapes(path: Path) -> dict[str, tuple[str, list[int]]]:
+    return {name: (tensor["dtype"], tensor["shape"]) for name, tensor in _header(path)[0].items()}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The tensors' entries, and where their bytes start (format: huggingface/safetensors, README)."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= _LONGEST_HEADER:
+            raise RegistryError(f"{path.name} is no safetensors file.")
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            for tensor in header.values():
+                _begin, _end = tensor["data_offsets"]
+                _kind, _shape = tensor["dtype"], tensor["shape"]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RegistryError(f"{path.name} has a malformed header.") from error
+    return header, 8 + length
 
 
 def _whole(folder: Path) -> Manifest | None:

@@ -1,0 +1,64 @@
+"""What the alias points to now: the registry is polled; a webhook only wakes the poll."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+
+from namesake import registry
+from namesake.errors import RegistryError
+from namesake.registry import Version
+
+LONGEST_PAUSE = 60.0
+"""Seconds between two questions to a registry that does not answer."""
+
+JITTER = 0.2
+"""So that many servers do not ask at the same moment."""
+
+
+class Follower:
+    """Asks where ``models:/ccb@champion`` points, for as long as the server runs.
+
+    Args:
+        uri: the alias; a fixed version (``models:/ccb/3``) is asked for like one and never moves.
+        seconds: between two questions.
+        tell: called with each answer.
+        trouble: called with each error; the pause then doubles up to ``LONGEST_PAUSE``.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        seconds: float,
+        tell: Callable[[Version], Awaitable[None]],
+        trouble: Callable[[RegistryError], None],
+        *,
+        resolve: Callable[[str], Version] = registry.resolve,
+    ) -> None:
+        self._uri, self._seconds, self._tell, self._trouble = uri, seconds, tell, trouble
+        self._resolve = resolve
+        self._woken = asyncio.Event()
+
+    def wake(self) -> None:
+        """Ask now."""
+        self._woken.set()
+
+    async def follow(self) -> None:
+        """Ask until cancelled."""
+        pause = self._seconds
+        while True:
+            self._woken.clear()
+            try:
+                version = await asyncio.to_thread(self._resolve, self._uri)
+            except RegistryError as error:
+                self._trouble(error)
+                pause = min(pause * 2, LONGEST_PAUSE)
+            else:
+                pause = self._seconds
+                await self._tell(version)
+            try:
+                async with asyncio.timeout(pause * random.uniform(1 - JITTER, 1 + JITTER)):
+                    await self._woken.wait()
+            except TimeoutError:
+                pass

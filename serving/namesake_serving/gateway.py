@@ -1,0 +1,421 @@
+"""The OpenAI-compatible front: an ASGI application before the engine's private socket.
+
+Deny by default: a request is answered when its exact path is in the table, its ``Host`` is allowed, its key is right
+and its body is within bounds (:mod:`requests`). Judged by ``scope["path"]``, never by a URL put together from headers.
+Replies pass through as they come; each is by one version, named in ``x-namesake-version`` and ``system_fingerprint``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from namesake_serving import engine
+from namesake_serving.requests import check, parse
+from namesake_serving.service import Service
+from namesake_serving.settings import Settings
+from namesake_serving.traffic import Live, NotReady
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+_RETRY_SECONDS = "2"
+_EVENT = b'data: {"id"'
+_FINGERPRINT = re.compile(rb',"system_fingerprint":(?:"[^"\\]*"|null)')
+"""The engine's own; what a model says has its quotes escaped and is never taken for it."""
+
+_log = logging.getLogger("namesake.gateway")
+
+
+class Refused(Exception):
+    """The request ends here: status, OpenAI's error, headers."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        headers: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        self.body = json.dumps(
+            {"error": {"message": message, "type": kind, "param": param, "code": code}}, ensure_ascii=False
+        ).encode()
+
+
+@dataclass
+class _Request:
+    """What is known of a request while it is answered."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    id: str
+    begun: float
+    status: int = 0
+    version: str = ""
+
+
+class Gateway:
+    """The ASGI application."""
+
+    def __init__(self, service: Service, settings: Settings) -> None:
+        self._service, self._settings = service, settings
+        self._keys = Keys(settings.api_keys, settings.api_keys_file)
+        self._sessions: dict[Path, aiohttp.ClientSession] = {}
+        self._running = 0
+        self.draining = False
+        self._hosts = {
+            host.lower() for host in (*LOOPBACK, settings.host, f"[{settings.host}]", *settings.allowed_hosts)
+        } - {"0.0.0.0", "[::]", "::", "[0.0.0.0]"}
+        self._routes: dict[str, dict[str, Callable[[_Request, Scope, Receive, Send], Awaitable[None]]]] = {
+            "/v1/chat/completions": {"POST": self._forward},
+            "/v1/completions": {"POST": self._forward},
+            "/v1/models": {"GET": self._models},
+            "/v1/version": {"GET": self._version},
+            "/health": {"GET": self._health},
+            "/ready": {"GET": self._ready},
+            "/metrics": {"GET": self._metrics},
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return
+        headers: dict[str, str] = {}
+        twice = False
+        for raw_name, raw_value in scope["headers"]:
+            name = raw_name.decode("latin-1").lower()
+            twice |= name in headers and name in {"authorization", "host", "content-length"}
+            headers[name] = raw_value.decode("latin-1")
+        request = _Request(scope["method"], scope["path"], headers, f"req-{uuid.uuid4().hex}", time.monotonic())
+        started = False
+
+        async def told(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started, request.status = True, message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request.id.encode())]
+            await send(message)
+
+        try:
+            await self._admitted(request, scope, twice)(request, scope, receive, told)
+        except Refused as refused:
+            if not started:
+                await _answer(told, refused.status, refused.body, *refused.headers)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            request.status = 499  # the client has gone
+        except Exception:
+            _log.exception("%s %s %s", request.id, request.method, request.path)
+            if not started:
+                body = Refused(500, "The gateway failed; its log says why.", kind="server_error").body
+                await _answer(told, 500, body)
+        finally:
+            route = request.path if request.path in self._routes else "other"
+            self._service.metrics.requests.labels(route, str(request.status), request.version).inc()
+            _log.log(
+                logging.DEBUG if request.method == "GET" and request.status == 200 else logging.INFO,
+                "%s %s %s %d %s %.3fs",
+                *(request.id, request.method, request.path.encode("unicode_escape").decode(), request.status),
+                *(request.version or "-", time.monotonic() - request.begun),
+            )
+
+    async def close(self) -> None:
+        """Let go of the engines' sockets."""
+        await asyncio.gather(*(session.close() for session in self._sessions.values()))
+
+    def _admitted(
+        self, request: _Request, scope: Scope, twice: bool
+    ) -> Callable[[_Request, Scope, Receive, Send], Awaitable[None]]:
+        """The handler of a request that may be answered.
+
+        Raises:
+            Refused: it may not.
+        """
+        host = request.headers.get("host", "").lower()
+        name = host if host.endswith("]") else host.rpartition(":")[0] or host
+        if twice or name not in self._hosts:
+            raise Refused(400, "This Host is not served here; see allowed_hosts.", code="host_not_allowed")
+        methods = self._routes.get(request.path)
+        if methods is None or scope.get("raw_path", request.path.encode()) != request.path.encode():
+            raise Refused(404, f"There is no {request.path[:200]}.", code="not_found")
+        if request.path not in {"/health", "/ready"}:
+            self._keys.check(request.headers.get("authorization"))
+        handler = methods.get(request.method)
+        if handler is None:
+            allowed = ", ".join(methods)
+            raise Refused(405, f"{request.path} takes {allowed}.", headers=(("allow", allowed),))
+        return handler
+
+    async def _forward(self, request: _Request, _scope: Scope, receive: Receive, send: Send) -> None:
+        if self.draining:
+            raise _unavailable("The server is stopping.")
+        if self._running >= self._settings.max_requests:
+            raise Refused(
+                429,
+                f"{self._settings.max_requests} requests are under way already.",
+                kind="rate_limit_error",
+                code="overloaded",
+                headers=(("retry-after", _RETRY_SECONDS),),
+            )
+        self._running += 1
+        self._service.metrics.running.inc()
+        try:
+            body = await self._body(request, receive)
+            # Once the body is read, the only thing that can come is that the client has gone.
+            gone = asyncio.ensure_future(receive())
+            work = asyncio.ensure_future(self._reply(request, body, send))
+            try:
+                await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    raise ConnectionResetError
+                await work
+            finally:
+                for task in (gone, work):
+                    task.cancel()
+                    with suppress(asyncio.CancelledError, Exception):
+                        await task
+        finally:
+            self._running -= 1
+            self._service.metrics.running.dec()
+
+    async def _reply(self, request: _Request, raw: bytes, send: Send) -> None:
+        asked = parse(raw) if raw else {}
+        try:
+            async with self._service.traffic.enter() as live:
+                request.version = live.label
+                self._check_model(asked.get("model"), live)
+                body = check(request.path, asked, max_tokens=self._settings.max_tokens, system=live.manifest.system)
+                body["model"] = engine.MODEL
+                await self._pass_through(request, live, json.dumps(body).encode(), send)
+        except NotReady:
+            raise _unavailable("No version can answer at the moment.") from None
+
+    async def _pass_through(self, request: _Request, live: Live, body: bytes, send: Send) -> None:
+        begun = time.monotonic()
+        mark = b'"system_fingerprint":' + json.dumps(live.label).encode() + b","
+        names = live.label.encode()
+        headers = [
+            (b"x-namesake-version", names),
+            (b"x-namesake-run", live.version.run_id.encode()),
+            (b"x-namesake-alias", self._service.uri.rpartition("@")[2].encode() if "@" in self._service.uri else b""),
+        ]
+        try:
+            async with self._session(live).post(
+                f"http://engine{request.path}", data=body, headers={"content-type": "application/json"}
+            ) as response:
+                kind = response.headers.get("content-type", "application/json")
+                headers.append((b"content-type", kind.encode()))
+                if not kind.startswith("text/event-stream"):
+                    whole = _named(await response.read(), mark, names)
+                    self._service.metrics.first_token.labels(live.label).observe(time.monotonic() - begun)
+                    headers.append((b"content-length", str(len(whole)).encode()))
+                    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+                    await send({"type": "http.response.body", "body": whole})
+                    return
+                await send({"type": "http.response.start", "status": response.status, "headers": headers})
+                first, model = True, b'"model":"' + engine.MODEL.encode() + b'"'
+                own = b'"model":"' + names + b'"'
+                async for chunk in response.content.iter_any():
+                    if first:
+                        self._service.metrics.first_token.labels(live.label).observe(time.monotonic() - begun)
+                        first = False
+                    # What a model says stands in the JSON with its quotes escaped, so neither text can be its own.
+                    chunk = _FINGERPRINT.sub(b"", chunk).replace(_EVENT, b"data: {" + mark + b'"id"')
+                    chunk = chunk.replace(model, own)
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+        except aiohttp.ClientError as error:
+            # Before the reply began it is a 503 to try again; after, the connection is cut and the client sees it.
+            _log.warning("%s engine: %s", request.id, error)
+            raise _unavailable("The engine has just ended; it is started again.") from error
+
+    def _session(self, live: Live) -> aiohttp.ClientSession:
+        address = live.engine.socket
+        if address not in self._sessions:
+            self._sessions[address] = aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(str(address), limit=0),
+                timeout=aiohttp.ClientTimeout(total=None),
+                auto_decompress=False,
+                read_bufsize=1 << 18,
+            )
+        return self._sessions[address]
+
+    def _check_model(self, model: object, live: Live) -> None:
+        if model is not None and model not in self._names(live):
+            raise Refused(
+                404,
+                f"The model {str(model)[:200]!r} does not exist; {', '.join(self._names(live))} do.",
+                code="model_not_found",
+                param="model",
+            )
+
+    def _names(self, live: Live) -> list[str]:
+        alias = self._service.uri.rpartition("@")[2] if "@" in self._service.uri else ""
+        return [live.version.name, *([f"{live.version.name}@{alias}"] if alias else []), live.label]
+
+    async def _body(self, request: _Request, receive: Receive) -> bytes:
+        most = self._settings.max_body_bytes
+        declared = request.headers.get("content-length", "")
+        if declared.isascii() and declared.isdigit() and int(declared[:20]) > most:
+            raise Refused(413, f"The body is longer than {most} bytes.", code="body_too_large")
+        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refused(415, "The body must be application/json.", code="content_type")
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self._settings.read_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ConnectionResetError
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > most:
+                        raise Refused(413, f"The body is longer than {most} bytes.", code="body_too_large")
+                    if not message.get("more_body"):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise Refused(
+                408,
+                f"The body did not arrive within {self._settings.read_seconds:g} s.",
+                headers=(("connection", "close"),),
+            ) from None
+
+    async def _models(self, _request: _Request, _scope: Scope, _receive: Receive, send: Send) -> None:
+        live = self._service.traffic.live
+        made = live.version.created // 1000 if live else 0
+        data = [
+            {"id": name, "object": "model", "created": made, "owned_by": "namesake"}
+            for name in (self._names(live) if live else [])
+        ]
+        await _answer(send, 200, json.dumps({"object": "list", "data": data}).encode())
+
+    async def _version(self, _request: _Request, _scope: Scope, _receive: Receive, send: Send) -> None:
+        state, live = self._service.state, self._service.traffic.live
+        about: dict[str, Any] = {
+            "uri": self._service.uri,
+            "step": state.step.value,
+            "wanted": state.wanted.partition(" ")[0] if state.wanted else None,
+            "refused": {key.partition(" ")[0]: refusal.why for key, refusal in state.refused.items()},
+            "live": None,
+        }
+        if live is not None:
+            about["live"] = {
+                "version": live.version.uri,
+                "model": live.label,
+                "run": live.version.run_id,
+                "name": live.manifest.identity["name"],
+                "author": live.manifest.identity["author"],
+                "base": live.manifest.base.get("id"),
+                "system": live.manifest.system,
+                "scores": dict(live.manifest.scores),
+            }
+        await _answer(send, 200, json.dumps(about, ensure_ascii=False).encode())
+
+    async def _health(self, _request: _Request, _scope: Scope, _receive: Receive, send: Send) -> None:
+        await _answer(send, 200, b'{"status":"alive"}')
+
+    async def _ready(self, _request: _Request, _scope: Scope, _receive: Receive, send: Send) -> None:
+        if self._service.traffic.live is None or self.draining:
+            raise _unavailable("No version can answer at the moment.")
+        await _answer(send, 200, b'{"status":"ready"}')
+
+    async def _metrics(self, _request: _Request, _scope: Scope, _receive: Receive, send: Send) -> None:
+        text, live = self._service.metrics.text(), self._service.traffic.live
+        if live is not None:
+            with suppress(aiohttp.ClientError):
+                async with self._session(live).get("http://engine/metrics") as response:
+                    text += await response.read()
+        await _answer(send, 200, text, ("content-type", "text/plain; version=0.0.4; charset=utf-8"))
+
+
+class Keys:
+    """Which API keys are let in. The file is read again when it changes; keys are kept and compared as SHA-256."""
+
+    def __init__(self, keys: Sequence[str], file: Path | None) -> None:
+        self._given = [sha256(key.encode()).hexdigest() for key in keys]
+        self._file, self._stamp, self._from_file = file, (0, 0), list[str]()
+        self._read()
+
+    def check(self, authorization: str | None) -> None:
+        """Let the request in.
+
+        Raises:
+            Refused: 401, the key is missing or wrong.
+        """
+        self._read()
+        if not self._given and self._file is None:
+            return
+        scheme, _, key = (authorization or "").partition(" ")
+        digest = sha256(key.strip().encode("utf-8", "surrogateescape")).hexdigest()
+        # Every key is compared, so that the time tells nothing.
+        right = [hmac.compare_digest(digest, known) for known in (*self._given, *self._from_file)]
+        if scheme.lower() != "bearer" or not any(right):
+            raise Refused(
+                401,
+                "Incorrect API key." if authorization else "An API key is needed: Authorization: Bearer KEY.",
+                code="invalid_api_key",
+                headers=(("www-authenticate", "Bearer"),),
+            )
+
+    def _read(self) -> None:
+        if self._file is None:
+            return
+        try:
+            found = self._file.stat()
+            stamp = (found.st_mtime_ns, found.st_size)
+            if stamp != self._stamp:
+                lines = self._file.read_text(encoding="utf-8").splitlines()
+                words = [line.split() for line in lines if line.strip() and not line.startswith("#")]
+                self._from_file = [word[-1].lower() for word in words if len(word[-1]) == 64]
+                self._stamp = stamp
+        except (OSError, UnicodeDecodeError) as error:
+            _log.error("api_keys_file: %s", error)  # the keys read before stay in force
+
+
+def _unavailable(message: str) -> Refused:
+    return Refused(503, message, kind="server_error", code="unavailable", headers=(("retry-after", _RETRY_SECONDS),))
+
+
+def _named(body: bytes, mark: bytes, names: bytes) -> bytes:
+    """A whole reply with the version in it."""
+    if body.startswith(b'{"id"'):
+        body = b"{" + mark + _FINGERPRINT.sub(b"", body[1:])
+    return body.replace(b'"model":"' + engine.MODEL.encode() + b'"', b'"model":"' + names + b'"', 1)
+
+
+async def _answer(send: Send, status: int, body: bytes, *headers: tuple[str, str]) -> None:
+    given = {"content-type": "application/json", "x-content-type-options": "nosniff", **dict(headers)}
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [
+                *((name.encode(), value.encode()) for name, value in given.items()),
+                (b"content-length", str(len(body)).encode()),
+            ],
+        }
+    )
+    await send({"type": "http.response.body", "body": body})

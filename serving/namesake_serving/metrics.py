@@ -1,0 +1,70 @@
+"""The gateway's own figures, in Prometheus' text format."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from namesake.registry import Version
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """One registry for one server; names begin with ``namesake_``."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "namesake_requests",
+            "Requests by route, status and version.",
+            ("route", "status", "version"),
+            registry=registry,
+        )
+        self.first_token = Histogram(
+            "namesake_time_to_first_token_seconds",
+            "From the request's last byte to the reply's first.",
+            ("version",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.running = Gauge("namesake_requests_running", "Requests under way or waiting.", registry=registry)
+        self.registry_errors = Counter(
+            "namesake_registry_errors", "Questions to the registry that failed.", registry=registry
+        )
+        self.engine_restarts = Counter(
+            "namesake_engine_restarts", "Engines that ended by themselves and were started again.", registry=registry
+        )
+        self._changes = Counter(
+            "namesake_version_changes", "Changes of version by result and way.", ("result", "way"), registry=registry
+        )
+        self._change_seconds = Histogram(
+            "namesake_version_change_seconds",
+            "From fetched and verified to live.",
+            ("way",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._served = Gauge("namesake_served_version", "Number of the version that answers.", registry=registry)
+        self._wanted = Gauge("namesake_alias_version", "Number of the version the alias points to.", registry=registry)
+
+    def served(self, version: Version) -> None:
+        """This version answers now."""
+        self._served.set(version.number)
+
+    def wanted(self, version: Version) -> None:
+        """The alias points to it."""
+        self._wanted.set(version.number)
+
+    def changed(self, version: Version, way: str, seconds: float) -> None:
+        """A version went live."""
+        self._changes.labels("live", way).inc()
+        self._change_seconds.labels(way).observe(seconds)
+        self.served(version)
+
+    def refused(self, _version: Version) -> None:
+        """A version was not served."""
+        self._changes.labels("refused", "").inc()
+
+    def text(self) -> bytes:
+        """Everything, as ``/metrics`` gives it."""
+        return bytes(generate_latest(self._registry))
