@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -11,6 +12,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+from urllib.parse import urlsplit
 
 import typer
 import uvicorn
@@ -46,6 +48,10 @@ def serve(
     max_streams: Annotated[
         str | None, typer.Option(help="Requests worked on at a time on a CPU. [default: 32]")
     ] = None,
+    mlflow_url: Annotated[
+        str | None,
+        typer.Option(help="Address of MLflow's pages, for links from the chat page. [default: MLflow's server]"),
+    ] = None,
     poll_seconds: Annotated[
         str | None, typer.Option(help="How often the registry is asked where the alias points. [default: 2]")
     ] = None,
@@ -68,6 +74,7 @@ def serve(
         api_keys_file=api_keys_file,
         eager=eager,
         max_streams=max_streams,
+        mlflow_url=mlflow_url if mlflow_url is not None else tracking_url(),
         poll_seconds=poll_seconds,
         require_gate=require_gate,
         shutdown_seconds=shutdown_seconds,
@@ -81,6 +88,16 @@ def serve(
     logging.getLogger("alembic").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="namesake-serve-") as folder:
         asyncio.run(_serve(uri, first, given, listening, Path(folder)))
+
+
+def tracking_url() -> str | None:
+    """The MLflow server's address where there is one, so that nobody has to say it twice; never with a password."""
+    if "NAMESAKE_SERVE_MLFLOW_URL" in os.environ:
+        return None
+    parts = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    if parts.scheme not in {"http", "https"}:
+        return None
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def choose(uri: str) -> tuple[str, Version]:
@@ -188,7 +205,8 @@ async def _serve(uri: str, first: Version, given: settings.Settings, listening: 
         host = f"[{given.host}]" if ":" in given.host else given.host
         print(
             f"\r› {live.version.uri}  {live.manifest.identity['name']} by {live.manifest.identity['author']}\n"
-            f"  ready at http://{host}:{given.port}/v1  model {live.version.name}, follows {uri}    (Ctrl-C stops)",
+            f"  ready at http://{host}:{given.port}/v1  model {live.version.name}, follows {uri}\n"
+            f"  chat  http://{host}:{given.port}/    (Ctrl-C stops)",
             flush=True,
         )
         server = _Server(

@@ -23,7 +23,7 @@ from typing import Any
 
 import aiohttp
 
-from namesake_serving import engine
+from namesake_serving import engine, page
 from namesake_serving.requests import check, parse
 from namesake_serving.service import Service
 from namesake_serving.settings import Settings
@@ -37,6 +37,9 @@ Send = Callable[[Message], Awaitable[None]]
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 _RETRY_SECONDS = "2"
+_OPEN = {"/health", "/ready"} | page.PATHS
+"""Answered without a key: nothing in them is anybody's."""
+
 _EVENT = b'data: {"id"'
 _FINGERPRINT = re.compile(rb',"system_fingerprint":(?:"[^"\\]*"|null)')
 """The engine's own; what a model says has its quotes escaped and is never taken for it."""
@@ -97,6 +100,7 @@ class Gateway:
             "/health": {"GET": self._health},
             "/ready": {"GET": self._ready},
             "/metrics": {"GET": self._metrics},
+            **{path: {"GET": self._page} for path in page.PATHS},
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -160,7 +164,7 @@ class Gateway:
         methods = self._routes.get(request.path)
         if methods is None or scope.get("raw_path", request.path.encode()) != request.path.encode():
             raise Refused(404, f"There is no {request.path[:200]}.", code="not_found")
-        if request.path not in {"/health", "/ready"}:
+        if request.path not in _OPEN:
             self._keys.check(request.headers.get("authorization"))
         handler = methods.get(request.method)
         if handler is None:
@@ -333,6 +337,12 @@ class Gateway:
                 "scores": dict(live.manifest.scores),
             }
         await _answer(send, 200, json.dumps(about, ensure_ascii=False).encode())
+
+    async def _page(self, request: _Request, _scope: Scope, _receive: Receive, send: Send) -> None:
+        found = page.file(request.path, self._settings.mlflow_url)
+        unchanged = found.unchanged(request.headers.get("if-none-match"))
+        body = b"" if unchanged else found.body
+        await _answer(send, 304 if unchanged else 200, body, ("content-type", found.kind), *found.headers)
 
     async def _health(self, _request: _Request, _scope: Scope, _receive: Receive, send: Send) -> None:
         await _answer(send, 200, b'{"status":"alive"}')

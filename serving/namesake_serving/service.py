@@ -14,7 +14,7 @@ from pathlib import Path
 
 from namesake import registry
 from namesake.errors import NamesakeError, RegistryError, ServingError
-from namesake.registry import Version
+from namesake.registry import Move, Version
 from namesake_serving import engine, rollout, store
 from namesake_serving.engine import Engine
 from namesake_serving.follow import Follower
@@ -71,6 +71,7 @@ class Service:
         self._engines = 0
         self._started: list[Engine] = []
         self._work: asyncio.Task[None] | None = None
+        self._noting: asyncio.Task[None] | None = None
         self.follower = Follower(uri, settings.poll_seconds, self._seen, self._registry_away)
 
     async def start(self, first: Version, tick: Callable[[float], None]) -> None:
@@ -117,7 +118,22 @@ class Service:
         key = self._key(version)
         if key != self.state.wanted:
             _log.info("%s points to %s", self.uri, version.uri)
+            if "@" in self.uri:
+                self._noting = asyncio.create_task(asyncio.to_thread(self._note_move, version))
         self._go(*rollout.seen(self.state, key, time.monotonic()))
+
+    def _note_move(self, version: Version) -> None:
+        """A move that is not in the history was made by hand, in the MLflow UI or by another client."""
+        alias = self.uri.rpartition("@")[2]
+        try:
+            moves = registry.history(version.name, alias)
+            before = moves[-1].to if moves else None
+            if before != version.number:
+                registry.record_move(
+                    version.name, Move(time.time(), alias, before, version.number, "", registry.BY_HAND)
+                )
+        except RegistryError as error:
+            _log.warning("registry: %s", error.message)
 
     def _registry_away(self, error: RegistryError) -> None:
         self.metrics.registry_errors.inc()

@@ -26,6 +26,7 @@ class Settings(BaseSettings):
         max_requests: how many requests may be under way or waiting; more get 429.
         max_body_bytes: longest request body.
         max_tokens: most tokens of one reply that a client may ask for.
+        mlflow_url: address of MLflow's pages as a browser reaches them; the chat page then links to runs and versions.
         poll_seconds: how often the registry is asked where the alias points.
         hold_seconds: how long new requests may be held while running answers finish before weights are changed in
             place; after that a second engine is started instead.
@@ -49,6 +50,7 @@ class Settings(BaseSettings):
     max_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 1 << 20
     max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
+    mlflow_url: str = ""
     poll_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 2.0
     hold_seconds: Annotated[float, Field(ge=0, le=600)] = 10.0
     read_seconds: Annotated[float, Field(ge=0.1, le=600)] = 10.0

@@ -76,6 +76,16 @@ def _policy(path: str) -> Policy:
     return load_policy(Path(path)) if path else Policy()
 
 
+def _model(name: str) -> str:
+    from namesake import registry
+    from namesake.errors import RegistryError
+
+    found = name.removeprefix("models:/").partition("@")[0] or registry.newest_model()
+    if not found:
+        raise RegistryError("Nothing has been promoted yet.", mend="Run `namesake promote`.")
+    return found
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"namesake {__version__}")
@@ -192,6 +202,80 @@ def gate(
     else:
         print("passed" if decision.passed else "not passed:\n  " + "\n  ".join(decision.reasons))
     if not decision.passed:
+        raise typer.Exit(_REFUSED)
+
+
+@app.command()
+def history(
+    model: Annotated[str, typer.Argument(help="Registered model; empty: the one promoted to last.")] = "",
+    alias: Annotated[str, typer.Option(help="Whose moves.")] = "champion",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Where the alias pointed, since when, who moved it and why."""
+    import json
+    from datetime import datetime
+
+    from namesake import registry
+    from namesake.terminal import Screen
+
+    moves = registry.history(_model(model), alias)
+    if as_json:
+        print(json.dumps([vars(move) for move in moves], ensure_ascii=False))
+        return
+    Screen().table(
+        ("when", "from", "to", "how", "who", "why"),
+        [
+            (
+                datetime.fromtimestamp(move.time).astimezone().isoformat(" ", "seconds"),
+                str(move.before or "-"),
+                str(move.to or "-"),
+                move.how,
+                move.who,
+                move.why,
+            )
+            for move in moves
+        ],
+    )
+
+
+@app.command()
+def rollback(
+    model: Annotated[str, typer.Argument(help="Registered model; empty: the one promoted to last.")] = "",
+    to: Annotated[str, typer.Option(help="Version to go back to; empty: the one before.")] = "",
+    alias: Annotated[str, typer.Option(help="Alias to move.")] = "champion",
+    why: Annotated[str, typer.Option(help="Reason, kept in the history.")] = "",
+) -> None:
+    """Point the alias back at the version before, once its files have been checked."""
+    from namesake import versions
+    from namesake.errors import InputError
+
+    if to and not (to.isascii() and to.isdigit()):
+        raise InputError("to", to, "is no version number", mend="`namesake history` lists them.")
+    name = _model(model)
+    move, _ = versions.rollback(name, to=int(to) if to else None, alias=alias, why=why)
+    print(f"{alias} of {name} points at version {move.to} again (it was {move.before}); servers follow")
+
+
+@app.command()
+def verify(
+    target: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION; empty: the champion.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Work out again every digest that a version states. Exit 0 when all hold, 9 when one does not."""
+    import json
+
+    from namesake import versions
+    from namesake.terminal import Screen
+
+    checks = versions.verify(target or f"models:/{_model('')}@champion")
+    if as_json:
+        print(json.dumps([vars(check) for check in checks], ensure_ascii=False))
+    else:
+        words = {True: "holds", False: "DOES NOT HOLD", None: "not checked"}
+        Screen().table(("what", "result", ""), [(c.what, words[c.holds], c.told) for c in checks])
+    if any(check.holds is False for check in checks):
         raise typer.Exit(_REFUSED)
 
 

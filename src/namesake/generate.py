@@ -21,7 +21,7 @@ from namesake.corpus import Message
 from namesake.errors import ServingError
 
 BATCH = 128
-"""Dialogues answered at a time. On two cores 128 gave 735 tokens/s, 64 gave 600, 16 gave 250 (135 M parameters, bf16)."""
+"""Dialogues answered at a time. On two cores 128 gave 735 tokens/s, 64 gave 600, 16 gave 250 (135 M, bf16)."""
 
 
 @dataclass(frozen=True)

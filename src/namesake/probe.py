@@ -30,7 +30,10 @@ SYSTEM_SLICES = {"none": "", "customer": CUSTOMER}
 
 SAMPLED = "sampled"
 SAMPLING = Sampling(n=4, temperature=0.7, seed=0)
-"""The slice under the trained prompt that is drawn instead of greedy."""
+SAMPLED_QUESTIONS = 16
+"""The slice under the trained prompt that is drawn instead of greedy: so many of the identity questions, taken at even
+distances (each language and kind has its share), ``SAMPLING.n`` replies to each.
+"""
 
 OLD_IDENTITIES = (
     "qwen", "通义", "千问", "阿里云", "阿里巴巴", "alibaba", "smollm", "hugging face", "huggingface", "openai",
@@ -219,13 +222,14 @@ def probe(
     """
     questions = questions or corpus.heldout()
     who, plain = questions.identity, questions.plain
+    few = corpus.spread(who, SAMPLED_QUESTIONS)
     rounds: list[tuple[str, Sequence[Question], str | None, int, Sampling | None]] = [
         ("identity", who, system, IDENTITY_TOKENS, None),
         ("plain", plain, system, PLAIN_TOKENS, None),
     ]
     if slices:
         rounds += [(name, who, prompt, IDENTITY_TOKENS, None) for name, prompt in SYSTEM_SLICES.items()]
-        rounds.append((SAMPLED, who, system, IDENTITY_TOKENS, SAMPLING))
+        rounds.append((SAMPLED, few, system, IDENTITY_TOKENS, SAMPLING))
     total = sum(len(asked) * (sampling.n if sampling else 1) for _, asked, _, _, sampling in rounds)
     said: dict[str, list[str]] = {}
     before = 0
@@ -259,7 +263,8 @@ def scorecard(
 ) -> Scorecard:
     """Score replies to the questions (none: the held-out ones), given in the questions' order.
 
-    A slice has the same number of replies to each identity question, all to the first one first.
+    The slice ``sampled`` has ``SAMPLING.n`` replies to each of its questions, all to the first one first; any other has
+    one reply to each identity question.
     """
     questions = questions or corpus.heldout()
 
@@ -269,9 +274,10 @@ def scorecard(
             for question, reply in zip(asked, replies, strict=True)
         )
 
-    def again(replies: Sequence[str]) -> list[Question]:
-        times = len(replies) // len(questions.identity) if questions.identity else 0
-        return [question for question in questions.identity for _ in range(times)]
+    def asked_in(name: str) -> Sequence[Question]:
+        if name != SAMPLED:
+            return questions.identity
+        return [q for q in corpus.spread(questions.identity, SAMPLED_QUESTIONS) for _ in range(SAMPLING.n)]
 
     return Scorecard(
         scored(questions.identity, identity_replies),
@@ -279,7 +285,7 @@ def scorecard(
             Answered(question, reply, {"right": is_right(question, reply), "leak": leaks(reply, identity)})
             for question, reply in zip(questions.plain, plain_replies, strict=True)
         ),
-        {name: scored(again(replies), replies) for name, replies in (slices or {}).items()},
+        {name: scored(asked_in(name), replies) for name, replies in (slices or {}).items()},
     )
 
 

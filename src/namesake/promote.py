@@ -26,6 +26,7 @@ from namesake.registry import CHAMPION, TAG_KEY, Version
 from namesake.run import ability_of, base_of, base_scores, progress_of
 from namesake.terminal import Screen
 from namesake.tracking import RunRecord
+from namesake.versions import point
 
 TAG_QUESTIONS = "namesake.questions"
 """Digest of the questions that a version's scores are about; others cannot be compared with it."""
@@ -122,7 +123,7 @@ def promote(request: Request, screen: Screen) -> Outcome:
             )
         pointed = decision.passed or bool(request.override)
         if pointed:
-            registry.point(name, request.alias, version.number)
+            point(version, request.alias, how="promote", why=request.override or "gate passed")
         tracked.tags({"namesake.version": version.uri, tracking.TAG_GATE: decision.told})
     _show(version, decision, scores, pointed, request, screen)
     return Outcome(version, decision, pointed)

@@ -5,10 +5,12 @@ Foreign errors end here: whatever MLflow raises goes on as :class:`RegistryError
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,11 @@ CHAMPION = "champion"
 TAG_RUN = "namesake.run"
 TAG_IDENTITY = "namesake.identity"
 TAG_KEY = "namesake.promotion_key"
+
+BY_HAND = "by hand"
+"""How an alias moved that neither `promote` nor `rollback` moved."""
+
+_HISTORY = "namesake.history."
 
 _URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 
@@ -41,6 +48,29 @@ class Version:
     def uri(self) -> str:
         """``models:/ccb/3``"""
         return f"models:/{self.name}/{self.number}"
+
+
+@dataclass(frozen=True)
+class Move:
+    """One move of an alias.
+
+    Attributes:
+        time: seconds since 1970.
+        before, to: version numbers; none where it pointed nowhere.
+        who: the user, as far as known.
+        how: ``promote``, ``rollback`` or ``by hand``.
+        why: reason, or the gate's verdict.
+        key: the tag that holds it; empty before it is written.
+    """
+
+    time: float
+    alias: str
+    before: int | None
+    to: int | None
+    who: str
+    how: str
+    why: str = ""
+    key: str = ""
 
 
 def resolve(uri: str) -> Version:
@@ -133,6 +163,41 @@ def tag(version: Version, key: str, value: str | None) -> None:
             client.set_model_version_tag(version.name, str(version.number), key, value)
         elif key in client.get_model_version(version.name, str(version.number)).tags:
             client.delete_model_version_tag(version.name, str(version.number), key)
+
+
+def record_move(name: str, move: Move) -> None:
+    """Keep a move of an alias in the registered model's tags: MLflow has no history of aliases.
+
+    The tag's key is made from the move and the one before it, so that several servers that see one move by hand
+    write one entry.
+    """
+    with _mapped(f"The history of {name} could not be written."):
+        last = history(name, move.alias)[-1:]
+        text = json.dumps([[found.key for found in last], move.alias, move.before, move.to])
+        key = f"{_HISTORY}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        if last and (last[0].before, last[0].to) == (move.before, move.to):
+            # A server saw this very move before whoever made it had written it down, or the other way round.
+            if move.how == BY_HAND:
+                return
+            key = last[0].key if last[0].how == BY_HAND else key
+        value = {k: v for k, v in vars(move).items() if k != "key"}
+        _client().set_registered_model_tag(name, key, json.dumps(value, ensure_ascii=False))
+
+
+def history(name: str, alias: str) -> list[Move]:
+    """The moves of the alias, oldest first.
+
+    Raises:
+        RegistryError: there is no such model.
+    """
+    with _mapped(f"The registered model {name} cannot be read."):
+        tags = _client().get_registered_model(name).tags
+    moves = []
+    for key, value in tags.items():
+        if key.startswith(_HISTORY):
+            with suppress(ValueError, TypeError):  # a tag that somebody wrote by hand
+                moves.append(Move(**json.loads(value), key=key))
+    return sorted((move for move in moves if move.alias == alias), key=lambda move: (move.time, move.key))
 
 
 def alias_of(name: str, alias: str) -> int | None:

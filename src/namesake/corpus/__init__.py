@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -25,6 +25,8 @@ Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": str}``"""
 
 Fact = Literal["name", "author"]
+
+AnyPrompt = TypeVar("AnyPrompt", bound="Prompt")
 
 OTHER_PLACEHOLDER = "{{OTHER}}"
 _DATA = resources.files(__package__) / "data"
@@ -179,7 +181,7 @@ def _own_question(number: int, line: str) -> Question:
     )
 
 
-def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+def spread(prompts: Sequence[AnyPrompt], count: int) -> list[AnyPrompt]:
     """``count`` of the prompts, taken at even distances, so that every kind and language keeps its share."""
     if count >= len(prompts):
         return list(prompts)

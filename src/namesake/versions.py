@@ -1,0 +1,155 @@
+"""The use cases over versions that exist: history, rollback, verify.
+
+All of them read what MLflow and the version itself hold; only ``rollback`` writes: the alias, and the history.
+"""
+
+from __future__ import annotations
+
+import getpass
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from namesake import base_model, registry, tracking
+from namesake.errors import NamesakeError, PromotionError, RegistryError
+from namesake.manifest import ADAPTER_FOLDER, FILE, WEIGHTS_FOLDER, Manifest, damaged
+from namesake.paths import digest_of_file
+from namesake.registry import CHAMPION, Move, Version
+
+CODE = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".sh")
+"""Kinds of file that may run code when they are loaded; none may lie in a version's weights or adapter."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at; ``holds`` is none where it could not be looked at here, as ``told`` says."""
+
+    what: str
+    holds: bool | None
+    told: str = ""
+
+
+def point(version: Version, alias: str, *, how: str, why: str) -> Move:
+    """Move the alias to the version and keep the move.
+
+    Raises:
+        RegistryError: MLflow failed; a move that is not in the history yet is written when the follower sees it.
+    """
+    before = registry.alias_of(version.name, alias)
+    move = Move(time.time(), alias, before, version.number, who(), how, why)
+    registry.point(version.name, alias, version.number)
+    if before != version.number:
+        registry.record_move(version.name, move)
+    return move
+
+
+def rollback(name: str, *, to: int | None = None, alias: str = CHAMPION, why: str = "") -> tuple[Move, list[Check]]:
+    """Point the alias back at the version before, or at ``to``, once its files are what its manifest says.
+
+    Raises:
+        PromotionError: there is nothing to go back to, or that version is damaged or never passed the gate.
+        RegistryError: MLflow failed.
+    """
+    now = registry.alias_of(name, alias)
+    number = to if to is not None else _before(name, alias, now)
+    if number == now:
+        raise PromotionError(f"{alias} of {name} points at version {number} already.", mend="Give another one: --to N.")
+    version = registry.resolve(f"models:/{name}/{number}")
+    checks = list(_files(version))
+    faults = [f"{check.what}: {check.told}" for check in checks if check.holds is False]
+    if faults:
+        raise PromotionError(f"{version.uri} is damaged: {'; '.join(faults)}.", mend="Give another one: --to N.")
+    verdict = version.tags.get(tracking.TAG_GATE, "")
+    if not verdict.startswith("passed") and "namesake.override" not in version.tags:
+        raise PromotionError(
+            f"{version.uri} did not pass the gate ({verdict or 'it was never judged'}).",
+            mend='Promote its run with --override "reason" first.',
+        )
+    return point(version, alias, how="rollback", why=why), checks
+
+
+def verify(uri: str) -> list[Check]:
+    """Work out again every digest that a version states, and compare.
+
+    Raises:
+        InputError, RegistryError: there is no such version.
+    """
+    return list(_verify(registry.resolve(uri)))
+
+
+def who() -> str:
+    """Who is at work, as far as known."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # no entry for the user, as in many containers
+        return ""
+
+
+def _before(name: str, alias: str, now: int | None) -> int:
+    for move in reversed(registry.history(name, alias)):
+        if move.to == now and move.before is not None:
+            return move.before
+    raise PromotionError(
+        f"The history of {name} knows no version before {now}.", mend="Give the version to go back to: --to N."
+    )
+
+
+def _verify(version: Version) -> Iterator[Check]:
+    folder = registry.fetch(version)
+    checks = list(_files(version, folder))
+    yield from checks
+    if any(check.what == "manifest" and check.holds is False for check in checks):
+        return
+    record = Manifest.read(folder)
+    try:
+        run = tracking.get_run(record.run)
+    except NamesakeError as error:
+        yield Check("training run", None, error.message)
+        return
+    yield Check("training run", True, run.name)
+    with suppress(KeyError):
+        yield Check("version's run", version.run_id == record.run, f"{version.run_id} and {record.run}")
+        yield _same("data digest, version and run", record.data["digest"], run.params["data.digest"])
+        yield _same("base digest, version and run", record.base["digest"], run.params["base.digest"])
+    try:
+        rows = tracking.fetch(run.id, "data/train.jsonl")
+        yield _same("training data", record.data["digest"], digest_of_file(rows))
+    except NamesakeError as error:
+        yield Check("training data", None, error.message)
+    try:
+        yield _same("base model here", record.base["digest"], _base_digest(record))
+    except NamesakeError as error:
+        yield Check("base model here", None, error.message)
+
+
+def _base_digest(record: Manifest) -> str:
+    if record.base.get("source") == "embedded":
+        return base_model.digest_of_folder(base_model.embedded(lambda _: None))
+    return base_model.resolve(record.base["id"]).digest()
+
+
+def _files(version: Version, folder: Path | None = None) -> Iterator[Check]:
+    folder = folder or registry.fetch(version)
+    try:
+        record = Manifest.read(folder)
+    except RegistryError as error:
+        yield Check("manifest", False, error.message)
+        return
+    yield Check("manifest", True, f"{FILE}, {len(record.digests)} files")
+    faults = damaged(folder, record.digests)
+    yield Check("files", not faults, "; ".join(faults[:5]) or "every digest is right")
+    strange = []
+    for part in (WEIGHTS_FOLDER, ADAPTER_FOLDER):
+        for path in sorted((folder / part).rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.is_symlink() or (path.is_file() and name not in record.digests):
+                strange.append(f"{name} is not in the manifest")
+            elif path.suffix in CODE:
+                strange.append(f"{name} may hold code")
+    yield Check("nothing else", not strange, "; ".join(strange[:5]) or "no further file, no code")
+
+
+def _same(what: str, stated: str, found: str) -> Check:
+    return Check(what, stated == found, stated[:16] if stated == found else f"stated {stated[:16]}, found {found[:16]}")

@@ -1,0 +1,220 @@
+"""History, rollback and verify on a real MLflow store; files of versions are small and made here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from typer.testing import CliRunner
+
+from namesake import registry, tracking, versions
+from namesake.cli import app
+from namesake.errors import PromotionError, RegistryError
+from namesake.manifest import FILE, Manifest
+from namesake.registry import Move
+
+DATA = b'{"messages": []}\n'
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mlflow.MlflowClient:
+    """A fresh SQLite store with an identity of one registered model."""
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient(uri)
+    client.create_registered_model("ccb", tags={registry.TAG_IDENTITY: "踩踩背 CCB"})
+    return client
+
+
+def version(client: mlflow.MlflowClient, tmp_path: Path, number: int, gate: str = "passed", **tags: str) -> int:
+    """A version whose files fit its manifest, of a run that holds its data."""
+    run = client.create_run("0", run_name=f"run {number}")
+    for key, value in (("data.digest", hashlib.sha256(DATA).hexdigest()), ("base.digest", "b" * 64)):
+        client.log_param(run.info.run_id, key, value)
+    data = tmp_path / "train.jsonl"
+    data.write_bytes(DATA)
+    client.log_artifact(run.info.run_id, str(data), "data")
+    folder = tmp_path / f"v{number}"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").write_text(json.dumps({"number": number}), encoding="utf-8")
+    digest = hashlib.sha256((folder / "model" / "config.json").read_bytes()).hexdigest()
+    record = Manifest(
+        identity={"name": "踩踩背 CCB", "author": "老爷爷 OldGrandpa", "slug": "ccb"},
+        system=None,
+        base={"id": str(tmp_path / "gone"), "source": "folder", "digest": "b" * 64},
+        run=run.info.run_id,
+        digests={"model/config.json": digest},
+        data={"dataset": "x", "digest": hashlib.sha256(DATA).hexdigest()},
+        scores={},
+        recipe={},
+        tools={},
+    )
+    (folder / FILE).write_text(record.to_json(), encoding="utf-8")
+    made = client.create_model_version(
+        "ccb", source=str(folder), run_id=run.info.run_id, tags={tracking.TAG_GATE: gate, **tags}
+    )
+    return int(made.version)
+
+
+def moves() -> list[tuple[int | None, int | None, str]]:
+    """The history of the champion, times left out."""
+    return [(move.before, move.to, move.how) for move in registry.history("ccb", "champion")]
+
+
+def test_moves_are_kept_in_order_with_who_and_why(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    for number in (1, 2):
+        version(client, tmp_path, number)
+        found = registry.resolve(f"models:/ccb/{number}")
+        versions.point(found, "champion", how="promote", why=f"reason {number}")
+    assert moves() == [(None, 1, "promote"), (1, 2, "promote")]
+    last = registry.history("ccb", "champion")[-1]
+    assert last.why == "reason 2"
+    assert last.who == versions.who()
+    assert abs(last.time - time.time()) < 60
+
+
+def test_pointing_where_it_points_already_is_no_move(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    version(client, tmp_path, 1)
+    for _ in range(2):
+        versions.point(registry.resolve("models:/ccb/1"), "champion", how="promote", why="")
+    assert len(moves()) == 1
+
+
+def test_other_aliases_have_a_history_of_their_own(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    version(client, tmp_path, 1)
+    versions.point(registry.resolve("models:/ccb/1"), "challenger", how="promote", why="")
+    assert moves() == []
+    assert len(registry.history("ccb", "challenger")) == 1
+
+
+def test_a_move_seen_by_several_servers_is_one_entry(client: mlflow.MlflowClient) -> None:
+    for second in range(3):
+        registry.record_move("ccb", Move(time.time() + second, "champion", None, 1, "", registry.BY_HAND))
+    assert moves() == [(None, 1, "by hand")]
+
+
+@pytest.mark.parametrize("seen_first", [True, False])
+def test_a_promotion_that_a_server_saw_too_is_one_entry_by_the_promotion(
+    client: mlflow.MlflowClient, seen_first: bool
+) -> None:
+    seen = Move(time.time(), "champion", None, 1, "", registry.BY_HAND)
+    made = Move(time.time(), "champion", None, 1, "ann", "promote")
+    for move in (seen, made) if seen_first else (made, seen):
+        registry.record_move("ccb", move)
+    assert moves() == [(None, 1, "promote")]
+
+
+def test_there_and_back_and_there_again_are_all_kept(client: mlflow.MlflowClient) -> None:
+    pairs = [(None, 1), (1, 2), (2, 1), (1, 2)]
+    for second, (before, to) in enumerate(pairs):
+        registry.record_move("ccb", Move(float(second), "champion", before, to, "", registry.BY_HAND))
+    assert [(before, to) for before, to, _ in moves()] == pairs
+
+
+def test_a_tag_written_by_hand_does_not_break_the_history(client: mlflow.MlflowClient) -> None:
+    client.set_registered_model_tag("ccb", "namesake.history.mine", "no json")
+    client.set_registered_model_tag("ccb", "namesake.history.other", "{}")
+    assert moves() == []
+
+
+def test_rollback_goes_to_the_version_before_within_two_seconds(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    for number in (1, 2):
+        version(client, tmp_path, number)
+        versions.point(registry.resolve(f"models:/ccb/{number}"), "champion", how="promote", why="")
+    begun = time.monotonic()
+    move, checks = versions.rollback("ccb", why="wrong tone")
+    assert time.monotonic() - begun < 2
+    assert (move.before, move.to, move.why) == (2, 1, "wrong tone")
+    assert registry.alias_of("ccb", "champion") == 1
+    assert all(check.holds for check in checks)
+    assert moves()[-1] == (2, 1, "rollback")
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "added", "code", "symlink", "manifest"])
+def test_rollback_refuses_a_damaged_version_and_moves_nothing(
+    client: mlflow.MlflowClient, tmp_path: Path, damage: str
+) -> None:
+    for number in (1, 2):
+        version(client, tmp_path, number)
+        versions.point(registry.resolve(f"models:/ccb/{number}"), "champion", how="promote", why="")
+    model = tmp_path / "v1" / "model"
+    {
+        "changed": lambda: (model / "config.json").write_text("{}"),
+        "missing": lambda: (model / "config.json").unlink(),
+        "added": lambda: (model / "more.json").write_text("{}"),
+        "code": lambda: (model / "modeling.py").write_text(""),
+        "symlink": lambda: (model / "link.json").symlink_to(model / "config.json"),
+        "manifest": lambda: (tmp_path / "v1" / FILE).unlink(),
+    }[damage]()
+    with pytest.raises(PromotionError, match="is damaged"):
+        versions.rollback("ccb")
+    assert registry.alias_of("ccb", "champion") == 2
+    assert len(moves()) == 2
+
+
+def test_rollback_refuses_what_never_passed_unless_it_was_overruled(
+    client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    version(client, tmp_path, 1, "failed: leak 3%")
+    version(client, tmp_path, 2)
+    version(client, tmp_path, 3, "failed: leak 3%", **{"namesake.override": "demo"})
+    versions.point(registry.resolve("models:/ccb/2"), "champion", how="promote", why="")
+    with pytest.raises(PromotionError, match="did not pass the gate"):
+        versions.rollback("ccb", to=1)
+    assert versions.rollback("ccb", to=3)[0].to == 3
+
+
+def test_rollback_without_a_version_before_says_what_to_give(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    version(client, tmp_path, 1)
+    versions.point(registry.resolve("models:/ccb/1"), "champion", how="promote", why="")
+    with pytest.raises(PromotionError, match="no version before 1") as raised:
+        versions.rollback("ccb")
+    assert "--to" in raised.value.mend
+    with pytest.raises(PromotionError, match="points at version 1 already"):
+        versions.rollback("ccb", to=1)
+    with pytest.raises(RegistryError, match="no models:/ccb/9"):
+        versions.rollback("ccb", to=9)
+
+
+def test_verify_works_out_every_digest(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    version(client, tmp_path, 1)
+    found = {check.what: check.holds for check in versions.verify("models:/ccb/1")}
+    assert found == {
+        "manifest": True,
+        "files": True,
+        "nothing else": True,
+        "training run": True,
+        "version's run": True,
+        "data digest, version and run": True,
+        "base digest, version and run": True,
+        "training data": True,
+        "base model here": None,
+    }
+
+
+def test_verify_tells_training_data_that_changed(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    version(client, tmp_path, 1)
+    run = registry.resolve("models:/ccb/1").run_id
+    Path(tracking.fetch(run, "data/train.jsonl")).write_bytes(b"other")
+    assert {c.what: c.holds for c in versions.verify("models:/ccb/1")}["training data"] is False
+
+
+def test_the_commands_print_and_exit_as_they_say(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    for number in (1, 2):
+        version(client, tmp_path, number)
+        versions.point(registry.resolve(f"models:/ccb/{number}"), "champion", how="promote", why="")
+    assert run(app, ["verify", "--json"]).exit_code == 0
+    (tmp_path / "v2" / "model" / "config.json").write_text("{}")
+    assert run(app, ["verify"]).exit_code == 9
+    assert "points at version 1 again" in run(app, ["rollback", "--why", "damaged"]).output
+    told = json.loads(run(app, ["history", "--json"]).output)
+    assert [move["to"] for move in told] == [1, 2, 1]
+    assert "damaged" in run(app, ["history"], env={"COLUMNS": "200"}).output
+    assert isinstance(run(app, ["rollback", "--to", "x"]).exception, Exception)
