@@ -43,7 +43,10 @@ class Screen:
         """``errors``: write to standard error, where standard output is for machines."""
         stream = sys.stderr if errors else sys.stdout
         stream.flush()
-        self._file: TextIO = os.fdopen(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8")
+        try:
+            self._file: TextIO = os.fdopen(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8")
+        except (OSError, ValueError):  # a notebook's output has no descriptor
+            self._file = stream
         self.console = Console(file=self._file, highlight=False)
 
     def line(self, text: str = "", style: str = "") -> None:

@@ -201,7 +201,8 @@ def test_verify_works_out_every_digest(client: mlflow.MlflowClient, tmp_path: Pa
 def test_verify_tells_training_data_that_changed(client: mlflow.MlflowClient, tmp_path: Path) -> None:
     version(client, tmp_path, 1)
     run = registry.resolve("models:/ccb/1").run_id
-    Path(tracking.fetch(run, "data/train.jsonl")).write_bytes(b"other")
+    artifacts = Path(client.get_run(run).info.artifact_uri.removeprefix("file://"))
+    (artifacts / "data" / "train.jsonl").write_bytes(b"other")
     assert {c.what: c.holds for c in versions.verify("models:/ccb/1")}["training data"] is False
 
 
