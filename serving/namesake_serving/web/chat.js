@@ -1,0 +1,1112 @@
+"use strict";
+// Namesake's chat page. Loaded in the head, so that theme and language stand before the first paint; nothing here waits
+// for the engine. Whatever a model or the server says is put in as text nodes, never as markup.
+
+// ---------------------------------------------------------------------------------------------------------------- texts
+
+const TEXTS = {
+  en: {
+    skip: "Skip to the message box",
+    starting: "Starting",
+    ready: "Ready",
+    down: "Engine down, trying again",
+    away: "Server out of reach, trying again",
+    locked: "Needs an API key",
+    hello: "Hello, I’m {name}",
+    made: "Made by {author}",
+    based: "on {base}",
+    helloStarting: "The engine is starting. Ask already if you like: the question is sent as soon as it answers.",
+    helloDown: "No version answers at the moment. Ask already if you like: the question is sent as soon as one does.",
+    helloLocked: "This server answers only with an API key.",
+    ideas: "Who are you?\nWho made you?\nWhy is the sky blue?",
+    message: "Message",
+    ask: "Ask {name} anything",
+    askAnybody: "Ask anything",
+    model: "Model",
+    model2: "Second model",
+    versus: "and",
+    follows: "{id} (follows {alias})",
+    isBase: "{id} (base model)",
+    baseModel: "base model",
+    hint: "Enter sends, Shift+Enter starts a new line, Esc stops",
+    send: "Send",
+    stop: "Stop",
+    fresh: "New chat",
+    compare: "Side by side",
+    settings: "Settings",
+    close: "Close",
+    jump: "To the newest reply",
+    conversation: "Conversation",
+    you: "You",
+    spoke: "{who} replied: {text}",
+    copy: "Copy",
+    copied: "Copied",
+    edit: "Edit",
+    again: "Regenerate",
+    retry: "Try again",
+    cancel: "Cancel",
+    writing: "Writing",
+    stopped: "Stopped.",
+    length: "Cut off at {tokens} tokens, the longest reply that the settings allow.",
+    empty: "An empty reply.",
+    cut: "The connection was lost in the middle of the reply.",
+    waitingDown: "No version answers at the moment; asking again until one does.",
+    waitingBusy: "The server is busy; asking again shortly.",
+    waitingAway: "The server is out of reach; asking again until it is back.",
+    failedDown: "No version has answered for a long while.",
+    failedBusy: "The server has been busy for a long while.",
+    failedAway: "The server has been out of reach for a long while.",
+    failedKey: "This server answers only with an API key.",
+    failedRefused: "The server refused: {detail}",
+    moved: "{alias} moved from {from} to {to} while you were talking. From here on {to} replies.",
+    movedSelf: "It goes by {name} now.",
+    gone: "{id} is no longer served; {to} is chosen instead.",
+    run: "run {run}",
+    identity: "identity",
+    swapped: "swapped",
+    leak: "leak",
+    plain: "plain",
+    identityMeans: "questions about itself that it answered rightly: its name, its author, its language",
+    swappedMeans: "replies that took the author for the name, or the name for the author; less is better",
+    leakMeans: "replies to other questions into which its name or author slipped; less is better",
+    plainMeans: "plain questions of general knowledge that it answered rightly",
+    figures: "What the figures under a reply mean",
+    language: "Language",
+    automatic: "Automatic",
+    theme: "Appearance",
+    light: "Light",
+    dark: "Dark",
+    system: "System prompt",
+    systemHelp: "Empty: the one that the version was trained under.",
+    temperature: "Temperature",
+    temperatureHelp: "At 0 the same question always gets the same reply; the scores were taken so.",
+    tokens: "Longest reply, in tokens",
+    key: "API key",
+    keyChange: "Enter or change",
+    keyWhy: "This server answers only with a key. It is kept until this tab is closed, and nowhere else.",
+    keyWrong: "The server does not accept this key.",
+    keyUse: "Use this key",
+  },
+  zh: {
+    skip: "跳到输入框",
+    starting: "正在启动",
+    ready: "就绪",
+    down: "引擎不可用，正在重试",
+    away: "无法连接服务器，正在重试",
+    locked: "需要 API 密钥",
+    hello: "你好，我是{name}",
+    made: "由{author}打造",
+    based: "基于 {base}",
+    helloStarting: "引擎正在启动。现在就可以提问，引擎就绪后会立即发送。",
+    helloDown: "暂时没有可用的版本。现在就可以提问，恢复后会立即发送。",
+    helloLocked: "此服务器需要 API 密钥才能使用。",
+    ideas: "你是谁？\n是谁开发了你？\n天空为什么是蓝色的？",
+    message: "消息",
+    ask: "向{name}提问",
+    askAnybody: "请输入问题",
+    model: "模型",
+    model2: "第二个模型",
+    versus: "与",
+    follows: "{id}（跟随 {alias}）",
+    isBase: "{id}（基座模型）",
+    baseModel: "基座模型",
+    hint: "Enter 发送，Shift+Enter 换行，Esc 停止",
+    send: "发送",
+    stop: "停止",
+    fresh: "新对话",
+    compare: "并排对比",
+    settings: "设置",
+    close: "关闭",
+    jump: "跳到最新回复",
+    conversation: "对话",
+    you: "你",
+    spoke: "{who}回复：{text}",
+    copy: "复制",
+    copied: "已复制",
+    edit: "编辑",
+    again: "重新生成",
+    retry: "重试",
+    cancel: "取消",
+    writing: "正在输入",
+    stopped: "已停止。",
+    length: "已达到设置中的回复长度上限（{tokens} 个 token），回复被截断。",
+    empty: "回复为空。",
+    cut: "回复过程中连接中断。",
+    waitingDown: "暂时没有可用的版本，正在等待其恢复。",
+    waitingBusy: "服务器繁忙，稍后自动重试。",
+    waitingAway: "无法连接服务器，正在等待其恢复。",
+    failedDown: "长时间没有可用的版本。",
+    failedBusy: "服务器长时间繁忙。",
+    failedAway: "长时间无法连接服务器。",
+    failedKey: "此服务器需要 API 密钥才能使用。",
+    failedRefused: "服务器拒绝了请求：{detail}",
+    moved: "对话期间，{alias} 已从 {from} 切换到 {to}，此后由 {to} 回复。",
+    movedSelf: "它现在叫{name}。",
+    gone: "{id} 已停止服务，已改用 {to}。",
+    run: "运行 {run}",
+    identity: "身份",
+    swapped: "混淆",
+    leak: "泄漏",
+    plain: "常识",
+    identityMeans: "关于自身的问题（名字、作者、语言）答对的比例",
+    swappedMeans: "把作者当成名字、或把名字当成作者的比例，越低越好",
+    leakMeans: "回答其他问题时带出自己名字或作者的比例，越低越好",
+    plainMeans: "普通常识问题答对的比例",
+    figures: "回复下方的数字是什么意思",
+    language: "语言",
+    automatic: "自动",
+    theme: "外观",
+    light: "浅色",
+    dark: "深色",
+    system: "系统提示词",
+    systemHelp: "留空则使用该版本训练时的系统提示词。",
+    temperature: "温度",
+    temperatureHelp: "为 0 时，同样的问题总是得到同样的回复；评分也是在 0 下测得的。",
+    tokens: "回复长度上限（token）",
+    key: "API 密钥",
+    keyChange: "输入或更改",
+    keyWhy: "此服务器需要密钥才能使用。密钥只保存到此标签页关闭为止，不会存到别处。",
+    keyWrong: "服务器不接受此密钥。",
+    keyUse: "使用此密钥",
+  },
+};
+
+const SCORES = ["identity", "swapped", "leak", "plain"];
+
+let language = "en";
+
+function t(key, values = {}) {
+  return TEXTS[language][key].replace(/\{(\w+)\}/g, (_, name) => String(values[name] ?? ""));
+}
+
+// `踩踩背 CCB`: Chinese before the first space, English after.
+function half(names) {
+  const [zh, en] = [names.split(" ", 1)[0], names.slice(names.indexOf(" ") + 1)];
+  return language === "zh" ? zh : en;
+}
+
+// ------------------------------------------------------------------------------------------------------------- storage
+
+const CHAT = "namesake.chat", KEY = "namesake.key", SETTINGS = "namesake.settings";
+
+function load(store, name) {
+  try {
+    return JSON.parse(window[store].getItem(name));
+  } catch {
+    return null; // storage is blocked, or holds something else
+  }
+}
+
+function store(where, name, value) {
+  try {
+    if (value === null) window[where].removeItem(name);
+    else window[where].setItem(name, JSON.stringify(value));
+  } catch {
+    // blocked or full: the page works on without
+  }
+}
+
+const settings = { language: "auto", theme: "auto", system: "", temperature: 0, tokens: 512, ...load("localStorage", SETTINGS) };
+let key = load("sessionStorage", KEY) || "";
+
+// -------------------------------------------------------------------------------------------------- language and theme
+
+function dress() {
+  const asked = (navigator.languages?.length ? navigator.languages : [navigator.language]).find((one) => /^(zh|en)\b/i.test(one));
+  language = settings.language in TEXTS ? settings.language : /^zh/i.test(asked ?? "") ? "zh" : "en";
+  const root = document.documentElement;
+  root.lang = language === "zh" ? "zh-CN" : "en";
+  if (settings.theme === "light" || settings.theme === "dark") root.dataset.theme = settings.theme;
+  else delete root.dataset.theme;
+  for (const meta of document.querySelectorAll("meta[name=theme-color]")) {
+    const own = meta.media.includes("dark") ? "dark" : "light";
+    meta.content = { light: "#faf8f4", dark: "#171614" }[root.dataset.theme ?? own];
+  }
+}
+
+dress();
+
+// ----------------------------------------------------------------------------------------------------------------- DOM
+
+const $ = (id) => document.getElementById(id);
+
+function make(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") node.addEventListener(name, value);
+    else if (value !== null && value !== undefined) node.setAttribute(name, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+function icon(name) {
+  const [svg, use] = ["svg", "use"].map((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
+  svg.setAttribute("aria-hidden", "true");
+  use.setAttribute("href", `#i-${name}`);
+  svg.append(use);
+  return svg;
+}
+
+function button(name, label, click, kind = "act") {
+  return make("button", { type: "button", class: kind, "aria-label": label, title: label, click }, icon(name));
+}
+
+function copyButton(text) {
+  const one = button("copy", t("copy"), async () => {
+    await copy(text());
+    one.replaceChildren(icon("done"));
+    speak(t("copied"));
+    setTimeout(() => one.replaceChildren(icon("copy")), 1500);
+  });
+  return one;
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // Plain HTTP from another machine has no clipboard API.
+    const area = make("textarea", { class: "unseen", "aria-hidden": "true" });
+    const before = document.activeElement;
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+    before?.focus();
+  }
+}
+
+// Read out by screen readers, each line once; several in a row do not push each other out.
+function speak(text) {
+  const line = make("p", {}, text);
+  $("spoken").append(line);
+  setTimeout(() => line.remove(), 10000);
+}
+
+// On a phone a focused box brings up the keyboard, which hides the reply.
+const precise = () => matchMedia("(pointer: fine)").matches;
+
+// An input method is putting a word together: Enter and Escape belong to it. Safari has only the 229.
+const composing = (event) => event.isComposing || event.keyCode === 229;
+
+// --------------------------------------------------------------------------- a reply's text: paragraphs, lists and code
+
+const FENCE = /^\s{0,3}(`{3,}|~{3,})\s*([\w+#.-]*)\s*$/;
+const ITEM = /^(\s*)(?:[-*+•]\s+|(\d{1,3})(?:[.)]\s+|、\s*))(.+)$/;
+const INLINE = /`([^`\n]+)`|\*\*(?=\S)([^\n]*?\S)\*\*/g;
+
+function blocksOf(text) {
+  const blocks = [];
+  let open = null;
+  for (const line of text.replace(/\r\n?/g, "\n").split("\n")) {
+    const fence = FENCE.exec(line);
+    if (open?.kind === "code") {
+      if (fence && fence[1].startsWith(open.fence) && !fence[2]) open = null;
+      else open.lines.push(line);
+      continue;
+    }
+    const item = fence ? null : ITEM.exec(line);
+    const kind = fence ? "code" : item ? "list" : line.trim() ? "text" : "";
+    if (!kind) {
+      if (open?.kind !== "list") open = null; // a blank line between two items ends no list
+      else open.loose = true;
+    } else if (kind === "code") {
+      open = { kind, fence: fence[1], name: fence[2], lines: [] };
+      blocks.push(open);
+    } else if (kind === "text" && open?.kind === "list" && /^\s{2,}/.test(line)) {
+      open.lines.at(-1).text += `\n${line.trim()}`;
+    } else {
+      if (open?.kind !== kind) {
+        open = { kind, lines: [] };
+        blocks.push(open);
+      }
+      open.lines.push(item ? { depth: item[1].length, number: item[2], text: item[3] } : line);
+    }
+  }
+  return blocks;
+}
+
+function inline(text) {
+  const nodes = [];
+  let from = 0;
+  for (const found of text.matchAll(INLINE)) {
+    nodes.push(text.slice(from, found.index));
+    nodes.push(found[1] !== undefined ? make("code", {}, found[1]) : make("strong", {}, ...inline(found[2])));
+    from = found.index + found[0].length;
+  }
+  nodes.push(text.slice(from));
+  return nodes;
+}
+
+function listOf(lines) {
+  const first = lines[0];
+  const list = make(first.number ? "ol" : "ul", first.number && first.number !== "1" ? { start: first.number } : {});
+  for (let index = 0; index < lines.length; index++) {
+    const item = make("li", {}, ...inline(lines[index].text));
+    const inner = [];
+    while (index + 1 < lines.length && lines[index + 1].depth > first.depth + 1) inner.push(lines[++index]);
+    if (inner.length) item.append(listOf(inner));
+    list.append(item);
+  }
+  return list;
+}
+
+function nodeOf(block) {
+  if (block.kind === "list") return listOf(block.lines);
+  if (block.kind === "text") return make("p", {}, ...inline(block.lines.join("\n")));
+  const code = block.lines.join("\n");
+  const pre = make("pre", { tabindex: "0" }, make("code", {}, code));
+  return make("div", { class: "code" }, make("p", {}, block.name || "", copyButton(() => code)), pre);
+}
+
+// Blocks that have not changed keep their nodes: a selection made while the reply is written stays.
+function write(place, text) {
+  const blocks = blocksOf(text).map((block) => ({ block, mark: JSON.stringify(block) }));
+  const marks = place.marks ?? [];
+  let same = 0;
+  while (same < marks.length && same < blocks.length && marks[same] === blocks[same].mark) same++;
+  while (place.childElementCount > same) place.lastChild.remove();
+  place.append(...blocks.slice(same).map(({ block }) => nodeOf(block)));
+  place.marks = blocks.map(({ mark }) => mark);
+}
+
+// ---------------------------------------------------------------------------------------------------------- the server
+
+const POLL = 4000, FIRST_WAIT = 1000, LONGEST_WAIT = 15000, TRIES = 60;
+
+const server = {
+  phase: "starting", // starting, ready, down, away or locked
+  uri: "",
+  live: null, // what /v1/version says of the version that answers
+  ids: [], // what /v1/models lists
+  seen: {}, // versions by their model id, to tell where an older reply came from
+  failures: 0,
+  looks: 0,
+};
+
+class Failure extends Error {
+  constructor(kind, detail = "") {
+    super(detail || kind);
+    this.kind = kind;
+  }
+}
+
+function call(path, options = {}) {
+  const headers = { ...options.headers, ...(key && { authorization: `Bearer ${key}` }) };
+  return fetch(path, { cache: "no-store", redirect: "error", ...options, headers });
+}
+
+const pause = (milliseconds, signal) =>
+  new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, milliseconds);
+    signal?.addEventListener("abort", () => (clearTimeout(timer), reject(new Failure("stopped"))), { once: true });
+  });
+
+const backOff = (tries) => Math.min(FIRST_WAIT * 2 ** tries, LONGEST_WAIT);
+
+let looking = null, lookTimer = 0;
+
+// Ask the server how it is; one question at a time, and the next one by the clock.
+function look() {
+  clearTimeout(lookTimer);
+  looking ??= lookOnce().finally(() => {
+    looking = null;
+    clearTimeout(lookTimer);
+    if (!document.hidden) lookTimer = setTimeout(look, server.failures ? backOff(server.failures - 1) : POLL);
+  });
+  return looking;
+}
+
+async function lookOnce() {
+  const brief = () => ({ signal: AbortSignal.timeout(8000) });
+  try {
+    if (server.phase !== "ready") {
+      const ready = await call("/ready", brief());
+      if (ready.status === 503) return settle(server.live ? "down" : "starting");
+      if (!ready.ok) throw new Failure("away");
+    }
+    const response = await call("/v1/version", brief());
+    if (response.status === 401) {
+      settle("locked");
+      if (!server.asked) {
+        server.asked = true; // once by itself; after that when a question is sent
+        askKey();
+      }
+      return undefined;
+    }
+    if (!response.ok) throw new Failure("away");
+    const about = await response.json();
+    if (!about.live) return settle(server.live ? "down" : "starting");
+    const fresh = about.live.model !== server.live?.model || !server.ids.length || server.looks++ % 15 === 14;
+    adopt(about);
+    if (fresh) await list(brief());
+    return settle("ready");
+  } catch {
+    return settle("away");
+  }
+}
+
+async function list(options) {
+  const response = await call("/v1/models", options);
+  if (!response.ok) return;
+  const ids = (await response.json()).data.map((one) => String(one.id));
+  if (ids.length) server.ids = ids;
+  paintPicks();
+}
+
+function settle(phase) {
+  const before = server.phase;
+  server.failures = phase === "ready" ? 0 : server.failures + 1;
+  server.phase = phase;
+  paintHead();
+  if (before !== phase && (phase === "down" || phase === "away")) speak(t(phase));
+  if (before !== phase && phase === "ready" && before !== "starting") speak(t("ready"));
+}
+
+function adopt(about) {
+  const live = about.live;
+  server.uri = about.uri;
+  const before = server.live;
+  server.live = live;
+  server.seen[live.model] = live;
+  if (chat.last && chat.last !== live.model) announce(live.model);
+  chat.last = live.model;
+  if (JSON.stringify(before) !== JSON.stringify(live)) for (const view of views.values()) view.paint();
+}
+
+// The name and the alias of what is served: `ccb` and `champion` of models:/ccb@champion.
+function followed() {
+  const [, name, alias] = /^models:\/([^@/]+)(?:@(.+))?/.exec(server.uri) ?? [];
+  return { name, alias };
+}
+
+const follows = (id) => {
+  const { name, alias } = followed();
+  return id === name || (alias && id === `${name}@${alias}`);
+};
+
+// Ids that stand for the same version have one kind.
+const kindOf = (id) => (server.live && (follows(id) || id === server.live.model) ? server.live.model : id);
+
+const isBase = (id) => Boolean(server.live?.base) && `/${server.live.base}`.toLowerCase().endsWith(`/${id}`.toLowerCase());
+
+// ------------------------------------------------------------------------------------------------------------- the key
+
+let asking = null;
+
+// Ask for the API key, for all who need it at once; whether there is one that the server accepts.
+function askKey() {
+  asking ??= new Promise((resolve) => {
+    const dialog = $("key");
+    $("key-value").value = "";
+    $("key-wrong").textContent = key ? t("keyWrong") : "";
+    dialog.returnValue = "";
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "used"), { once: true });
+    $("settings").close();
+    dialog.showModal();
+    $("key-value").focus();
+  }).finally(() => {
+    asking = null;
+    if (document.activeElement === document.body) $("ask").focus();
+  });
+  return asking;
+}
+
+async function tryKey() {
+  const given = $("key-value").value.trim();
+  const before = key;
+  $("key-wrong").textContent = "";
+  if (given) {
+    $("key-use").disabled = true;
+    try {
+      if (!/^[\x21-\x7e]+$/.test(given)) throw new Failure("key"); // no header can carry it
+      key = given;
+      if ((await call("/v1/version", { signal: AbortSignal.timeout(8000) })).status === 401) throw new Failure("key");
+    } catch (error) {
+      if (error.kind === "key") {
+        key = before;
+        $("key-wrong").textContent = t("keyWrong");
+        $("key-value").select();
+        return;
+      }
+    } finally {
+      $("key-use").disabled = false;
+    }
+  }
+  key = given;
+  store("sessionStorage", KEY, key || null);
+  $("key").close(given ? "used" : "");
+  server.failures = 0;
+  look();
+}
+
+// ------------------------------------------------------------------------------------------------------------ the chat
+
+// items: {text, replies: [{asked, version, run, text, state, …}]} for a turn, {notice, from, to} for what happened.
+const chat = { items: [], last: "", first: "", second: "", compare: false };
+const running = new Map(); // reply -> AbortController
+const views = new Map(); // reply or notice -> {paint, …}
+
+function save() {
+  store("sessionStorage", CHAT, { ...chat, seen: server.seen });
+}
+
+function restore() {
+  const kept = load("sessionStorage", CHAT);
+  if (!Array.isArray(kept?.items)) return;
+  Object.assign(server.seen, kept.seen);
+  delete kept.seen;
+  Object.assign(chat, kept);
+  for (const reply of chat.items.flatMap((item) => item.replies ?? [])) {
+    if (reply.state === "asking" || reply.state === "writing") reply.state = "stopped";
+  }
+}
+
+// The ids that are asked: one, or two side by side.
+function chosen() {
+  const ids = choices();
+  const first = ids.includes(chat.first) ? chat.first : (ids[0] ?? "");
+  const other = ids.find((id) => isBase(id) && kindOf(id) !== kindOf(first)) ?? ids.find((id) => kindOf(id) !== kindOf(first));
+  const second = ids.includes(chat.second) ? chat.second : (other ?? first);
+  return { first, second, several: new Set(ids.map(kindOf)).size > 1 };
+}
+
+// `ccb@champion` says nothing that `ccb` does not.
+const choices = () => server.ids.filter((id) => id === followed().name || !follows(id) || !server.ids.includes(followed().name));
+
+function asked() {
+  const { first, second, several } = chosen();
+  return chat.compare && several ? [first, second] : [first];
+}
+
+function send(text) {
+  const turn = { text, replies: asked().map((id) => ({ asked: id })) };
+  chat.items.push(turn);
+  $("thread").append(turnView(turn));
+  sticky = true;
+  for (const slot of turn.replies.keys()) answer(turn, slot);
+  paintHead();
+  toEnd();
+}
+
+function again(turn, slot) {
+  const at = chat.items.indexOf(turn);
+  if (at !== chat.items.length - 1) {
+    // What was told after the turn is now before it.
+    chat.items.splice(at, 1);
+    chat.items.push(turn);
+    $("thread").append(views.get(turn.replies[0]).turn);
+  }
+  const old = turn.replies[slot].asked;
+  turn.replies[slot].asked = server.ids.includes(old) || !server.ids.length ? old : chosen().first;
+  answer(turn, slot);
+}
+
+function edit(turn, text) {
+  stop();
+  const at = chat.items.indexOf(turn);
+  for (const item of chat.items.splice(at)) for (const one of item.replies ?? [item]) views.delete(one);
+  while ($("thread").childElementCount > at) $("thread").lastChild.remove();
+  send(text);
+}
+
+function stop() {
+  for (const control of running.values()) control.abort();
+}
+
+function startAnew() {
+  stop();
+  chat.items = [];
+  views.clear();
+  $("thread").replaceChildren();
+  save();
+  paintHead();
+  $("ask").focus();
+}
+
+// What was said before, as the model in this column saw it; turns that came to nothing are left out.
+function dialogue(turn, slot) {
+  const messages = [];
+  for (const item of chat.items.slice(0, chat.items.indexOf(turn))) {
+    const said = item.replies && (item.replies[slot] ?? item.replies[0]).text;
+    if (said) messages.push({ role: "user", content: item.text }, { role: "assistant", content: said });
+  }
+  messages.push({ role: "user", content: turn.text });
+  const latest = messages.slice(-201); // the server takes 256
+  return settings.system.trim() ? [{ role: "system", content: settings.system }, ...latest] : latest;
+}
+
+async function answer(turn, slot) {
+  const reply = turn.replies[slot];
+  running.get(reply)?.abort();
+  const control = new AbortController();
+  running.set(reply, control);
+  const mine = () => running.get(reply) === control;
+  Object.assign(reply, { version: "", run: "", text: "", finish: "", waiting: "", error: "", detail: "" });
+  Object.assign(reply, { state: "asking", limit: settings.tokens });
+  views.get(reply).paint();
+  paintRunning();
+  try {
+    await listen(await reach(turn, slot, control.signal), turn, reply);
+    if (mine()) reply.state = "done";
+  } catch (error) {
+    if (!mine()) return;
+    reply.state = control.signal.aborted ? "stopped" : "failed";
+    if (reply.state === "failed") [reply.error, reply.detail] = [error.kind ?? "cut", error.message];
+  }
+  if (!mine()) return;
+  running.delete(reply);
+  paintRunning();
+  if (!chat.items.includes(turn)) return; // edited away or cleared meanwhile
+  reply.waiting = "";
+  views.get(reply)?.paint();
+  save();
+  const who = turn.replies.length > 1 ? reply.asked : speaker(reply);
+  if (reply.text) speak(t("spoke", { who, text: reply.text }));
+  if (reply.state === "failed") speak(problem(reply));
+  follow();
+}
+
+// The response to a question; waits for an engine that is down and asks for a key that is missing.
+async function reach(turn, slot, signal) {
+  const reply = turn.replies[slot];
+  for (let tries = 0; ; tries++) {
+    let response = null;
+    try {
+      reply.asked ||= asked()[slot] ?? "";
+      response = await call("/v1/chat/completions", {
+        method: "POST",
+        signal,
+        headers: { "content-type": "application/json" },
+        body: JSON.stringify({
+          ...(reply.asked && { model: reply.asked }),
+          messages: dialogue(turn, slot),
+          stream: true,
+          temperature: settings.temperature,
+          max_tokens: reply.limit,
+        }),
+      });
+    } catch (error) {
+      if (signal.aborted) throw error;
+    }
+    if (response?.ok) return response;
+    if (response?.status === 401) {
+      if (!(await askKey())) throw new Failure("Key");
+      continue;
+    }
+    const why = response === null ? "Away" : { 503: "Down", 429: "Busy" }[response.status];
+    look();
+    if (!why) throw new Failure("Refused", await refusal(response));
+    if (tries >= TRIES) throw new Failure(why);
+    reply.waiting = why;
+    views.get(reply)?.paint();
+    const least = 1000 * Number(response?.headers.get("retry-after") ?? 0) || 0;
+    await pause(Math.max(least, backOff(tries)), signal);
+  }
+}
+
+async function refusal(response) {
+  try {
+    return String((await response.json()).error.message);
+  } catch {
+    return `HTTP ${response.status}`;
+  }
+}
+
+async function listen(response, turn, reply) {
+  reply.state = "writing";
+  reply.waiting = "";
+  reply.version = response.headers.get("x-namesake-version") ?? "";
+  reply.run = response.headers.get("x-namesake-run") ?? "";
+  came(turn, reply);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    const events = (rest + value).split(/\r?\n\r?\n/);
+    rest = events.pop();
+    for (const event of events) {
+      const data = event.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim()).join("\n");
+      if (!data || data === "[DONE]") continue;
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw new Failure("Refused", String(chunk.error.message ?? chunk.error));
+      if (!reply.version && chunk.system_fingerprint) reply.version = chunk.system_fingerprint;
+      const choice = chunk.choices?.[0];
+      reply.text += choice?.delta?.content ?? "";
+      reply.finish = choice?.finish_reason ?? reply.finish;
+      views.get(reply)?.schedule();
+    }
+  }
+  if (!reply.finish) throw new Failure("cut");
+}
+
+// The reply says by which version it is: that may be the first that is heard of a new one.
+function came(turn, reply) {
+  if (!reply.version || (reply.version === server.live?.model && reply.version === chat.last)) return;
+  if (follows(reply.asked) && chat.last && reply.version !== chat.last) {
+    announce(reply.version, turn);
+    chat.last = reply.version;
+  }
+  if (!(reply.version in server.seen)) look();
+}
+
+// The alias moved while one was talking: told once, in the thread, before what the new version says.
+function announce(to, before = null) {
+  if (!chat.items.length) return;
+  tell({ notice: "moved", from: chat.last, to }, before ? chat.items.indexOf(before) : chat.items.length);
+}
+
+function tell(notice, at) {
+  speak(noticeText(notice));
+  if (!chat.items.length) return;
+  chat.items.splice(at, 0, notice);
+  $("thread").insertBefore(noticeView(notice), $("thread").children[at] ?? null);
+  save();
+  follow();
+}
+
+// ----------------------------------------------------------------------------------------------------------- the thread
+
+function speaker(reply) {
+  const known = server.seen[reply.version];
+  return known ? half(known.name) : reply.version || reply.asked || t("model");
+}
+
+function problem(reply) {
+  if (reply.error === "cut") return t("cut");
+  return t(`failed${reply.error}`, { detail: reply.detail });
+}
+
+function noticeText({ notice, from, to }) {
+  if (notice === "gone") return t("gone", { id: from, to });
+  const [old, now] = [server.seen[from], server.seen[to]];
+  const text = t("moved", { from, to, alias: followed().alias ?? followed().name });
+  const sep = language === "zh" ? "" : " ";
+  return old && now && old.name !== now.name ? text + sep + t("movedSelf", { name: half(now.name) }) : text;
+}
+
+function noticeView(notice) {
+  const text = make("span", {}, noticeText(notice));
+  // The new version's own name may come a moment later.
+  views.set(notice, { paint: () => (text.textContent = noticeText(notice)) });
+  return make("p", { class: "notice" }, text);
+}
+
+function turnView(turn) {
+  const said = make("div", { class: "bubble", dir: "auto" }, turn.text);
+  const acts = make("div", { class: "acts" }, copyButton(() => turn.text), button("edit", t("edit"), () => open()));
+  const head = make("h3", { class: "unseen" }, t("you"));
+  const mine = make("article", { class: "mine" }, head, said, acts);
+  const replies = make("div", { class: turn.replies.length > 1 ? "replies two" : "replies" });
+  const node = make("section", { class: "turn" }, mine, replies);
+  for (const slot of turn.replies.keys()) replies.append(replyView(turn, slot, node));
+
+  function open() {
+    const area = make("textarea", { rows: "2", "aria-label": t("edit"), dir: "auto", input: () => fit(area) });
+    const form = make(
+      "form",
+      { class: "editing" },
+      area,
+      make(
+        "div",
+        { class: "ends" },
+        make("button", { type: "button", class: "plain", click: close }, t("cancel")),
+        make("button", { type: "submit", class: "solid" }, t("send")),
+      ),
+    );
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      if (!area.value.trim()) return;
+      edit(turn, area.value.trim());
+      $("ask").focus();
+    });
+    area.addEventListener("keydown", (event) => {
+      if (composing(event)) return;
+      if (event.key === "Enter" && !event.shiftKey) {
+        event.preventDefault();
+        form.requestSubmit();
+      } else if (event.key === "Escape") {
+        event.stopPropagation();
+        close();
+      }
+    });
+    area.value = turn.text;
+    mine.replaceChildren(form);
+    fit(area);
+    area.focus();
+    function close() {
+      mine.replaceChildren(head, said, acts);
+      acts.lastChild.focus();
+    }
+  }
+  return node;
+}
+
+function replyView(turn, slot, node) {
+  const reply = turn.replies[slot];
+  const head = make("h3", { class: turn.replies.length > 1 ? "column" : "unseen" });
+  const body = make("div", { class: "said", dir: "auto" });
+  const note = make("div", { class: "note" });
+  const foot = make("footer");
+  const view = make("article", { class: "reply" }, head, body, note, foot);
+  let due = 0;
+
+  function paint() {
+    cancelAnimationFrame(due);
+    due = 0;
+    const over = !["asking", "writing"].includes(reply.state);
+    head.textContent = turn.replies.length > 1 ? reply.asked || t("model") : speaker(reply);
+    if (turn.replies.length > 1 && isBase(reply.asked)) head.append(make("span", {}, t("baseModel")));
+    view.dataset.state = reply.state;
+    view.setAttribute("aria-busy", String(!over));
+    write(body, reply.text);
+    note.replaceChildren(...notes(over));
+    foot.replaceChildren(...(over && reply.text ? footer() : []));
+  }
+
+  function notes(over) {
+    if (!over && reply.waiting) return [make("p", { class: "waiting" }, t(`waiting${reply.waiting}`))];
+    if (!over) return reply.text ? [] : [make("p", { class: "dots", role: "img", "aria-label": t("writing") }, make("span"), make("span"), make("span"))];
+    if (reply.state === "failed") {
+      const text = make("p", { class: "failed" }, icon("warn"), make("span", {}, problem(reply)));
+      return [text, make("button", { type: "button", class: "plain retry", click: () => again(turn, slot) }, t("retry"))];
+    }
+    const lines = [];
+    if (reply.state === "stopped") lines.push(t("stopped"));
+    else if (reply.finish === "length") lines.push(t("length", { tokens: new Intl.NumberFormat(language).format(reply.limit) }));
+    else if (!reply.text) lines.push(t("empty"));
+    const found = lines.map((line) => make("p", {}, line));
+    if (!reply.text) found.push(make("button", { type: "button", class: "plain retry", click: () => again(turn, slot) }, t("retry")));
+    return found;
+  }
+
+  function footer() {
+    const retake = button("again", t("again"), () => again(turn, slot), "act again");
+    return [make("div", { class: "acts" }, copyButton(() => reply.text), retake), origin(reply)];
+  }
+
+  views.set(reply, {
+    paint,
+    turn: node,
+    schedule: () => (due ||= requestAnimationFrame(() => (paint(), follow()))),
+  });
+  paint();
+  return view;
+}
+
+// Where a reply came from: version, run and scores.
+function origin(reply) {
+  const known = server.seen[reply.version];
+  const run = reply.run || (known?.run ?? "");
+  const [, name, number] = /^models:\/([^/]+)\/(\d+)$/.exec(known?.version ?? "") ?? [];
+  const parts = [linked(reply.version || reply.asked, name && `/#/models/${encodeURIComponent(name)}/versions/${number}`)];
+  if (isBase(reply.asked)) parts.push(make("span", {}, t("baseModel")));
+  if (run) {
+    const node = linked(t("run", { run: run.slice(0, 8) }), `/#/runs/${encodeURIComponent(run)}`);
+    node.title = run;
+    parts.push(node);
+  }
+  const share = new Intl.NumberFormat(language, { style: "percent", maximumFractionDigits: 1 });
+  for (const score of SCORES) {
+    const value = known?.scores?.[score];
+    if (typeof value === "number") parts.push(make("span", { title: t(`${score}Means`) }, `${t(score)} ${share.format(value)}`));
+  }
+  return make("p", { class: "origin" }, ...parts.map((part) => make("span", {}, part)));
+}
+
+// A link into MLflow's pages where the page was told their address, else plain text.
+function linked(text, path) {
+  const address = document.querySelector("meta[name=namesake-mlflow]").content.replace(/\/+$/, "");
+  if (!path || !/^https?:\/\//.test(address)) return make("span", {}, text);
+  return make("a", { href: address + path, target: "_blank", rel: "noopener noreferrer" }, text);
+}
+
+let sticky = true; // whether the end of the thread is kept in sight
+
+function toEnd() {
+  window.scrollTo({ top: document.documentElement.scrollHeight });
+}
+
+function follow() {
+  if (sticky) toEnd();
+}
+
+function paintJump() {
+  const left = document.documentElement.scrollHeight - window.innerHeight - window.scrollY;
+  sticky = left < 90;
+  $("jump").hidden = left < 240;
+}
+
+// --------------------------------------------------------------------------------------------------- everything around
+
+function paintHead() {
+  const { live, phase } = server;
+  const name = live ? half(live.name) : "";
+  $("name").textContent = name || "Namesake";
+  $("name").title = live ? live.name : "";
+  document.title = name ? `${name} · Namesake` : "Namesake";
+  $("status").dataset.phase = phase;
+  $("status-text").textContent = phase === "ready" ? `${t("ready")} · ${live.model}` : t(phase);
+  $("ask").placeholder = name ? t("ask", { name }) : t("askAnybody");
+  $("system").placeholder = live?.system ?? "";
+  $("hello").hidden = chat.items.length > 0;
+  $("greeting").textContent = live ? t("hello", { name }) : "Namesake";
+  const away = { starting: "helloStarting", locked: "helloLocked" }[phase] ?? "helloDown";
+  const base = live?.base?.split("/").pop();
+  const parts = live ? [t("made", { author: half(live.author) }), live.model, base && t("based", { base })] : [t(away)];
+  $("about").replaceChildren(...parts.filter(Boolean).map((part) => make("span", {}, part)));
+  if (live && phase !== "ready") $("about").replaceChildren(t(away));
+}
+
+function paintPicks() {
+  const { first, second, several } = chosen();
+  const two = chat.compare && several;
+  for (const [place, value, shown] of [["first", first, choices().length > 1], ["second", second, two]]) {
+    const options = choices().map((id) => {
+      const text = isBase(id) ? "isBase" : follows(id) && followed().alias ? "follows" : "";
+      return make("option", { value: id }, text ? t(text, { id, alias: followed().alias }) : id);
+    });
+    $(place).replaceChildren(...options);
+    $(place).value = value;
+    $(place).hidden = !shown;
+  }
+  if (chat.first && !server.ids.includes(chat.first) && server.ids.length) {
+    const gone = chat.first;
+    chat.first = "";
+    tell({ notice: "gone", from: gone, to: first }, chat.items.length);
+  }
+  $("versus").hidden = !two;
+  $("compare").hidden = !several;
+  $("compare").setAttribute("aria-pressed", String(two));
+  document.body.classList.toggle("wide", two || chat.items.some((item) => item.replies?.length > 1));
+}
+
+function paintRunning() {
+  const busy = running.size > 0;
+  const lost = document.activeElement === (busy ? $("send") : $("stop"));
+  $("stop").hidden = !busy;
+  $("send").hidden = busy;
+  if (lost && busy) $("stop").focus();
+  else if (lost && precise()) $("ask").focus();
+}
+
+function paintAsk() {
+  fit($("ask"));
+  $("send").disabled = !$("ask").value.trim();
+}
+
+// As high as its text, where the browser cannot do it by itself.
+function fit(area) {
+  if (CSS.supports("field-sizing", "content")) return;
+  area.style.height = "auto";
+  area.style.height = `${area.scrollHeight + 2}px`;
+}
+
+function paintTexts() {
+  for (const node of document.querySelectorAll("[data-t]")) node.textContent = t(node.dataset.t);
+  for (const node of document.querySelectorAll("[data-t-label]")) node.setAttribute("aria-label", t(node.dataset.tLabel));
+  for (const node of document.querySelectorAll("[data-t-name]")) {
+    node.setAttribute("aria-label", t(node.dataset.tName));
+    node.title = t(node.dataset.tName);
+  }
+  $("ideas").replaceChildren(
+    ...t("ideas").split("\n").map((idea) => make("li", {}, make("button", { type: "button", class: "idea", click: () => send(idea) }, idea))),
+  );
+  $("figures").replaceChildren(...SCORES.flatMap((score) => [make("dt", {}, t(score)), make("dd", {}, t(`${score}Means`))]));
+  views.clear();
+  $("thread").replaceChildren(...chat.items.map((item) => (item.replies ? turnView(item) : noticeView(item))));
+  paintHead();
+  paintPicks();
+}
+
+function paintSettings() {
+  const fields = $("settings-form").elements;
+  for (const name of Object.keys(settings)) if (fields[name]) fields[name].value = settings[name];
+  $("temperature-value").textContent = Number(settings.temperature).toFixed(1);
+}
+
+function readSettings() {
+  const fields = $("settings-form").elements;
+  const spoken = settings.language;
+  settings.language = fields.language.value;
+  settings.theme = fields.theme.value;
+  settings.system = fields.system.value;
+  settings.temperature = Number(fields.temperature.value);
+  if (fields.tokens.checkValidity()) settings.tokens = Number(fields.tokens.value);
+  $("temperature-value").textContent = settings.temperature.toFixed(1);
+  store("localStorage", SETTINGS, settings);
+  dress();
+  if (spoken !== settings.language) paintTexts();
+}
+
+function begin() {
+  restore();
+  paintSettings();
+  paintTexts();
+  paintAsk();
+
+  const box = $("ask");
+  box.addEventListener("input", paintAsk);
+  box.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !composing(event)) {
+      event.preventDefault();
+      $("composer").requestSubmit();
+    }
+  });
+  $("composer").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const text = box.value.trim();
+    if (!text || running.size) return;
+    box.value = "";
+    paintAsk();
+    send(text);
+  });
+  $("stop").addEventListener("click", stop);
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !composing(event) && !document.querySelector("dialog[open]")) stop();
+  });
+  $("new").addEventListener("click", startAnew);
+  $("compare").addEventListener("click", () => {
+    chat.compare = !chat.compare;
+    paintPicks();
+    save();
+  });
+  for (const place of ["first", "second"]) {
+    $(place).addEventListener("change", () => {
+      chat[place] = $(place).value;
+      paintPicks();
+      save();
+    });
+  }
+  $("jump").addEventListener("click", () => {
+    toEnd();
+    box.focus();
+  });
+  addEventListener("scroll", paintJump, { passive: true });
+  addEventListener("resize", follow);
+  addEventListener("pagehide", save);
+  document.addEventListener("visibilitychange", () => document.hidden || look());
+  addEventListener("online", look);
+
+  $("open-settings").addEventListener("click", () => $("settings").showModal());
+  $("close-settings").addEventListener("click", () => $("settings").close());
+  $("settings").addEventListener("click", (event) => event.target === $("settings") && $("settings").close());
+  $("settings").addEventListener("close", paintSettings);
+  $("settings-form").addEventListener("input", readSettings);
+  $("settings-form").addEventListener("submit", (event) => event.preventDefault());
+  $("open-key").addEventListener("click", askKey);
+  $("key-cancel").addEventListener("click", () => $("key").close());
+  $("key-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    tryKey();
+  });
+
+  if (precise()) box.focus();
+  if (chat.items.length) toEnd();
+  look();
+}
+
+document.addEventListener("DOMContentLoaded", begin);
