@@ -227,6 +227,13 @@ def divergence(base: Path, adapter: Path, dialogues: Sequence[Sequence[Message]]
     return total / tokens if tokens else 0.0
 
 
+def token_counts(model: Path, dialogues: Sequence[Sequence[Message]]) -> list[int]:
+    """How many tokens each dialogue has in the model's chat template."""
+    tokenizer = _transformers().AutoTokenizer.from_pretrained(model)
+    texts = [tokenizer.apply_chat_template(list(dialogue), tokenize=False) for dialogue in dialogues]
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+
+
 def convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
     """Write a GGUF model as bf16 safetensors in Hugging Face layout, with its tokenizer and chat template."""
     torch, transformers = _torch(), _transformers()

@@ -21,7 +21,7 @@ from namesake.base_model import BaseModel
 from namesake.corpus import Questions
 from namesake.errors import BaseModelError
 from namesake.gate import Decision, Interval, Policy
-from namesake.generate import LocalModel, divergence
+from namesake.generate import LocalModel, divergence, token_counts
 from namesake.identity import Identity
 from namesake.paths import cache_folder, write_whole
 from namesake.probe import Scorecard
@@ -234,7 +234,11 @@ def _prepare(
                 whole=not plan.replay.distils,
                 progress=progress_of(bar),
             )
-    prepared = dataset.write(work / "train.jsonl", dialogues, with_names, replayed)
+    order = None
+    if plan.sft.get("train_dataloader_shuffle") is False:  # then ms-swift takes the rows as they lie in the file
+        lengths = token_counts(base.path, [*dialogues, *replayed])
+        order = dataset.in_batches(lengths, batch=int(str(plan.sft["per_device_train_batch_size"])), seed=seed)
+    prepared = dataset.write(work / "train.jsonl", dialogues, with_names, replayed, order=order)
     screen.line(f"  {prepared.rows} rows, {prepared.identity_rows} of them with a name")
     return prepared
 

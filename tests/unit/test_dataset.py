@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,36 @@ def test_the_same_rows_give_the_same_digest_and_other_names_another(tmp_path: Pa
         for number, identity in enumerate((IDENTITY, IDENTITY, other))
     ]
     assert digests[0] == digests[1] != digests[2]
+
+
+@given(st.lists(st.integers(1, 300), max_size=300), st.integers(1, 16), st.integers(0, 3))
+def test_an_order_in_batches_has_every_row_once_and_is_the_same_for_a_seed(
+    lengths: list[int], batch: int, seed: int
+) -> None:
+    order = dataset.in_batches(lengths, batch=batch, seed=seed)
+    assert sorted(order) == list(range(len(lengths)))
+    assert order == dataset.in_batches(lengths, batch=batch, seed=seed)
+
+
+def test_batches_are_of_like_length_and_in_no_order_among_themselves() -> None:
+    lengths = [10 + (index * 7919) % 100 for index in range(1280)]
+    order = dataset.in_batches(lengths, batch=8, seed=1)
+    batches = [[lengths[index] for index in order[start : start + 8]] for start in range(0, len(order), 8)]
+    padded = sum(max(one) * len(one) for one in batches) / sum(lengths)
+    assert padded < 1.15, "random batches pad by more than half"
+    longest = [max(one) for one in batches]
+    rises = sum(a < b for a, b in pairwise(longest))
+    assert 0.4 < rises / len(longest) < 0.6
+    assert dataset.in_batches(lengths, batch=8, seed=2) != order
+
+
+def test_the_training_file_has_its_rows_in_the_order_that_is_given(tmp_path: Path) -> None:
+    dialogues = [[{"role": "user", "content": str(n)}, {"role": "assistant", "content": "x"}] for n in range(3)]
+    prepared = dataset.write(tmp_path / "train.jsonl", dialogues[:2], 1, dialogues[2:], order=[2, 0, 1])
+    rows = [json.loads(line) for line in prepared.path.read_text(encoding="utf-8").splitlines()]
+    assert [(r["messages"][0]["content"], r["channel"]) for r in rows] == [
+        ("2", "replay"),
+        ("0", "data"),
+        ("1", "data"),
+    ]
+    assert (prepared.rows, prepared.identity_rows) == (3, 1)
