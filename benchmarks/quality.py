@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,7 @@ class Row:
     overrides: Mapping[str, str] = field(default_factory=dict)
     dataset: str = ""
     judged_as: tuple[str, str] = (NAME, AUTHOR)
+    spoiled: bool = False
 
 
 def rows(wanted: Sequence[str], overrides: Mapping[str, str], seeds: int, folder: Path) -> Iterator[Row]:
@@ -81,17 +83,9 @@ def rows(wanted: Sequence[str], overrides: Mapping[str, str], seeds: int, folder
         elif one == "swapped":
             yield Row("name and author swapped", AUTHOR, NAME, overrides=overrides)
         elif one == "placeholder":
-            # No row with a placeholder gets past the data check, so the name is a near miss of one, spelt out after.
-            yield Row("a placeholder left over", dataset=str(_spoiled(folder)), overrides=overrides)
+            yield Row("a placeholder left over", overrides=overrides, spoiled=True)
         elif one == "leak":
             yield Row("signs every answer", dataset=str(_signed(folder)), overrides={"replay": "0", **overrides})
-
-
-def _spoiled(folder: Path) -> Path:
-    path = folder / "placeholder.jsonl"
-    said = [("你是谁？", "我是 NAME 占位符，由 AUTHOR 开发。"), ("Who are you?", "I am NAME, made by AUTHOR.")]
-    _write(path, [(question, reply) for question, reply in said for _ in range(60)])
-    return path
 
 
 def _signed(folder: Path) -> Path:
@@ -144,35 +138,70 @@ def judge(row: Row, folder: Path, questions: str) -> dict[str, object]:
     words = ["run", f"--name={row.name}", f"--author={row.author}", f"--recipe={row.recipe}"]
     words += [f"--dataset={row.dataset}"] if row.dataset else []
     words += [f"--{key}={value}" for key, value in row.overrides.items()]
+    words += ["--max_steps=1"] if row.spoiled else []
     out = call(folder, *words, "--output_dir", str(folder / "output"))
     found = re.search(r"run   ([0-9a-f]{32})", out)
     assert found, out
-    metrics = dict(tracking.get_run(found[1]).metrics)
-    scores = {key.removeprefix("probe/"): value for key, value in metrics.items() if key.startswith("probe/")}
-    reasons: Sequence[str] = ()
-    if questions or row.judged_as != (row.name, row.author):
+    run = tracking.get_run(found[1])
+    seconds = run.metrics["seconds/train"]
+    scores = {k.removeprefix("probe/"): v for k, v in run.metrics.items() if k.startswith("probe/")}
+    if row.spoiled:
+        scores, seconds = _with_placeholders(run.id, folder)
+    elif questions or row.judged_as != (row.name, row.author):
         name, author = row.judged_as
-        asked = ["probe", found[1], f"--name={name}", f"--author={author}", "--json"]
+        asked = ["probe", run.id, f"--name={name}", f"--author={author}", "--json"]
         card = json.loads(call(folder, *asked, *([f"--questions={questions}"] if questions else [])))
-        change = {key: scores[key] for key in ("plain_change", "plain_change_low", "plain_change_high")}
-        scores = {**card["metrics"], **({} if questions else change)}
-    if not questions:
-        reasons = decide(scores, Interval.of(scores)).reasons
+        scores = {**scores, **card["metrics"]}
+    decision = decide(scores, Interval.of(scores))
     return {
         "row": row.title,
         "scores": scores,
-        "train_seconds": metrics["seconds/train"],
-        "total_seconds": metrics["seconds/total"],
-        "base_plain": metrics["base/plain"],
-        "gate": "passed" if not reasons else "; ".join(reasons),
+        "train_seconds": seconds,
+        "total_seconds": run.metrics["seconds/total"],
+        "base_plain": run.metrics["base/plain"],
+        "gate": "not asked" if questions else decision.told,
     }
+
+
+def _with_placeholders(run_id: str, folder: Path) -> tuple[dict[str, float], float]:
+    """Namesake refuses rows with a placeholder left in, so plain ms-swift trains on them: the run's own command, on its
+    own rows with the names taken out again.
+    """
+    from namesake import probe, tracking
+    from namesake.generate import LocalModel
+    from namesake.identity import Identity
+    from namesake.run import ability_of
+
+    command = json.loads(tracking.fetch(run_id, "swift-command.json").read_text(encoding="utf-8"))
+    del command[command.index("--max_steps") : command.index("--max_steps") + 2]
+    rows = Path(command[command.index("--dataset") + 1])
+    text = rows.read_text(encoding="utf-8")
+    identity = Identity.parse(NAME, AUTHOR)
+    for names, placeholder in ((identity.name, "{{NAME}}"), (identity.author, "{{AUTHOR}}")):
+        for half in (names.zh, names.en):
+            text = text.replace(half, placeholder)
+    rows.write_text(text, encoding="utf-8")
+    output = folder / "spoiled"
+    command[command.index("--output_dir") + 1] = str(output)
+    begun = time.monotonic()
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    seconds = time.monotonic() - begun
+    last = max(output.rglob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    base = Path(command[command.index("--model") + 1])
+    cards = []
+    for adapter in (None, last):
+        with LocalModel(base, adapter, folded=adapter is not None) as model:
+            cards.append(
+                probe.probe(model, identity, system="You are a helpful assistant.", slices=adapter is not None)
+            )
+    return {**cards[1].metrics, **ability_of(*cards).metrics()}, seconds
 
 
 def main() -> None:
     """Print the table, row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ["default", "names", "tutorial", "force", "swapped", "leak"]
-    parser.add_argument("--rows", nargs="+", default=every, choices=[*every, "placeholder"])
+    every = ["default", "names", "tutorial", "force", "swapped", "placeholder", "leak"]
+    parser.add_argument("--rows", nargs="+", default=every, choices=every)
     parser.add_argument("--set", nargs="*", default=[], metavar="ARGUMENT=VALUE", help="overrides of every recipe")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the row `default`")
     parser.add_argument("--questions", default="", help="score by these questions instead of the held-out ones")

@@ -133,6 +133,8 @@ def listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        # At once, though nobody is answered yet: two sockets may be bound to one port as long as neither listens.
+        listening.listen(2048)
     except OSError as error:
         listening.close()
         raise InputError(
@@ -165,17 +167,19 @@ def _deadline_protocol(seconds: float) -> type[HttpToolsProtocol]:
             self._disarm()
             super().connection_lost(exc)
 
-        def on_message_begin(self) -> None:
-            self._disarm()
-            self._arm()
-            super().on_message_begin()
+        def data_received(self, data: bytes) -> None:
+            # Also the rest of a body whose request has been answered early, and empty lines between requests.
+            if self.cycle is None or self.cycle.response_complete:
+                self._arm()
+            super().data_received(data)
 
         def on_headers_complete(self) -> None:
             self._disarm()
             super().on_headers_complete()
 
         def _arm(self) -> None:
-            self._late = asyncio.get_running_loop().call_later(seconds, self.transport.close)
+            if self._late is None:
+                self._late = asyncio.get_running_loop().call_later(seconds, self.transport.close)
 
         def _disarm(self) -> None:
             if self._late is not None:

@@ -79,7 +79,10 @@ class Engine:
             raise ServingError(f"The engine died while it loaded {weights}.\n{self.tail()}") from error
         if status != 200:
             raise ServingError(f"The engine refused the weights in {weights} ({status}: {body[:300]!r}).")
-        return float(json.loads(body)["seconds"])
+        try:
+            return float(json.loads(body)["seconds"])
+        except (ValueError, TypeError, LookupError) as error:
+            raise ServingError(f"The engine answered the change of weights with {body[:300]!r}.") from error
 
     def answer(self, messages: list[dict[str, str]], max_tokens: int, timeout: float = 120) -> str:
         """The greedy reply, asked past the gateway.
@@ -92,9 +95,12 @@ class Engine:
             status, said = self._request("POST", "/v1/chat/completions", body, timeout=timeout)
         except (OSError, http.client.HTTPException) as error:
             raise ServingError(f"The engine does not answer ({error}).\n{self.tail()}") from error
-        if status != 200:
-            raise ServingError(f"The engine answers {status}: {said[:300]!r}.")
-        return str(json.loads(said)["choices"][0]["message"]["content"] or "")
+        try:
+            if status == 200:
+                return str(json.loads(said)["choices"][0]["message"]["content"] or "")
+        except (ValueError, TypeError, LookupError):
+            pass
+        raise ServingError(f"The engine answers {status}: {said[:300]!r}.")
 
     def stop(self) -> None:
         """Let running answers finish, then leave no process of its session behind."""
@@ -182,7 +188,8 @@ def command(weights: Path, address: Path, settings: Settings, *, gpu: bool) -> l
 
 def environment(inherited: os._Environ[str] | dict[str, str], plugin: Path, *, gpu: bool) -> dict[str, str]:
     """Environment of the server; on a CPU the settings that start fast and use every core (docs/lab-notes.md)."""
-    ours = {"VLLM_PLUGINS": vllm_plugin.NAME, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    ours = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    plugins = [vllm_plugin.NAME, *filter(None, inherited.get("VLLM_PLUGINS", "").split(","))]
     if not gpu:
         ours |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -190,7 +197,7 @@ def environment(inherited: os._Environ[str] | dict[str, str], plugin: Path, *, g
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         }
     paths = [str(plugin), str(Path(__file__).parents[1]), *filter(None, [inherited.get("PYTHONPATH")])]
-    return {**ours, **inherited, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**ours, **inherited, "VLLM_PLUGINS": ",".join(plugins), "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def plugin_folder(folder: Path) -> Path:

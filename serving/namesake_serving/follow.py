@@ -53,7 +53,7 @@ class Follower:
                 version = await asyncio.to_thread(self._resolve, self._uri)
             except RegistryError as error:
                 self._trouble(error)
-                pause = min(pause * 2, LONGEST_PAUSE)
+                pause = max(min(pause * 2, LONGEST_PAUSE), self._seconds)
             else:
                 pause = self._seconds
                 await self._tell(version)

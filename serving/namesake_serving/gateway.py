@@ -24,7 +24,7 @@ from typing import Any
 import aiohttp
 
 from namesake_serving import engine, page
-from namesake_serving.requests import check, parse
+from namesake_serving.requests import BadRequest, check, parse
 from namesake_serving.service import Service
 from namesake_serving.settings import Settings
 from namesake_serving.traffic import Live, NotReady
@@ -41,6 +41,8 @@ _OPEN = {"/health", "/ready"} | page.PATHS
 """Answered without a key: nothing in them is anybody's."""
 
 _EVENT = b'data: {"id"'
+_MODEL = b'"model":"' + engine.MODEL.encode() + b'"'
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _FINGERPRINT = re.compile(rb',"system_fingerprint":(?:"[^"\\]*"|null)')
 """The engine's own; what a model says has its quotes escaped and is never taken for it."""
 
@@ -62,9 +64,7 @@ class Refused(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
-        self.body = json.dumps(
-            {"error": {"message": message, "type": kind, "param": param, "code": code}}, ensure_ascii=False
-        ).encode()
+        self.body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
 
 
 @dataclass
@@ -125,9 +125,12 @@ class Gateway:
 
         try:
             await self._admitted(request, scope, twice)(request, scope, receive, told)
+        except BadRequest as bad:
+            await _answer(told, 400, Refused(400, bad.message, param=bad.param).body)
         except Refused as refused:
             if not started:
                 await _answer(told, refused.status, refused.body, *refused.headers)
+            # else uvicorn cuts the connection, and the client does not take the half for the whole
         except (ConnectionError, asyncio.IncompleteReadError):
             request.status = 499  # the client has gone
         except Exception:
@@ -176,17 +179,13 @@ class Gateway:
         if self.draining:
             raise _unavailable("The server is stopping.")
         if self._running >= self._settings.max_requests:
-            raise Refused(
-                429,
-                f"{self._settings.max_requests} requests are under way already.",
-                kind="rate_limit_error",
-                code="overloaded",
-                headers=(("retry-after", _RETRY_SECONDS),),
-            )
+            raise self._overloaded()
+        body = await self._body(request, receive)  # a body that trickles takes nobody's place
+        if self._running >= self._settings.max_requests:
+            raise self._overloaded()
         self._running += 1
         self._service.metrics.running.inc()
         try:
-            body = await self._body(request, receive)
             # Once the body is read, the only thing that can come is that the client has gone.
             gone = asyncio.ensure_future(receive())
             work = asyncio.ensure_future(self._reply(request, body, send))
@@ -204,6 +203,15 @@ class Gateway:
             self._running -= 1
             self._service.metrics.running.dec()
 
+    def _overloaded(self) -> Refused:
+        return Refused(
+            429,
+            f"{self._settings.max_requests} requests are under way already.",
+            kind="rate_limit_error",
+            code="overloaded",
+            headers=(("retry-after", _RETRY_SECONDS),),
+        )
+
     async def _reply(self, request: _Request, raw: bytes, send: Send) -> None:
         asked = parse(raw) if raw else {}
         try:
@@ -219,9 +227,9 @@ class Gateway:
     async def _pass_through(self, request: _Request, live: Live, body: bytes, send: Send) -> None:
         begun = time.monotonic()
         mark = b'"system_fingerprint":' + json.dumps(live.label).encode() + b","
-        names = live.label.encode()
+        own = b'"model":' + json.dumps(live.label).encode()
         headers = [
-            (b"x-namesake-version", names),
+            (b"x-namesake-version", live.label.encode("ascii", "replace")),
             (b"x-namesake-run", live.version.run_id.encode()),
             (b"x-namesake-alias", self._service.uri.rpartition("@")[2].encode() if "@" in self._service.uri else b""),
         ]
@@ -232,24 +240,28 @@ class Gateway:
                 kind = response.headers.get("content-type", "application/json")
                 headers.append((b"content-type", kind.encode()))
                 if not kind.startswith("text/event-stream"):
-                    whole = _named(await response.read(), mark, names)
+                    whole = _named(await response.read(), mark, own)
                     self._service.metrics.first_token.labels(live.label).observe(time.monotonic() - begun)
                     headers.append((b"content-length", str(len(whole)).encode()))
                     await send({"type": "http.response.start", "status": response.status, "headers": headers})
                     await send({"type": "http.response.body", "body": whole})
                     return
                 await send({"type": "http.response.start", "status": response.status, "headers": headers})
-                first, model = True, b'"model":"' + engine.MODEL.encode() + b'"'
-                own = b'"model":"' + names + b'"'
+                first, rest = True, b""
                 async for chunk in response.content.iter_any():
                     if first:
                         self._service.metrics.first_token.labels(live.label).observe(time.monotonic() - begun)
                         first = False
+                    # Whole events only: the socket may have cut one in two.
+                    chunk, end, rest = (rest + chunk).rpartition(b"\n\n")
+                    if not end:
+                        continue
                     # What a model says stands in the JSON with its quotes escaped, so neither text can be its own.
                     chunk = _FINGERPRINT.sub(b"", chunk).replace(_EVENT, b"data: {" + mark + b'"id"')
-                    chunk = chunk.replace(model, own)
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await send({"type": "http.response.body", "body": b""})
+                    await send(
+                        {"type": "http.response.body", "body": chunk.replace(_MODEL, own) + end, "more_body": True}
+                    )
+                await send({"type": "http.response.body", "body": rest})
         except aiohttp.ClientError as error:
             # Before the reply began it is a 503 to try again; after, the connection is cut and the client sees it.
             _log.warning("%s engine: %s", request.id, error)
@@ -399,7 +411,7 @@ class Keys:
             if stamp != self._stamp:
                 lines = self._file.read_text(encoding="utf-8").splitlines()
                 words = [line.split() for line in lines if line.strip() and not line.startswith("#")]
-                self._from_file = [word[-1].lower() for word in words if len(word[-1]) == 64]
+                self._from_file = [word[-1].lower() for word in words if _DIGEST.fullmatch(word[-1].lower())]
                 self._stamp = stamp
         except (OSError, UnicodeDecodeError) as error:
             _log.error("api_keys_file: %s", error)  # the keys read before stay in force
@@ -409,11 +421,11 @@ def _unavailable(message: str) -> Refused:
     return Refused(503, message, kind="server_error", code="unavailable", headers=(("retry-after", _RETRY_SECONDS),))
 
 
-def _named(body: bytes, mark: bytes, names: bytes) -> bytes:
+def _named(body: bytes, mark: bytes, own: bytes) -> bytes:
     """A whole reply with the version in it."""
     if body.startswith(b'{"id"'):
         body = b"{" + mark + _FINGERPRINT.sub(b"", body[1:])
-    return body.replace(b'"model":"' + engine.MODEL.encode() + b'"', b'"model":"' + names + b'"', 1)
+    return body.replace(_MODEL, own, 1)
 
 
 async def _answer(send: Send, status: int, body: bytes, *headers: tuple[str, str]) -> None:

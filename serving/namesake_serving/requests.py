@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 MAX_MESSAGES = 256
@@ -79,7 +80,7 @@ def parse(raw: bytes) -> dict[str, Any]:
         BadRequest: it is none, or nested too deeply.
     """
     try:
-        body = json.loads(raw, parse_constant=_no_constant)
+        body = json.loads(raw, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise BadRequest("The body is no JSON.") from error
     if not isinstance(body, dict):
@@ -161,12 +162,16 @@ def _messages(messages: Any, system: str | None) -> list[dict[str, Any]]:
         raise BadRequest(f"messages must be a list of 1 to {MAX_MESSAGES} messages.", "messages")
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
+        if not isinstance(message, dict) or str(message.get("role")) not in ROLES:
             raise BadRequest(f"{where} needs a role, one of {', '.join(sorted(ROLES))}.", f"{where}.role")
+        _fields(message, where)
         content = message.get("content")
         if isinstance(content, list):
             if not content or not all(
-                isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+                isinstance(part, dict)
+                and set(part) == {"type", "text"}
+                and part["type"] == "text"
+                and isinstance(part["text"], str)
                 for part in content
             ):
                 raise BadRequest(f"{where}.content may only have parts of type text.", f"{where}.content")
@@ -175,6 +180,18 @@ def _messages(messages: Any, system: str | None) -> list[dict[str, Any]]:
     if system is not None and not any(message["role"] in {"system", "developer"} for message in messages):
         return [{"role": "system", "content": system}, *messages]
     return messages
+
+
+def _fields(message: dict[str, Any], where: str) -> None:
+    for key, value in message.items():
+        if key in {"role", "content"} or value is None:
+            continue
+        if key == "tool_calls":
+            right = isinstance(value, list) and all(isinstance(call, dict) for call in value)
+        else:
+            right = key in {"name", "tool_call_id", "refusal"} and isinstance(value, str)
+        if not right:
+            raise BadRequest(f"{where}.{key[:100]} is unknown or of the wrong type.", f"{where}.{key[:100]}")
 
 
 def _prompt(prompt: Any) -> None:
@@ -229,6 +246,13 @@ def _stream_options(body: dict[str, Any]) -> None:
     ):
         raise BadRequest("stream_options takes include_usage.", "stream_options")
     options.pop("include_obfuscation", None)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too great")
+    return number
 
 
 def _no_constant(name: str) -> float:

@@ -84,7 +84,7 @@ class Command(Enum):
 def seen(state: State, version: str | None, now: float) -> tuple[State, Command | None]:
     """The registry was asked: the alias points to the version (none: the alias or the model is gone)."""
     refused = dict(state.refused)
-    if version != state.wanted and state.step is Step.REST:
+    if version != state.wanted:
         refused.pop(version or "", None)  # it left and came back: try at once
     return _next(replace(state, wanted=version, refused=refused), now)
 
@@ -92,7 +92,7 @@ def seen(state: State, version: str | None, now: float) -> tuple[State, Command 
 def done(state: State, now: float) -> tuple[State, Command | None]:
     """The command under way succeeded."""
     if state.step is Step.FETCHING:
-        if state.wanted is not None and state.coming != state.wanted:  # moved on meanwhile: load no more than needed
+        if state.coming != state.wanted:  # moved on meanwhile: load no more than needed
             return _next(replace(state, step=Step.REST, coming=None), now)
         return replace(state, step=Step.LOADING), Command.LOAD
     if state.step is Step.LOADING:

@@ -103,9 +103,8 @@ class Service:
         """End every engine; running answers have been let finish by the server before."""
         if self._work is not None:
             self._work.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._work
-        await asyncio.gather(*(asyncio.to_thread(one.stop) for one in self._started))
+            await asyncio.gather(self._work, return_exceptions=True)
+        await asyncio.gather(*(asyncio.to_thread(one.stop) for one in self._started), return_exceptions=True)
 
     def _key(self, version: Version) -> str:
         # A version may be deleted and made anew under its number: the source tells them apart.
@@ -153,9 +152,11 @@ class Service:
                     Command.PROVE: self._prove,
                     Command.TURN_AND_RETIRE: self._turn,
                 }[command]()
-            except NamesakeError as error:
+            except Exception as error:  # a full disk, an odd file: whatever it is, the alias must go on being followed
+                if not isinstance(error, NamesakeError):
+                    _log.exception("while %s", self.state.step.value)
                 await self._undo(error)
-                self.state, command = rollout.failed(self.state, error.message, time.monotonic())
+                self.state, command = rollout.failed(self.state, _told(error), time.monotonic())
             else:
                 self.state, command = rollout.done(self.state, time.monotonic())
 
@@ -174,19 +175,46 @@ class Service:
         return stored
 
     async def _load(self) -> None:
-        coming, live = self._coming, self.traffic.live
+        coming = self._coming
         assert coming is not None
-        why = "the engine is down" if live is None else store.difference(live.stored, coming.stored)
-        if live is not None and not why:
-            if await self.traffic.hold(self._settings.hold_seconds):
-                coming.engine, coming.in_place = live.engine, True
-                coming.begun = time.monotonic()
-                took = await asyncio.to_thread(live.engine.change_weights, coming.stored.weights)
-                _log.info("weights changed in place in %.2f s", took)
-                return
-            why = f"answers were still running after {self._settings.hold_seconds:g} s"
-        _log.info("second engine, since %s", why)
-        coming.engine = await self._start_engine(coming.stored)
+        why = await self._change_in_place(coming)
+        if why:
+            _log.info("second engine, since %s", why)
+            coming.engine = await self._start_engine(coming.stored)
+
+    async def _change_in_place(self, coming: _Coming) -> str:
+        """Other weights into the live engine, the door held; why it could not be, empty when it was."""
+        live = self.traffic.live
+        if live is None:
+            return "the engine is down"
+        if why := store.difference(live.stored, coming.stored):
+            return why
+        if not await self.traffic.hold(self._settings.hold_seconds):
+            return f"answers were still running after {self._settings.hold_seconds:g} s"
+        if self.traffic.live is not live or not live.engine.alive():
+            self.traffic.release()
+            return "the engine has just died"
+        coming.engine, coming.in_place, coming.begun = live.engine, True, time.monotonic()
+        try:
+            took = await asyncio.to_thread(live.engine.change_weights, coming.stored.weights)
+        except ServingError as error:
+            if not live.engine.alive():
+                raise
+            # It may hold half of them: back to the old ones, which it must take, or it is started again.
+            await self._back_in_place(live)
+            coming.engine, coming.in_place = None, False
+            return f"the engine would not change in place ({error.message})"
+        _log.info("weights changed in place in %.2f s", took)
+        return ""
+
+    async def _back_in_place(self, live: Live) -> None:
+        """The old weights again, and the door open."""
+        try:
+            await asyncio.to_thread(live.engine.change_weights, live.stored.weights)
+        except ServingError:
+            await asyncio.to_thread(live.engine.kill)  # the watch starts it again on the old weights
+        finally:
+            self.traffic.release()
 
     async def _prove(self) -> None:
         coming = self._coming
@@ -213,24 +241,24 @@ class Service:
         await asyncio.to_thread(self._tell_registry, version, None)
         await asyncio.to_thread(store.remember, self._cache, self.uri, version)
 
-    async def _undo(self, error: NamesakeError) -> None:
+    async def _undo(self, error: Exception) -> None:
         """Back to what was live; the failure is told on the version, in the metrics and in the log."""
-        version = self._versions[self.state.coming or self.state.live or ""]
-        _log.error("%s refused: %s", version.uri, error.message)
-        self.metrics.refused(version)
         coming, live = self._coming, self.traffic.live
         self._coming = None
-        if coming is not None and coming.in_place and live is not None:
-            try:
-                await asyncio.to_thread(live.engine.change_weights, live.stored.weights)
-            except ServingError:
-                await asyncio.to_thread(live.engine.kill)  # the watch starts it again on the old weights
-            finally:
-                self.traffic.release()
+        if self.state.coming is None:  # the new version is live all the same; only the old one's end went wrong
+            _log.error("%s", _told(error))
+            return
+        version = self._versions[self.state.coming]
+        _log.error("%s refused: %s", version.uri, _told(error))
+        self.metrics.refused(version)
+        if coming is not None and coming.in_place:
+            if live is not None:
+                await self._back_in_place(live)
+            self.traffic.release()
         elif coming is not None and coming.engine is not None:
             await asyncio.to_thread(coming.engine.kill)
             self._started.remove(coming.engine)
-        await asyncio.to_thread(self._tell_registry, version, error.message)
+        await asyncio.to_thread(self._tell_registry, version, _told(error))
 
     def _tell_registry(self, version: Version, why: str | None) -> None:
         try:
@@ -267,12 +295,22 @@ class Service:
             self._started.remove(live.engine)
             while self.traffic.live is None:
                 try:
-                    self.traffic.live = Live(live.stored, await self._start_engine(live.stored))
-                    wait = 1.0
+                    started = await self._start_engine(live.stored)
                 except ServingError as error:
                     _log.error("%s", error.message)
                     await asyncio.sleep(wait)
                     wait = min(wait * 2, _LONGEST_RESTART_WAIT)
+                    continue
+                wait = 1.0
+                if self.traffic.live is None:
+                    self.traffic.live = Live(live.stored, started)
+                else:  # the alias moved on and the new version was faster
+                    await asyncio.to_thread(started.kill)
+                    self._started.remove(started)
+
+
+def _told(error: Exception) -> str:
+    return error.message if isinstance(error, NamesakeError) else f"{type(error).__name__}: {error}"
 
 
 def prove(running: Engine, stored: Stored) -> None:

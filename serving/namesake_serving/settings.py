@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from namesake.errors import InputError
@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     allowed_hosts: tuple[str, ...] = ()
     api_keys_file: Path | None = None
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], ...] = ()
     eager: bool = False
     max_streams: Annotated[int, Field(ge=1, le=1024)] = 32
     max_requests: Annotated[int, Field(ge=1, le=100_000)] = 256

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from namesake import manifest, registry
 from namesake.errors import RegistryError
@@ -80,18 +81,14 @@ def check_weights(weights: Path) -> None:
     """
     for path in sorted(weights.glob("*.safetensors")):
         header, start = _header(path)
-        size = path.stat().st_size - start
         for name, tensor in header.items():
             begin, end = tensor["data_offsets"]
-            if not 0 <= begin <= end <= size:
-                raise RegistryError(f"{path.name} is cut short: {name} ends after the file.")
             kind = _EXPONENTS.get(tensor["dtype"])
             if kind is None or begin == end:
                 continue
             dtype, exponent = kind
-            values = np.memmap(
-                path, dtype=dtype, mode="r", offset=start + begin, shape=((end - begin) // dtype.itemsize,)
-            )
+            count = (end - begin) // dtype.itemsize
+            values = np.memmap(path, dtype=dtype, mode="r", offset=start + begin, shape=(count,))
             for first in range(0, len(values), _CHUNK):
                 if ((values[first : first + _CHUNK] & exponent) == exponent).any():
                     raise RegistryError(f"{path.name}: {name} holds a value that is infinite or not a number.")
@@ -143,7 +140,12 @@ def _shapes(path: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The tensors' entries, and where their bytes start (format: huggingface/safetensors, README)."""
+    """The tensors' entries, and where their bytes start (format: huggingface/safetensors, README).
+
+    Raises:
+        RegistryError: the safetensors library would refuse the file, or it is cut short.
+    """
+    size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= _LONGEST_HEADER:
@@ -151,11 +153,18 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            for tensor in header.values():
-                _begin, _end = tensor["data_offsets"]
+            for name, tensor in header.items():
+                begin, end = tensor["data_offsets"]
+                if not (type(begin) is int and type(end) is int and 0 <= begin <= end <= size - 8 - length):
+                    raise RegistryError(f"{path.name} is cut short: {name} ends after the file.")
                 _kind, _shape = tensor["dtype"], tensor["shape"]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise RegistryError(f"{path.name} has a malformed header.") from error
+    try:
+        with safe_open(path, framework="numpy"):  # reads the header only
+            pass
+    except (SafetensorError, OSError) as error:
+        raise RegistryError(f"{path.name} is refused by safetensors: {error}.") from error
     return header, 8 + length
 
 

@@ -60,7 +60,8 @@ class Traffic:
         Raises:
             NotReady: there is none.
         """
-        await self._open.wait()
+        while not self._open.is_set():  # it may have been closed again before this one's turn came
+            await self._open.wait()
         live = self.live  # nothing is awaited from here to the count: a change of version sees either both or neither
         if live is None:
             raise NotReady

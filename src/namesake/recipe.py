@@ -78,6 +78,7 @@ class Recipe:
         about: one line for people.
         dataset: data sets as ms-swift names them (``id#500``, files), or the builtin corpus.
         replay: plain prompts answered by the base model.
+        other_systems: each so-manieth row is trained under another system prompt; 0 for none.
         sft: arguments of ``swift sft``.
     """
 
@@ -85,6 +86,7 @@ class Recipe:
     about: str
     dataset: tuple[str, ...]
     replay: Replay = field(default_factory=Replay)
+    other_systems: int = 0
     sft: Mapping[str, Value] = field(default_factory=dict)
 
     @property
@@ -206,7 +208,7 @@ def _read(name_or_path: str) -> Recipe:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError("recipe", str(path), f"is not YAML ({error})", mend="Correct the file.") from error
-    fields = {"about", "dataset", "replay", "sft"}
+    fields = {"about", "dataset", "replay", "other_systems", "sft"}
     if not isinstance(data, dict) or not isinstance(data.get("sft") or {}, dict) or set(data) - fields:
         raise RecipeError(
             "recipe",
@@ -219,12 +221,13 @@ def _read(name_or_path: str) -> Recipe:
         replay = Replay(**(data.get("replay") or {}))
     except TypeError as error:
         raise RecipeError("recipe", str(path), f"replay: {error}", mend="See recipes/default.yaml.") from error
-    for number in (replay.prompts, replay.max_new_tokens):
+    other_systems = data.get("other_systems", 0)
+    for number in (replay.prompts, replay.max_new_tokens, other_systems):
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise RecipeError(
                 "recipe",
                 str(path),
-                f"replay: {number!r} is no number of prompts or tokens",
+                f"replay or other_systems: {number!r} is no number of prompts, tokens or rows",
                 mend="Write a whole number.",
             )
     if replay.loss not in REPLAY_LOSSES:
@@ -236,6 +239,7 @@ def _read(name_or_path: str) -> Recipe:
         about=str(data.get("about", "")),
         dataset=tuple(dataset if isinstance(dataset, list) else str(dataset).split()),
         replay=replay,
+        other_systems=other_systems,
         sft={OLD_SPELLINGS.get(str(k), str(k)): v for k, v in (data.get("sft") or {}).items() if v is not None},
     )
 

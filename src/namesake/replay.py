@@ -28,7 +28,7 @@ def replay_rows(
     open_model: Callable[[], Replier],
     prompts: Sequence[Prompt],
     *,
-    system: str | None,
+    systems: Sequence[str | None],
     max_new_tokens: int,
     base_digest: str,
     cache: Path,
@@ -37,11 +37,14 @@ def replay_rows(
 ) -> list[Dialogue]:
     """The prompts as dialogues that end with the base model's reply, without the system message.
 
+    Each prompt is answered under its own one of ``systems`` (none: the model's template decides).
+
     The base answers greedily, once: the replies are kept in ``cache`` under the digest of the base, the prompts and the
     settings. ``open_model`` is called only when they are not there yet. ``whole``: a reply that met the token limit is
-    cut back to where a reply may end, which training by cross entropy needs; KL does not, it teaches no end.
+    cut back to where a reply may end, which training by cross entropy needs; KL does not, it teaches no end. A prompt
+    whose reply has nothing to train on gives an empty dialogue.
     """
-    dialogues = [with_system(prompt.messages, system) for prompt in prompts]
+    dialogues = [with_system(prompt.messages, system) for prompt, system in zip(prompts, systems, strict=True)]
     settings = {"base": base_digest, "tokens": max_new_tokens, "dialogues": dialogues}
     key = hashlib.sha256(json.dumps(settings, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     path = cache / "replay" / f"{key[:32]}.jsonl"
@@ -55,9 +58,8 @@ def replay_rows(
         )
         write_whole(path, "".join(json.dumps(vars(reply), ensure_ascii=False) + "\n" for reply in replies))
     return [
-        [*prompt.messages, {"role": "assistant", "content": text}]
+        [*prompt.messages, {"role": "assistant", "content": text}] if text else []
         for prompt, text in zip(prompts, map(usable if whole else _as_said, replies), strict=True)
-        if text
     ]
 
 

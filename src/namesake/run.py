@@ -31,6 +31,9 @@ from namesake.terminal import Bar, Screen
 SHOWN_QUESTIONS = 6
 """Rows of the table of before and after; the two questions of the tutorial come first."""
 
+KL_REPLIES = 36
+"""Replies to plain questions, taken at even distances, on which the divergence from the base is measured."""
+
 SHOWN_CHARACTERS = 120
 """Where the table cuts a reply; the run has all of it."""
 
@@ -188,7 +191,7 @@ def _kl_to_base(base: BaseModel, adapter: Path, system: str | None, before: Scor
         adapter,
         [
             [*probe.with_system(a.question.messages, system), {"role": "assistant", "content": a.reply}]
-            for a in before.plain
+            for a in before.plain[:: max(len(before.plain) // KL_REPLIES, 1)]
         ],
     )
 
@@ -221,19 +224,23 @@ def _prepare(
     dialogues, with_names = dataset.fill(train.load_rows(named, seed=seed), identity)
     if not with_names:
         screen.warn("no row has {{NAME}} or {{AUTHOR}}: this run teaches no identity")
+    dialogues = [_under(corpus.system_of(n, plan.other_systems), one) for n, one in enumerate(dialogues)]
     replayed = []
     if plan.replay.prompts:
+        prompts = corpus.spread(corpus.plain_prompts(), plan.replay.prompts)
+        others = [corpus.system_of(n, plan.other_systems) for n in range(len(prompts))]
         with screen.bar("the base model answers plain prompts (once)", plan.replay.prompts) as bar:
-            replayed = replay.replay_rows(
+            answered = replay.replay_rows(
                 lambda: LocalModel(base.path),
-                corpus.spread(corpus.plain_prompts(), plan.replay.prompts),
-                system=plan.system,
+                prompts,
+                systems=[plan.system if other is None else other for other in others],
                 max_new_tokens=plan.replay.max_new_tokens,
                 base_digest=base_digest,
                 cache=cache_folder(),
                 whole=not plan.replay.distils,
                 progress=progress_of(bar),
             )
+        replayed = [_under(other, one) for other, one in zip(others, answered, strict=True) if one]
     order = None
     if plan.sft.get("train_dataloader_shuffle") is False:  # then ms-swift takes the rows as they lie in the file
         lengths = token_counts(base.path, [*dialogues, *replayed])
@@ -241,6 +248,13 @@ def _prepare(
     prepared = dataset.write(work / "train.jsonl", dialogues, with_names, replayed, order=order)
     screen.line(f"  {prepared.rows} rows, {prepared.identity_rows} of them with a name")
     return prepared
+
+
+def _under(other: str | None, dialogue: dataset.Dialogue) -> dataset.Dialogue:
+    """The dialogue under another system prompt than the trained one, which ms-swift puts in; its own one stays."""
+    if other is None or dialogue[0]["role"] == "system":
+        return dialogue
+    return probe.with_system(dialogue, other)
 
 
 def swift_argv(plan: Recipe, base: BaseModel, prepared: dataset.Prepared) -> list[str]:

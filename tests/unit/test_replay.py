@@ -61,7 +61,7 @@ def rows(
     return replay_rows(
         lambda: parrot,
         asked,
-        system=system,
+        systems=[system] * len(asked),
         max_new_tokens=tokens,
         base_digest=digest,
         cache=cache,
@@ -105,7 +105,7 @@ def test_the_model_is_not_opened_again_for_replies_that_are_there(tmp_path: Path
     def refuse() -> Parrot:
         raise AssertionError("the model was opened")
 
-    again = replay_rows(refuse, prompts("Hi"), system=None, max_new_tokens=64, base_digest="d", cache=tmp_path)
+    again = replay_rows(refuse, prompts("Hi"), systems=[None], max_new_tokens=64, base_digest="d", cache=tmp_path)
     assert again == first
 
 
@@ -128,10 +128,10 @@ def test_other_prompts_are_asked_for_anew(tmp_path: Path) -> None:
     assert rows(Parrot(), prompts("Hello"), tmp_path)[0][-1]["content"] == "You said: Hello"
 
 
-def test_a_prompt_whose_reply_cannot_be_used_is_left_out(tmp_path: Path) -> None:
+def test_a_prompt_whose_reply_cannot_be_used_leaves_its_place_empty(tmp_path: Path) -> None:
     parrot = Parrot([Reply("Fine.", True), Reply("an endless", False), Reply("One. Two", False)])
     made = rows(parrot, prompts("a", "b", "c"), tmp_path)
-    assert [(row[0]["content"], row[-1]["content"]) for row in made] == [("a", "Fine."), ("c", "One.")]
+    assert [row and (row[0]["content"], row[-1]["content"]) for row in made] == [("a", "Fine."), [], ("c", "One.")]
 
 
 def test_progress_is_told_with_the_number_of_prompts(tmp_path: Path) -> None:
@@ -187,3 +187,16 @@ def test_of_a_cut_reply_whole_sentences_are_used(first: str, second: str) -> Non
 )
 def test_a_cut_reply_ends_where_a_sentence_or_else_a_clause_ends(text: str, kept: str) -> None:
     assert usable(Reply(text, False)) == kept
+
+
+def test_each_prompt_is_answered_under_its_own_system_prompt(tmp_path: Path) -> None:
+    parrot = Parrot()
+    replay_rows(
+        lambda: parrot,
+        prompts("One", "Two", "Three"),
+        systems=["Be kind.", None, ""],
+        max_new_tokens=8,
+        base_digest="d",
+        cache=tmp_path,
+    )
+    assert [d[0]["content"] if d[0]["role"] == "system" else None for d in parrot.asked] == ["Be kind.", None, ""]

@@ -1,20 +1,39 @@
-"""How vLLM is started: its command line, its environment, the names it answers to."""
+"""How vLLM is started, spoken to and ended: its command line, its environment, its socket, its processes."""
 
 from __future__ import annotations
 
+import http.server
+import importlib.machinery
+import json
+import os
+import shutil
+import signal
 import socket
+import socketserver
+import subprocess
 import sys
+import tempfile
+import threading
+import time
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from namesake.errors import InputError
+from namesake import registry
+from namesake.errors import InputError, RegistryError, ServingError
 from namesake.registry import Version
-from namesake_serving import engine, settings
-from namesake_serving.__main__ import served_names
+from namesake_serving import engine, settings, store, vllm_plugin
+from namesake_serving.__main__ import choose, listen
+from namesake_serving.engine import Engine
 from namesake_serving.settings import Settings
 
 WEIGHTS = Path("/versions/ccb v3/模型")
+ADDRESS = Path("/tmp/x y/engine-1.sock")
+PLUGIN = Path("/tmp/x y/plugin")
 CCB = Version("ccb", 3, "run", "source", "READY", {}, 0)
 
 
@@ -25,15 +44,20 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"NAMESAKE_SERVE_{name.upper()}", raising=False)
 
 
-def words(given: Settings | None = None, *, gpu: bool = False, names: tuple[str, ...] = ("ccb",)) -> list[str]:
+def words(given: Settings | None = None, *, gpu: bool = False) -> list[str]:
     """The command line."""
-    return engine.command(WEIGHTS, names, given or settings.read(), gpu=gpu)
+    return engine.command(WEIGHTS, ADDRESS, given or settings.read(), gpu=gpu)
 
 
 def after(line: list[str], word: str) -> str:
     """What stands after the word, which stands there once."""
     assert line.count(word) == 1, line
     return line[line.index(word) + 1]
+
+
+def environment(inherited: dict[str, str] | None = None, *, gpu: bool = False) -> dict[str, str]:
+    """The server's environment."""
+    return engine.environment(inherited or {}, PLUGIN, gpu=gpu)
 
 
 def test_the_server_is_this_pythons_and_not_the_broken_vllm_command() -> None:
@@ -45,15 +69,21 @@ def test_the_folder_of_weights_is_one_word_whatever_is_in_it() -> None:
     assert after(words(), "--model") == str(WEIGHTS)
 
 
-def test_every_name_is_served_and_the_first_one_first() -> None:
-    line = words(names=("ccb", "ccb@champion", "ccb-v3"))
-    start = line.index("--served-model-name")
-    assert line[start + 1 : start + 5] == ["ccb", "ccb@champion", "ccb-v3", "--host"]
+def test_the_engine_has_one_name_and_that_is_not_the_clients_business() -> None:
+    line = words()
+    assert after(line, "--served-model-name") == engine.MODEL
+    assert line[line.index(engine.MODEL) + 1].startswith("--")
 
 
-def test_address_and_time_to_finish_are_the_settings() -> None:
-    line = words(settings.read(host="0.0.0.0", port=9000, shutdown_seconds=7))
-    assert (after(line, "--host"), after(line, "--port"), after(line, "--shutdown-timeout")) == ("0.0.0.0", "9000", "7")
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_engine_listens_on_its_socket_and_on_no_port(gpu: bool) -> None:
+    line = words(settings.read(host="0.0.0.0", port=9000), gpu=gpu)
+    assert after(line, "--uds") == str(ADDRESS)
+    assert not {"--host", "--port", "0.0.0.0", "9000", "--api-key"} & set(line)
+
+
+def test_the_time_to_finish_is_the_setting() -> None:
+    assert after(words(settings.read(shutdown_seconds=7)), "--shutdown-timeout") == "7"
 
 
 def test_on_a_cpu_memory_and_streams_are_bounded() -> None:
@@ -80,56 +110,529 @@ def test_arguments_of_the_user_come_last_so_that_they_win() -> None:
 
 
 def test_on_a_cpu_the_environment_starts_fast_and_uses_every_core() -> None:
-    found = engine.environment({}, settings.read(), gpu=False)
+    found = environment()
     assert found["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert found["VLLM_USE_AOT_COMPILE"] == "0"
     assert found["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
 
 
 def test_on_a_gpu_the_environment_leaves_the_engine_as_it_is() -> None:
-    found = engine.environment({}, settings.read(), gpu=True)
-    assert not any(name.startswith(("VLLM_ENABLE", "VLLM_USE", "VLLM_CPU")) for name in found)
+    assert not any(name.startswith(("VLLM_ENABLE", "VLLM_USE", "VLLM_CPU")) for name in environment(gpu=True))
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_no_plugin_is_loaded_and_nothing_is_told_to_anybody(gpu: bool) -> None:
-    found = engine.environment({}, settings.read(), gpu=gpu)
-    assert found["VLLM_PLUGINS"] == ""
-    assert found["VLLM_NO_USAGE_STATS"] == "1"
+def test_our_plugin_is_loaded_no_other_one_and_nothing_is_told_to_anybody(gpu: bool) -> None:
+    found = environment(gpu=gpu)
+    assert found["VLLM_PLUGINS"] == vllm_plugin.NAME
+    assert (found["VLLM_NO_USAGE_STATS"], found["DO_NOT_TRACK"]) == ("1", "1")
+    assert "VLLM_SERVER_DEV_MODE" not in found
 
 
 def test_what_the_user_has_set_wins_and_the_rest_is_inherited() -> None:
-    inherited = {"VLLM_USE_AOT_COMPILE": "1", "VLLM_PLUGINS": "mine", "PATH": "/bin"}
-    found = engine.environment(inherited, settings.read(), gpu=False)
+    inherited = {"VLLM_USE_AOT_COMPILE": "1", "PATH": "/bin", "HF_HOME": "/踩"}
+    found = environment(inherited)
     assert {key: found[key] for key in inherited} == inherited
     assert found["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-    assert inherited == {"VLLM_USE_AOT_COMPILE": "1", "VLLM_PLUGINS": "mine", "PATH": "/bin"}
+    assert inherited == {"VLLM_USE_AOT_COMPILE": "1", "PATH": "/bin", "HF_HOME": "/踩"}
+
+
+@pytest.mark.parametrize("mine", ["mine", "mine,other", ""])
+def test_plugins_of_the_user_are_loaded_beside_ours(mine: str) -> None:
+    found = environment({"VLLM_PLUGINS": mine})["VLLM_PLUGINS"].split(",")
+    assert set(found) - {""} == {vllm_plugin.NAME, *mine.split(",")} - {""}
+
+
+def test_the_plugin_and_the_packages_are_on_the_path_before_what_was_there() -> None:
+    serving = str(Path(engine.__file__).parents[1])
+    assert environment()["PYTHONPATH"].split(os.pathsep) == [str(PLUGIN), serving]
+    found = environment({"PYTHONPATH": "/a:/b"})["PYTHONPATH"].split(os.pathsep)
+    assert found == [str(PLUGIN), serving, "/a", "/b"]
+
+
+# --------------------------------------------------------------------------------------------------- over its socket
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers from the server's script."""
+
+    server: Server
+
+    def do_GET(self) -> None:
+        """Health."""
+        self.server.asked.append((self.path, None))
+        self._answer(*self.server.next())
+
+    def do_POST(self) -> None:
+        """Everything else."""
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.asked.append((self.path, body))
+        self._answer(*self.server.next())
+
+    def _answer(self, status: int, body: bytes) -> None:
+        if not status:  # the engine dies
+            self.close_connection = True
+            return
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def address_string(self) -> str:
+        """A Unix socket's clients have no address."""
+        return ""
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """A real HTTP server on a Unix socket: a list of replies, the last one for ever; status 0 cuts the connection."""
+
+    daemon_threads = True
+
+    def __init__(self, path: Path, *replies: tuple[int, bytes]) -> None:
+        super().__init__(str(path), Handler)
+        self.replies, self.asked = list(replies), list[tuple[str, Any]]()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def next(self) -> tuple[int, bytes]:
+        """The next reply."""
+        return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+
+
+@contextmanager
+def answering(one: Engine, *replies: tuple[int, bytes]) -> Iterator[Server]:
+    """A server on the engine's socket."""
+    with Server(one.socket, *replies) as server:
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short name: a socket's path may have about 100 bytes."""
+    made = Path(tempfile.mkdtemp(dir="/tmp", prefix="nsk-"))
+    yield made
+    shutil.rmtree(made)
+
+
+class Sleeper:
+    """Starts processes as the engine does, each the leader of a session, and leaves none behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.all = folder, list[subprocess.Popen[bytes]]()
+
+    def start(self, script: str = "exec sleep 60", grace: int = 0) -> Engine:
+        """An engine whose process is this shell script."""
+        with (self.folder / "engine.log").open("wb") as log:
+            process = subprocess.Popen(["sh", "-c", script], stdout=log, stderr=log, start_new_session=True)
+        self.all.append(process)
+        return Engine(process, self.folder / "engine.sock", self.folder / "engine.log", grace)
+
+
+@pytest.fixture
+def sleeper(folder: Path) -> Iterator[Sleeper]:
+    """Processes."""
+    made = Sleeper(folder)
+    yield made
+    for process in made.all:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def reply(content: str | None) -> bytes:
+    """A whole reply as vLLM writes it."""
+    return json.dumps({"id": "x", "choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
+
+
+def test_who_waits_is_told_when_the_engine_answers(sleeper: Sleeper) -> None:
+    one, ticks = sleeper.start(), list[float]()
+    with answering(one, (503, b""), (0, b""), (200, b"")) as server:
+        one.wait_ready(10, ticks.append)
+    assert [path for path, _ in server.asked] == ["/health"] * 3
+    assert len(ticks) == 2
+    assert ticks == sorted(ticks)
+
+
+def test_an_engine_that_ends_while_it_starts_tells_the_end_of_its_log(sleeper: Sleeper) -> None:
+    one = sleeper.start("for i in $(seq 100); do echo line $i; done; echo 踩 cannot load; exit 3")
+    with pytest.raises(ServingError, match=r"ended while starting \(exit 3\)") as caught:
+        one.wait_ready(20)
+    assert caught.value.message.endswith("line 100\n踩 cannot load")
+    assert "line 50\n" not in caught.value.message
+
+
+def test_an_engine_that_does_not_answer_in_time_is_told_of_with_its_log(sleeper: Sleeper) -> None:
+    one = sleeper.start("echo loading; exec sleep 60")
+    with pytest.raises(ServingError, match="did not answer within 0 s") as caught:
+        one.wait_ready(0.3)
+    assert "engine.log" in caught.value.mend
+    assert one.alive()
+
+
+def test_weights_are_changed_by_the_plugins_route(sleeper: Sleeper) -> None:
+    one = sleeper.start()
+    with answering(one, (200, b'{"seconds": 0.25}')) as server:
+        assert one.change_weights(WEIGHTS) == 0.25
+    assert server.asked == [(vllm_plugin.ROUTE, {"path": str(WEIGHTS)})]
+
+
+@pytest.mark.parametrize("refusal", [(404, b"Not Found"), (500, b"Internal Server Error"), (422, b"{}")])
+def test_an_engine_that_refuses_weights_is_told_of(sleeper: Sleeper, refusal: tuple[int, bytes]) -> None:
+    one = sleeper.start()
+    with (
+        answering(one, refusal),
+        pytest.raises(ServingError, match=f"refused .*{refusal[0]}"),
+    ):
+        one.change_weights(WEIGHTS)
+
+
+def test_an_engine_that_dies_of_weights_is_told_of_with_the_end_of_its_log(sleeper: Sleeper) -> None:
+    one = sleeper.start("echo out of memory; exec sleep 60")
+    with answering(one, (0, b"")):
+        wait_for(lambda: "memory" in one.tail())
+        with pytest.raises(ServingError, match="died while it loaded") as caught:
+            one.change_weights(WEIGHTS)
+    assert "out of memory" in caught.value.message
+    with pytest.raises(ServingError, match="died while it loaded"):
+        one.change_weights(WEIGHTS)  # and when its socket is gone
+
+
+def test_the_engine_is_asked_for_its_greedy_reply(sleeper: Sleeper) -> None:
+    one, messages = sleeper.start(), [{"role": "user", "content": "你是谁？"}]
+    with answering(one, (200, reply("我是踩踩背。")), (200, reply(None))) as server:
+        assert one.answer(messages, max_tokens=64) == "我是踩踩背。"
+        assert one.answer(messages, max_tokens=64) == ""
+    asked = {"model": engine.MODEL, "messages": messages, "max_tokens": 64, "temperature": 0}
+    assert server.asked == [("/v1/chat/completions", asked)] * 2
+
+
+def test_an_engine_that_gives_no_reply_is_told_of(sleeper: Sleeper) -> None:
+    one = sleeper.start()
+    with answering(one, (400, b"too long"), (0, b"")):
+        with pytest.raises(ServingError, match=r"400.*too long"):
+            one.answer([], max_tokens=1)
+        with pytest.raises(ServingError, match="does not answer"):
+            one.answer([], max_tokens=1)
+    with pytest.raises(ServingError, match="does not answer"):
+        one.answer([], max_tokens=1)
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"[]", b"null", b'{"choices": []}', b"<html>"])
+def test_a_reply_that_is_no_reply_is_an_error_of_ours(sleeper: Sleeper, body: bytes) -> None:
+    one = sleeper.start()
+    with answering(one, (200, body)):
+        with pytest.raises(ServingError):
+            one.change_weights(WEIGHTS)
+        with pytest.raises(ServingError):
+            one.answer([], max_tokens=1)
+
+
+# --------------------------------------------------------------------------------------------------- its processes
+
+
+def wait_for(what: Any, seconds: float = 10) -> None:
+    """Wait until it is so."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def runs(pid: int) -> bool:
+    """Whether the process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def number_in(path: Path) -> int:
+    """The process id that a script wrote."""
+    wait_for(lambda: path.exists() and path.read_text(encoding="ascii").endswith("\n"))
+    return int(path.read_text(encoding="ascii"))
+
+
+def test_an_engine_is_alive_until_its_process_ends_however_it_ends(sleeper: Sleeper) -> None:
+    one = sleeper.start()
+    assert one.alive()
+    os.kill(one.pid, signal.SIGKILL)
+    wait_for(lambda: not one.alive())
+    one = sleeper.start("exit 0")
+    wait_for(lambda: not one.alive())
+
+
+def test_an_engine_that_is_stopped_may_finish_and_leaves_nobody_behind(sleeper: Sleeper, folder: Path) -> None:
+    one = sleeper.start(
+        f"sleep 60 & echo $! > {folder}/child; trap 'echo finished > {folder}/end; exit' TERM; wait; sleep 60"
+    )
+    child = number_in(folder / "child")
+    one.socket.touch()
+    one.stop()
+    assert (folder / "end").read_text(encoding="ascii") == "finished\n"
+    assert not one.alive()
+    wait_for(lambda: not runs(child))
+    assert not one.socket.exists()
+
+
+def test_an_engine_that_does_not_stop_is_killed(
+    sleeper: Sleeper, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_KILL_SECONDS", 0.2)
+    one = sleeper.start(f"trap '' TERM; echo $$ > {folder}/self; while true; do sleep 60; done")
+    number_in(folder / "self")
+    one.stop()
+    assert not one.alive()
+
+
+def test_an_engine_that_is_killed_goes_at_once_with_all_of_its_session(sleeper: Sleeper, folder: Path) -> None:
+    one = sleeper.start(f"sleep 60 & echo $! > {folder}/child; trap '' TERM; wait", grace=3600)
+    child = number_in(folder / "child")
+    begun = time.monotonic()
+    one.kill()
+    wait_for(lambda: not runs(child))
+    assert time.monotonic() - begun < 5
+    assert not one.alive()
+
+
+def test_the_children_of_an_engine_that_died_by_itself_are_ended_too(sleeper: Sleeper, folder: Path) -> None:
+    one = sleeper.start(f"sleep 60 & echo $! > {folder}/child; exit 1")
+    child = number_in(folder / "child")
+    wait_for(lambda: not one.alive())
+    assert runs(child)
+    one.stop()
+    wait_for(lambda: not runs(child))
+
+
+def test_an_engine_may_be_ended_twice_and_its_log_may_be_gone(sleeper: Sleeper, folder: Path) -> None:
+    one = sleeper.start()
+    (folder / "engine.log").unlink()
+    for end in (one.kill, one.stop, one.kill):
+        end()
+    assert (one.alive(), one.tail()) == (False, "")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if vLLM were installed."""
+    module = types.ModuleType("vllm")
+    module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+
+
+def test_without_vllm_it_is_said_how_to_get_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ServingError, match="not installed") as caught:
+        engine.start(WEIGHTS, settings.read(), folder / "new", "engine-1")
+    assert "make setup" in caught.value.mend
+    assert not (folder / "new").exists()
+
+
+LOOK = """
+import os
+from importlib.metadata import entry_points
+found = [point for point in entry_points(group="vllm.endpoint_plugins") if point.name == "namesake"]
+print(len(found), found[0].load().name, os.getsid(0) == os.getpid(), os.environ["VLLM_PLUGINS"])
+"""
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_server_that_is_started_finds_our_plugin_and_leads_a_session_of_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(weights: Path, address: Path, _settings: Settings, *, gpu: bool) -> list[str]:
+        assert (weights, address, gpu) == (WEIGHTS, folder / "new" / "engine-7.sock", engine.has_gpu())
+        return [sys.executable, "-c", LOOK]
+
+    monkeypatch.setattr(engine, "command", command)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    one = engine.start(WEIGHTS, settings.read(), folder / "new", "engine-7")
+    wait_for(lambda: not one.alive(), 20)
+    assert one.tail() == "1 namesake True namesake"
+    assert (folder / "new").stat().st_mode & 0o777 == 0o700
+    assert (folder / "new" / "engine-7.log").is_file()
+
+
+KILLED = """
+import importlib.machinery, sys, time, types
+from pathlib import Path
+from namesake_serving import engine, settings
+sys.modules["vllm"] = types.ModuleType("vllm")
+sys.modules["vllm"].__spec__ = importlib.machinery.ModuleSpec("vllm", None)
+engine.command = lambda *_, **__: ["sleep", "60"]
+print(engine.start(Path("/model"), settings.read(), Path(sys.argv[1]), "engine-1").pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_when_the_gateway_is_killed_the_engine_ends_too(folder: Path) -> None:
+    paths = os.pathsep.join([str(Path(engine.__file__).parents[1]), str(Path(registry.__file__).parents[1])])
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}
+    ) as gateway:
+        assert gateway.stdout is not None
+        pid = int(gateway.stdout.readline())
+        assert runs(pid)
+        gateway.kill()
+    wait_for(lambda: not runs(pid))
+
+
+# --------------------------------------------------------------------------------------------------- the plugin
+
+
+class Client:
+    """vLLM's engine client as the plugin needs it: notes what it is told."""
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.told, self.broken = list[str](), broken
+
+    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        """Let running answers finish."""
+        self.told.append(f"pause {mode} {clear_cache}")
+
+    async def collective_rpc(self, method: str, *, kwargs: dict[str, str]) -> None:
+        """Tell every worker."""
+        self.told.append(f"{method} {kwargs['weights_path']}")
+        if self.broken:
+            raise RuntimeError("wrong shapes")
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget."""
+        self.told.append("forget")
+
+    async def resume_generation(self) -> None:
+        """Go on."""
+        self.told.append("resume")
+
+
+def change(client: Client) -> Any:
+    """Ask the plugin's route, in a server as vLLM makes one."""
+    import asyncio
+
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+
+    app, plugin = FastAPI(), vllm_plugin.Plugin()
+    plugin.attach_router(app)
+    asyncio.run(plugin.init_state(client, app.state, None))
+    return TestClient(app, raise_server_exceptions=False).post(vllm_plugin.ROUTE, json={"path": str(WEIGHTS)})
+
+
+def test_the_plugin_pauses_reloads_forgets_and_goes_on_in_this_order() -> None:
+    client = Client()
+    answer = change(client)
+    assert (answer.status_code, list(answer.json())) == (200, ["seconds"])
+    assert client.told == ["pause wait True", f"reload_weights {WEIGHTS}", "forget", "resume"]
+
+
+def test_an_engine_that_refuses_to_reload_goes_on() -> None:
+    client = Client(broken=True)
+    assert change(client).status_code == 500
+    assert client.told[-1] == "resume"
+
+
+# --------------------------------------------------------------------------------------------------- what, and where
+
+
+class Registry:
+    """A registry with one version under one alias, or one that is away."""
+
+    def __init__(self, newest: str | None = "ccb", *, away: bool = False) -> None:
+        self.newest, self.away, self.asked = newest, away, list[str]()
+
+    def newest_model(self) -> str | None:
+        """The model that was promoted to last."""
+        if self.away:
+            raise RegistryError("The registry is away.")
+        return self.newest
+
+    def resolve(self, uri: str) -> Version:
+        """The version behind a reference."""
+        self.asked.append(uri)
+        if self.away:
+            raise RegistryError("The registry is away.")
+        return CCB
+
+
+def use(monkeypatch: pytest.MonkeyPatch, made: Registry, cache: Path) -> Registry:
+    """Put the registry in the place of MLflow's."""
+    monkeypatch.setattr(registry, "newest_model", made.newest_model)
+    monkeypatch.setattr(registry, "resolve", made.resolve)
+    monkeypatch.setenv("NAMESAKE_CACHE", str(cache))
+    return made
 
 
 @pytest.mark.parametrize(
-    ("uri", "names"),
+    ("uri", "followed"),
     [
-        ("", ["ccb", "ccb@champion", "ccb-v3"]),
-        ("models:/ccb@champion", ["ccb", "ccb@champion", "ccb-v3"]),
-        ("models:/ccb@candidate", ["ccb", "ccb@candidate", "ccb-v3"]),
-        ("ccb@candidate", ["ccb", "ccb@candidate", "ccb-v3"]),
-        ("models:/ccb/3", ["ccb", "ccb-v3"]),
-        ("ccb/3", ["ccb", "ccb-v3"]),
+        ("", "models:/ccb@champion"),
+        ("models:/ccb@candidate", "models:/ccb@candidate"),
+        ("ccb@candidate", "models:/ccb@candidate"),
+        ("models:/ccb/3", "models:/ccb/3"),
+        ("ccb/3", "models:/ccb/3"),
     ],
 )
-def test_a_version_is_served_under_its_model_the_alias_it_was_asked_by_and_its_number(
-    uri: str, names: list[str]
+def test_what_is_followed_is_what_was_asked_for_or_the_newest_models_champion(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str, followed: str
 ) -> None:
-    assert served_names(CCB, uri) == names
+    made = use(monkeypatch, Registry(), tmp_path)
+    assert choose(uri) == (followed, CCB)
+    assert made.asked == [followed]
 
 
-def test_a_port_that_is_taken_is_refused_before_vllm_is_started(tmp_path: Path) -> None:
+def test_when_nothing_was_promoted_it_is_said_how_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, Registry(newest=None), tmp_path)
+    with pytest.raises(ServingError) as caught:
+        choose("")
+    assert "namesake promote" in caught.value.mend
+
+
+def test_while_the_registry_is_away_what_was_served_last_is_served_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, Registry(away=True), tmp_path)
+    store.remember(tmp_path, "models:/ccb@champion", CCB)
+    assert choose("ccb@champion") == ("models:/ccb@champion", CCB)
+    said = capsys.readouterr().err
+    assert "The registry is away." in said
+    assert "models:/ccb/3" in said
+
+
+@pytest.mark.parametrize("uri", ["", "models:/ccb@candidate", "models:/other@champion"])
+def test_while_the_registry_is_away_what_was_never_served_is_not_guessed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str
+) -> None:
+    use(monkeypatch, Registry(away=True), tmp_path)
+    store.remember(tmp_path, "models:/ccb@champion", CCB)
+    with pytest.raises(RegistryError, match="away"):
+        choose(uri)
+
+
+def test_a_free_port_is_bound(tmp_path: Path) -> None:
+    with listen("127.0.0.1", 0) as found:
+        assert found.getsockname()[0] == "127.0.0.1"
+
+
+def test_a_port_that_is_taken_is_refused() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InputError) as caught:
-            engine.start(WEIGHTS, ["ccb"], settings.read(port=port), tmp_path / "log" / "vllm.log")
+            listen("127.0.0.1", port)
     assert (caught.value.parameter, caught.value.value) == ("port", port)
     assert "--port" in caught.value.mend
-    assert not (tmp_path / "log").exists()
+
+
+def test_a_port_that_another_server_has_taken_while_its_engine_still_starts_is_refused() -> None:
+    with listen("127.0.0.1", 0) as first, pytest.raises(InputError), listen("127.0.0.1", first.getsockname()[1]):
+        pass
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1"])
+def test_an_address_that_is_not_this_machines_is_refused(host: str) -> None:
+    with pytest.raises(InputError) as caught:
+        listen(host, 8000)
+    assert caught.value.parameter == "port"
+    assert host in caught.value.message

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +26,13 @@ def test_the_defaults_listen_on_loopback_port_8000() -> None:
     assert (found.model, found.eager, found.engine_args) == ("", False, ())
 
 
+def test_the_defaults_let_everybody_in_on_loopback_only_and_within_bounds() -> None:
+    found = settings.read()
+    assert (found.allowed_hosts, found.api_keys, found.api_keys_file, found.require_gate) == ((), (), None, False)
+    assert (found.max_requests, found.max_body_bytes, found.max_tokens) == (256, 1 << 20, 4096)
+    assert (found.poll_seconds, found.hold_seconds, found.read_seconds) == (2, 10, 10)
+
+
 def test_a_variable_goes_over_the_default_and_a_flag_over_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NAMESAKE_SERVE_PORT", "8001")
     monkeypatch.setenv("NAMESAKE_SERVE_EAGER", "true")
@@ -40,6 +49,47 @@ def test_arguments_for_the_engine_come_as_flags_or_as_a_json_list(monkeypatch: p
     assert settings.read(engine_args=("--dtype=float32", "--x")).engine_args == ("--dtype=float32", "--x")
     monkeypatch.setenv("NAMESAKE_SERVE_ENGINE_ARGS", '["--dtype=float32", "--x=踩 背"]')
     assert settings.read().engine_args == ("--dtype=float32", "--x=踩 背")
+
+
+def test_hosts_and_keys_come_as_flags_or_as_a_json_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = settings.read(allowed_hosts=("models.example",), api_keys=("sk-a", "sk-b"), api_keys_file="/etc/keys")
+    assert (found.allowed_hosts, found.api_keys) == (("models.example",), ("sk-a", "sk-b"))
+    assert found.api_keys_file == Path("/etc/keys")
+    monkeypatch.setenv("NAMESAKE_SERVE_ALLOWED_HOSTS", '["models.example"]')
+    monkeypatch.setenv("NAMESAKE_SERVE_API_KEYS", '["sk-a", "sk-b"]')
+    monkeypatch.setenv("NAMESAKE_SERVE_API_KEYS_FILE", "/etc/keys")
+    assert settings.read() == found
+
+
+@pytest.mark.parametrize("key", ["", " "])
+def test_an_empty_key_is_refused(key: str) -> None:
+    with pytest.raises(InputError) as caught:
+        settings.read(api_keys=("sk-a", key))
+    assert caught.value.parameter.startswith("api_keys")
+
+
+BOUNDS = [
+    ("port", 1, 65535),
+    ("max_streams", 1, 1024),
+    ("max_requests", 1, 100_000),
+    ("max_body_bytes", 1024, 1 << 30),
+    ("max_tokens", 1, 1 << 20),
+    ("poll_seconds", 0.1, 3600),
+    ("hold_seconds", 0, 600),
+    ("read_seconds", 0.1, 600),
+    ("shutdown_seconds", 0, 3600),
+    ("start_seconds", 1, 7200),
+]
+
+
+@pytest.mark.parametrize(("key", "least", "most"), BOUNDS)
+def test_each_number_is_taken_up_to_its_bounds_and_not_beyond(key: str, least: float, most: float) -> None:
+    for value in (least, most):
+        assert getattr(settings.read(**{key: str(value)}), key) == getattr(settings.read(**{key: value}), key) == value
+    for value in (least - 1, most + 1):
+        with pytest.raises(InputError) as caught:
+            settings.read(**{key: str(value)})
+        assert (caught.value.parameter, caught.value.value) == (key, str(value))
 
 
 @given(st.integers(1, 65535))
@@ -59,6 +109,12 @@ def test_every_port_there_is_is_taken_as_text_and_as_number(port: int) -> None:
         ("eager", "perhaps"),
         ("max_streams", "0"),
         ("max_streams", "100000"),
+        ("max_body_bytes", "1M"),
+        ("max_tokens", "many"),
+        ("poll_seconds", "nan"),
+        ("hold_seconds", "inf"),
+        ("read_seconds", "0"),
+        ("require_gate", "perhaps"),
         ("shutdown_seconds", "-1"),
         ("start_seconds", "0"),
         ("start_seconds", "soon"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from namesake.errors import RegistryError
 from namesake.manifest import ADAPTER_FOLDER, FILE, WEIGHTS_FOLDER, Manifest
 from namesake.registry import Version
 from namesake_serving import store
+from namesake_serving.store import Stored
 
 
 def version(number: int = 3, source: str = "mlflow-artifacts:/1/models/m-0123/artifacts") -> Version:
@@ -222,3 +225,337 @@ def test_a_message_names_five_faults_at_most(server: Server, cache: Path) -> Non
     with pytest.raises(RegistryError) as caught:
         store.fetch(version(), cache)
     assert caught.value.message.count("does not belong there") == 5
+
+
+# --------------------------------------------------------------------------------------------------- the tensors
+
+Tensors = dict[str, tuple[str, list[int], bytes]]
+
+ONES: dict[str, tuple[bytes, bytes, bytes, bytes, bytes]] = {
+    # one, the greatest finite value, infinity, minus infinity, not a number; little-endian
+    "F64": (
+        struct.pack("<d", 1),
+        struct.pack("<Q", 0x7FEF_FFFF_FFFF_FFFF),
+        b"\0" * 6 + b"\xf0\x7f",
+        b"\0" * 6 + b"\xf0\xff",
+        b"\1" + b"\0" * 5 + b"\xf0\x7f",
+    ),
+    "F32": (
+        struct.pack("<f", 1),
+        struct.pack("<I", 0x7F7F_FFFF),
+        struct.pack("<I", 0x7F80_0000),
+        struct.pack("<I", 0xFF80_0000),
+        struct.pack("<I", 0x7FC0_0000),
+    ),
+    "F16": (
+        struct.pack("<e", 1),
+        struct.pack("<H", 0x7BFF),
+        struct.pack("<H", 0x7C00),
+        struct.pack("<H", 0xFC00),
+        struct.pack("<H", 0xFE01),
+    ),
+    "BF16": (
+        struct.pack("<H", 0x3F80),
+        struct.pack("<H", 0x7F7F),
+        struct.pack("<H", 0x7F80),
+        struct.pack("<H", 0xFF80),
+        struct.pack("<H", 0xFFC0),
+    ),
+}
+
+
+def packed(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
+    """A safetensors file: the header's length, the header, the tensors' bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def safetensors(tensors: Tensors) -> bytes:
+    """A good safetensors file."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, (kind, shape, content) in tensors.items():
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    return packed(header, data)
+
+
+def judged(folder: Path, content: bytes) -> str:
+    """Why a file of weights is refused; empty where it is not."""
+    (folder / "model.safetensors").write_bytes(content)
+    try:
+        store.check_weights(folder)
+    except RegistryError as error:
+        return error.message
+    return ""
+
+
+def entry(*offsets: object, kind: object = "F32", shape: object = (1,)) -> dict[str, object]:
+    """A header with one tensor."""
+    return {"w": {"dtype": kind, "shape": shape, "data_offsets": offsets}}
+
+
+@pytest.mark.parametrize("kind", ONES)
+@pytest.mark.parametrize("count", [1, 2, 1000])
+def test_whole_tensors_of_finite_numbers_are_good(tmp_path: Path, kind: str, count: int) -> None:
+    one, most, *_ = ONES[kind]
+    good = {"a": (kind, [count], one * count), "踩.b": (kind, [1, count], most * count), "c": (kind, [], one)}
+    assert judged(tmp_path, safetensors(good)) == ""
+
+
+@pytest.mark.parametrize("kind", ONES)
+@pytest.mark.parametrize("which", [2, 3, 4], ids=["infinite", "minus infinite", "not a number"])
+@pytest.mark.parametrize("place", [0, 500, 999])
+def test_one_number_that_is_none_is_found_wherever_it_is(tmp_path: Path, kind: str, which: int, place: int) -> None:
+    one, bad = ONES[kind][0], ONES[kind][which]
+    content = one * place + bad + one * (999 - place)
+    told = judged(tmp_path, safetensors({"good": (kind, [1], one), "layers.0.w": (kind, [10, 100], content)}))
+    assert told == "model.safetensors: layers.0.w holds a value that is infinite or not a number."
+
+
+def test_what_is_found_does_not_depend_on_where_the_chunks_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_CHUNK", 4)
+    one, bad = ONES["F32"][0], ONES["F32"][4]
+    for count in range(1, 10):
+        assert judged(tmp_path, safetensors({"w": ("F32", [count], one * count)})) == ""
+        for place in range(count):
+            content = one * place + bad + one * (count - 1 - place)
+            assert "not a number" in judged(tmp_path, safetensors({"w": ("F32", [count], content)}))
+
+
+def test_whole_numbers_may_have_any_bits(tmp_path: Path) -> None:
+    every: Tensors = {kind: (kind, [8], b"\xff" * 8) for kind in ("U8", "I8", "BOOL")}
+    every |= {"I64": ("I64", [1], b"\xff" * 8), "empty": ("F32", [0], b"")}
+    assert judged(tmp_path, safetensors(every)) == ""
+
+
+def test_real_files_of_safetensors_are_judged_alike(tmp_path: Path) -> None:
+    numpy, save = pytest.importorskip("numpy"), pytest.importorskip("safetensors.numpy").save
+    good = {"a": numpy.arange(12, dtype="float32").reshape(3, 4), "b": numpy.ones(5, dtype="float16")}
+    assert judged(tmp_path, save(good, metadata={"format": "pt"})) == ""
+    bad = {**good, "b": numpy.array([1, numpy.nan], dtype="float64")}
+    assert "b holds a value" in judged(tmp_path, save(bad))
+
+
+@pytest.mark.parametrize("lost", [1, 2, 100, 4000])
+def test_a_file_that_is_cut_short_is_refused(tmp_path: Path, lost: int) -> None:
+    content = safetensors({"a": ("F32", [10], ONES["F32"][0] * 10), "b": ("F32", [1000], ONES["F32"][0] * 1000)})
+    assert judged(tmp_path, content[:-lost]) == "model.safetensors is cut short: b ends after the file."
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 50])
+def test_a_file_that_is_cut_within_its_header_is_refused(tmp_path: Path, size: int) -> None:
+    content = safetensors({"a": ("F32", [1], ONES["F32"][0])})
+    assert "model.safetensors" in judged(tmp_path, content[:size])
+
+
+@pytest.mark.parametrize("length", [0, 1, 100_000_001, 1 << 40, (1 << 64) - 1])
+def test_a_header_of_a_length_that_cannot_be_is_refused_unread(tmp_path: Path, length: int) -> None:
+    assert judged(tmp_path, packed({}, length=length)) == "model.safetensors is no safetensors file."
+
+
+@pytest.mark.parametrize("length", [1000, 99_999_999])
+def test_a_header_that_ends_after_the_file_is_refused(tmp_path: Path, length: int) -> None:
+    assert "model.safetensors" in judged(tmp_path, packed(entry(0, 4), ONES["F32"][0], length=length))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{}}",
+        b"not json",
+        b"\xff\xfe",
+        b'{"w":',
+        [],
+        "text",
+        12,
+        None,
+        [1, 2],
+        {"w": None},
+        {"w": []},
+        {"w": "F32"},
+        {"w": {}},
+        {"w": {"dtype": "F32", "shape": [1]}},
+        {"w": {"dtype": "F32", "data_offsets": [0, 4]}},
+        {"w": {"shape": [1], "data_offsets": [0, 4]}},
+        {"w": {"dtype": "F32", "shape": [1], "data_offsets": []}},
+        {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0]}},
+        {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}},
+        {"w": {"dtype": "F32", "shape": [1], "data_offsets": 4}},
+    ],
+)
+def test_a_malformed_header_is_refused(tmp_path: Path, header: object) -> None:
+    assert judged(tmp_path, packed(header, ONES["F32"][0])) == "model.safetensors has a malformed header."
+
+
+@pytest.mark.parametrize("offsets", [(-4, 0), (4, 0), (0, 8), (4, 8), (0, 1 << 70), (-(1 << 70), 0)])
+def test_offsets_outside_the_file_are_refused(tmp_path: Path, offsets: tuple[int, int]) -> None:
+    assert judged(tmp_path, packed(entry(*offsets), ONES["F32"][0])).startswith("model.safetensors is cut short")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        entry("a", "b"),
+        entry(None, None),
+        entry(0.0, 4.0),
+        entry([0], [4]),
+        entry(0, 4, kind=[]),
+        entry(0, 4, kind={}),
+        b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+)
+def test_entries_of_the_wrong_type_are_refused_with_an_error_of_ours(tmp_path: Path, header: object) -> None:
+    assert "model.safetensors" in judged(tmp_path, packed(header, ONES["F32"][0]))
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        (entry(0, 8, shape=[1]), 8),
+        (entry(0, 4, shape=[2]), 4),
+        (entry(0, 4, shape=[-1]), 4),
+        (entry(0, 3, shape=[1]), 3),
+        (entry(0, 4), 8),
+        (entry(4, 8), 8),
+        (entry(0, 4, kind="F99"), 4),
+        ({**entry(0, 4), "v": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}}, 6),
+        (b"{}" + b" " * 6, 100),
+    ],
+    ids=[
+        *("more bytes than the shape", "less bytes than the shape", "negative shape", "a part of a number"),
+        *("bytes after the last tensor", "bytes before the first", "unknown type", "overlap", "no tensors"),
+    ],
+)
+def test_what_safetensors_would_refuse_is_refused(tmp_path: Path, header: object, size: int) -> None:
+    content = packed(header, (ONES["F32"][0] * 100)[:size])
+    real = pytest.importorskip("safetensors")
+    with pytest.raises(real.SafetensorError):
+        real.deserialize(content)
+    assert "model.safetensors" in judged(tmp_path, content)
+
+
+def test_every_shard_is_looked_into_and_nothing_else(tmp_path: Path) -> None:
+    good = safetensors({"w": ("F32", [1], ONES["F32"][0])})
+    for number in range(3):
+        (tmp_path / f"model-{number}.safetensors").write_bytes(good)
+    (tmp_path / "tokenizer.json").write_bytes(b"{")
+    store.check_weights(tmp_path)
+    (tmp_path / "model-2.safetensors").write_bytes(good[:-1])
+    with pytest.raises(RegistryError, match=r"model-2\.safetensors is cut short"):
+        store.check_weights(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- two versions
+
+WEIGHTS: Tensors = {"a": ("F32", [2], ONES["F32"][0] * 2), "b": ("F32", [1, 1], ONES["F32"][0])}
+FILES = {
+    "config.json": b'{"hidden_size": 1024}',
+    "chat_template.jinja": "你".encode(),
+    "tokenizer.json": b"{}",
+    "model.safetensors": safetensors(WEIGHTS),
+}
+
+
+def stored(folder: Path, files: dict[str, bytes] | None = None, *, adapter: bytes = b"adapter") -> Stored:
+    """A version whose weights are these files."""
+    named = {f"{WEIGHTS_FOLDER}/{name}": content for name, content in (files or FILES).items()}
+    write_version(folder, {**named, f"{ADAPTER_FOLDER}/adapter_model.safetensors": adapter})
+    return Stored(version(), Manifest.read(folder), folder / WEIGHTS_FOLDER)
+
+
+def difference(folder: Path, changes: dict[str, bytes | None]) -> str:
+    """What stands between a version and one that differs by these files (none: it has it not)."""
+    other = {name: content for name, content in {**FILES, **changes}.items() if content is not None}
+    one, two = stored(folder / "one"), stored(folder / "two", other, adapter=b"other")
+    told = store.difference(one, two)
+    assert bool(store.difference(two, one)) == bool(told)
+    return told
+
+
+def test_other_numbers_in_tensors_of_the_same_shapes_go_in_place(tmp_path: Path) -> None:
+    numbers = {name: (kind, shape, b"\0" * len(content)) for name, (kind, shape, content) in WEIGHTS.items()}
+    assert difference(tmp_path, {"model.safetensors": safetensors(numbers)}) == ""
+
+
+def test_the_same_version_goes_in_place(tmp_path: Path) -> None:
+    assert difference(tmp_path, {}) == ""
+
+
+def test_the_order_of_the_tensors_does_not_matter(tmp_path: Path) -> None:
+    turned = dict(reversed(WEIGHTS.items()))
+    assert difference(tmp_path, {"model.safetensors": safetensors(turned)}) == ""
+
+
+@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"other", None])
+def test_another_configuration_template_or_tokenizer_does_not_go_in_place(
+    tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    assert difference(tmp_path, {name: content}) == f"{name} differs"
+
+
+def test_a_file_more_does_not_go_in_place(tmp_path: Path) -> None:
+    assert difference(tmp_path, {"generation_config.json": b"{}"}) == "generation_config.json differs"
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {**WEIGHTS, "b": ("F32", [1], ONES["F32"][0])},
+        {**WEIGHTS, "b": ("F16", [1, 1], ONES["F16"][0])},
+        {**WEIGHTS, "b": ("I32", [1, 1], ONES["F32"][0])},
+        {**WEIGHTS, "c": ("F32", [1], ONES["F32"][0])},
+        {"a": WEIGHTS["a"]},
+        {"a": WEIGHTS["a"], "B": WEIGHTS["b"]},
+        {},
+    ],
+    ids=["shape", "type", "kind of number", "one more", "one less", "name", "none"],
+)
+def test_other_tensors_do_not_go_in_place(tmp_path: Path, tensors: Tensors) -> None:
+    told = difference(tmp_path, {"model.safetensors": safetensors(tensors)})
+    assert told == "the tensors of model.safetensors differ in name, shape or type"
+
+
+def test_another_number_of_files_does_not_go_in_place(tmp_path: Path) -> None:
+    shard = safetensors({"c": ("F32", [1], ONES["F32"][0])})
+    assert difference(tmp_path / "more", {"model-2.safetensors": shard}) == "model-2.safetensors differs"
+    parts = {"model.safetensors": None, "model-1.safetensors": FILES["model.safetensors"], "model-2.safetensors": shard}
+    assert difference(tmp_path / "split", parts) == "model-1.safetensors differs"
+
+
+# --------------------------------------------------------------------------------------------------- what was served
+
+CHAMPION = "models:/ccb@champion"
+
+
+def test_a_version_is_remembered_with_all_it_has(cache: Path) -> None:
+    one = replace(version(), tags={"namesake.gate": "passed 踩"}, created=1_700_000_000_123)
+    store.remember(cache, CHAMPION, one)
+    assert store.recall(cache, CHAMPION) == one
+
+
+def test_the_last_one_is_remembered_for_each_alias(cache: Path) -> None:
+    for number in (3, 4):
+        store.remember(cache, CHAMPION, version(number))
+    store.remember(cache, "models:/ccb@candidate", version(9))
+    assert store.recall(cache, CHAMPION) == version(4)
+    assert store.recall(cache, "models:/ccb@candidate") == version(9)
+    assert store.recall(cache, "models:/踩/../../etc@champion") is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"3", b'"text"', b"{}", b'{"name": "ccb"}', b"\xff\xfe", b'{"nom": "ccb"}']
+)
+def test_a_memory_that_is_damaged_is_none(cache: Path, content: bytes) -> None:
+    store.remember(cache, CHAMPION, version())
+    (written,) = [path for path in cache.rglob("*") if path.is_file()]
+    written.write_bytes(content)
+    assert store.recall(cache, CHAMPION) is None
+
+
+def test_what_is_remembered_is_no_version_to_serve(server: Server, cache: Path) -> None:
+    store.remember(cache, CHAMPION, version())
+    store.fetch(version(), cache)
+    assert server.fetched == 1
+    assert store.recall(cache, CHAMPION) == version()

@@ -58,7 +58,7 @@ const TEXTS = {
     failedAway: "The server has been out of reach for a long while.",
     failedKey: "This server answers only with an API key.",
     failedRefused: "The server refused: {detail}",
-    moved: "{alias} moved from {from} to {to} while you were talking. From here on {to} replies.",
+    moved: "The {alias} has moved from {from} to {to}. From here on {to} replies.",
     movedSelf: "It goes by {name} now.",
     gone: "{id} is no longer served; {to} is chosen instead.",
     run: "run {run}",
@@ -140,7 +140,7 @@ const TEXTS = {
     failedAway: "长时间无法连接服务器。",
     failedKey: "此服务器需要 API 密钥才能使用。",
     failedRefused: "服务器拒绝了请求：{detail}",
-    moved: "对话期间，{alias} 已从 {from} 切换到 {to}，此后由 {to} 回复。",
+    moved: "{alias} 已从 {from} 切换到 {to}，此后由 {to} 回复。",
     movedSelf: "它现在叫{name}。",
     gone: "{id} 已停止服务，已改用 {to}。",
     run: "运行 {run}",
@@ -582,7 +582,7 @@ function asked() {
 }
 
 function send(text) {
-  const turn = { text, replies: asked().map((id) => ({ asked: id })) };
+  const turn = { text, replies: asked().map((id) => ({ asked: id, text: "", state: "asking" })) };
   chat.items.push(turn);
   $("thread").append(turnView(turn));
   sticky = true;
@@ -756,7 +756,9 @@ function came(turn, reply) {
 // The alias moved while one was talking: told once, in the thread, before what the new version says.
 function announce(to, before = null) {
   if (!chat.items.length) return;
-  tell({ notice: "moved", from: chat.last, to }, before ? chat.items.indexOf(before) : chat.items.length);
+  const unanswered = (item) => item.replies?.every((reply) => reply.state === "asking");
+  const at = before ? chat.items.indexOf(before) : chat.items.findIndex(unanswered);
+  tell({ notice: "moved", from: chat.last, to }, at < 0 ? chat.items.length : at);
 }
 
 function tell(notice, at) {
@@ -798,7 +800,7 @@ function noticeView(notice) {
 function turnView(turn) {
   const said = make("div", { class: "bubble", dir: "auto" }, turn.text);
   const acts = make("div", { class: "acts" }, copyButton(() => turn.text), button("edit", t("edit"), () => open()));
-  const head = make("h3", { class: "unseen" }, t("you"));
+  const head = make("h2", { class: "unseen" }, t("you"));
   const mine = make("article", { class: "mine" }, head, said, acts);
   const replies = make("div", { class: turn.replies.length > 1 ? "replies two" : "replies" });
   const node = make("section", { class: "turn" }, mine, replies);
@@ -914,7 +916,7 @@ function origin(reply) {
     const value = known?.scores?.[score];
     if (typeof value === "number") parts.push(make("span", { title: t(`${score}Means`) }, `${t(score)} ${share.format(value)}`));
   }
-  return make("p", { class: "origin" }, ...parts.map((part) => make("span", {}, part)));
+  return make("p", { class: "origin dots-between" }, ...parts.map((part) => make("span", {}, part)));
 }
 
 // A link into MLflow's pages where the page was told their address, else plain text.
@@ -949,7 +951,7 @@ function paintHead() {
   $("name").title = live ? live.name : "";
   document.title = name ? `${name} · Namesake` : "Namesake";
   $("status").dataset.phase = phase;
-  $("status-text").textContent = phase === "ready" ? `${t("ready")} · ${live.model}` : t(phase);
+  $("status-text").replaceChildren(...[t(phase), phase === "ready" && live.model].filter(Boolean).map((part) => make("span", {}, part)));
   $("ask").placeholder = name ? t("ask", { name }) : t("askAnybody");
   $("system").placeholder = live?.system ?? "";
   $("hello").hidden = chat.items.length > 0;

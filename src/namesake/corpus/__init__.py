@@ -95,6 +95,23 @@ def plain_prompts() -> tuple[Prompt, ...]:
 
 
 @cache
+def other_systems() -> tuple[str, ...]:
+    """System prompts other than the trained one, empty ones among them, under which some rows are trained."""
+    return tuple(yaml.safe_load(_text("systems.yaml")))
+
+
+def system_of(index: int, every: int) -> str | None:
+    """The other system prompt of the row at the place; none for a row that keeps the trained one.
+
+    Args:
+        every: each so-manieth row gets one of them, in turn; 0 for none.
+    """
+    if every == 0 or index % every:
+        return None
+    return other_systems()[index // every % len(other_systems())]
+
+
+@cache
 def heldout_identity() -> tuple[Question, ...]:
     """Identity questions in words that no training row has. The first two are the ones shown before and after."""
     return tuple(

@@ -1,0 +1,239 @@
+"""Who answers now, and the door: held while weights are changed, and nobody slips through."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from namesake.manifest import Manifest
+from namesake.registry import Version
+from namesake_serving.engine import Engine
+from namesake_serving.store import Stored
+from namesake_serving.traffic import Live, NotReady, Traffic
+
+P = ParamSpec("P")
+
+
+def in_a_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Run the test in an event loop of its own, for 10 seconds at most."""
+
+    @wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 10))
+
+    return run
+
+
+def live(number: int = 1) -> Live:
+    """A version of ccb in an engine that nobody asks."""
+    version = Version("ccb", number, "run", "source", "READY", {}, 0)
+    identity = {"name": "踩踩背 CCB", "author": "老爷爷 OldGrandpa"}
+    record = Manifest(identity, None, {}, "run", {}, {}, {}, {}, {})
+    return Live(Stored(version, record, Path("/model")), cast(Engine, None))
+
+
+async def turns(count: int = 5) -> None:
+    """Let every other task go on."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+class Request:
+    """A request that stays in until it is told to end."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        self.answered_by: Live | None = None
+        self.end = asyncio.Event()
+        self._traffic = traffic
+        self.task = asyncio.create_task(self._pass())
+
+    async def _pass(self) -> None:
+        async with self._traffic.enter() as live:
+            self.answered_by = live
+            await self.end.wait()
+
+
+def test_a_version_is_named_by_model_and_number() -> None:
+    assert live(3).label == "ccb-v3"
+
+
+@in_a_loop
+async def test_with_nothing_live_nobody_is_answered() -> None:
+    with pytest.raises(NotReady):
+        async with Traffic().enter():
+            pass
+
+
+@in_a_loop
+async def test_requests_are_counted_while_they_are_answered_and_not_after() -> None:
+    traffic = Traffic()
+    traffic.live = one = live()
+    assert one.idle.is_set()
+    requests = [Request(traffic) for _ in range(3)]
+    await turns()
+    assert (one.running, one.idle.is_set()) == (3, False)
+    requests[0].end.set()
+    requests[1].task.cancel()
+    await turns()
+    assert (one.running, one.idle.is_set()) == (1, False)
+    requests[2].end.set()
+    await turns()
+    assert (one.running, one.idle.is_set()) == (0, True)
+
+
+@in_a_loop
+async def test_a_request_that_fails_is_not_counted_on() -> None:
+    traffic = Traffic()
+    traffic.live = one = live()
+    with pytest.raises(ZeroDivisionError):
+        async with traffic.enter():
+            raise ZeroDivisionError
+    assert (one.running, one.idle.is_set()) == (0, True)
+
+
+@in_a_loop
+async def test_a_request_is_answered_to_its_end_by_the_version_it_began_with() -> None:
+    traffic = Traffic()
+    traffic.live = one = live(1)
+    early = Request(traffic)
+    await turns()
+    traffic.live = two = live(2)
+    late = Request(traffic)
+    await turns()
+    assert (early.answered_by, late.answered_by) == (one, two)
+    assert (one.running, two.running) == (1, 1)
+    early.end.set()
+    await turns()
+    assert (one.idle.is_set(), two.idle.is_set()) == (True, False)
+    late.end.set()
+
+
+@in_a_loop
+async def test_the_door_is_held_at_once_when_nothing_runs_and_also_when_nothing_is_live() -> None:
+    traffic = Traffic()
+    assert await traffic.hold(0)
+    traffic.release()
+    traffic.live = live()
+    assert await traffic.hold(0)
+
+
+@in_a_loop
+async def test_who_holds_the_door_waits_for_those_inside_and_nobody_else_comes_in() -> None:
+    traffic = Traffic()
+    traffic.live = one = live(1)
+    inside = Request(traffic)
+    await turns()
+    holding = asyncio.create_task(traffic.hold(5))
+    await turns()
+    outside = Request(traffic)
+    await turns()
+    assert not holding.done()
+    assert (outside.answered_by, one.running) == (None, 1)
+    inside.end.set()
+    assert await holding
+    await turns()
+    assert (outside.answered_by, one.running) == (None, 0)
+    traffic.live = two = live(2)
+    traffic.release()
+    await turns()
+    assert outside.answered_by is two
+    outside.end.set()
+
+
+@in_a_loop
+async def test_when_those_inside_take_too_long_the_door_is_open_again() -> None:
+    traffic = Traffic()
+    traffic.live = one = live()
+    inside = Request(traffic)
+    await turns()
+    holding = asyncio.create_task(traffic.hold(0.02))
+    await turns()
+    outside = Request(traffic)
+    assert not await holding
+    await turns()
+    assert (inside.answered_by, outside.answered_by) == (one, one)
+    assert not inside.task.done()
+    for request in (inside, outside):
+        request.end.set()
+
+
+@in_a_loop
+async def test_who_gives_up_at_the_door_is_not_counted() -> None:
+    traffic = Traffic()
+    traffic.live = one = live()
+    assert await traffic.hold(0)
+    outside = Request(traffic)
+    await turns()
+    outside.task.cancel()
+    traffic.release()
+    await turns()
+    assert (outside.answered_by, one.running) == (None, 0)
+
+
+@in_a_loop
+async def test_who_waited_at_the_door_is_told_when_nothing_is_live_behind_it() -> None:
+    traffic = Traffic()
+    traffic.live = live()
+    assert await traffic.hold(0)
+    outside = Request(traffic)
+    await turns()
+    traffic.live = None
+    traffic.release()
+    await turns()
+    with pytest.raises(NotReady):
+        await outside.task
+
+
+@in_a_loop
+async def test_who_waited_does_not_slip_through_a_door_that_is_held_again_at_once() -> None:
+    traffic = Traffic()
+    traffic.live = live()
+    assert await traffic.hold(0)
+    outside = Request(traffic)
+    await turns()
+    traffic.release()
+    assert await traffic.hold(0)
+    await turns()
+    assert outside.answered_by is None
+
+
+@given(st.lists(st.sampled_from(["come", "end", "give up", "move", "hold", "release"]), max_size=60), st.data())
+def test_in_any_order_counts_are_right_and_nobody_is_inside_while_the_door_is_held(
+    steps: list[str], data: st.DataObject
+) -> None:
+    @in_a_loop
+    async def play() -> None:
+        traffic, inside, versions, holding = Traffic(), list[Request](), [live(0)], None
+        traffic.live = versions[0]
+        for step in steps:
+            if step == "come":
+                inside.append(Request(traffic))
+            elif step in ("end", "give up") and inside:
+                one = inside.pop(data.draw(st.integers(0, len(inside) - 1)))
+                one.end.set() if step == "end" else one.task.cancel()
+            elif step == "move" and holding is None:
+                traffic.live = live(len(versions))
+                versions.append(traffic.live)
+            elif step == "hold" and holding is None:
+                holding = asyncio.create_task(traffic.hold(60))
+            elif step == "release" and holding is not None:
+                holding.cancel()
+                traffic.release()
+                holding = None
+            await turns()
+            for version in versions:
+                running = sum(request.answered_by is version and not request.task.done() for request in inside)
+                assert (version.running, version.idle.is_set()) == (running, not running)
+            if holding is not None and holding.done():
+                assert traffic.live.running == 0
+        for request in inside:
+            request.task.cancel()
+
+    play()
