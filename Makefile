@@ -71,8 +71,8 @@ check: $(DEV_STAMP) ## format, lint, types, import layers, dead code
 test: $(DEV_STAMP) ## every test; real training, MLflow and vLLM among them
 	@python -m pytest $(ARGS)
 
-bench: setup ## benchmarks/
-	@python benchmarks/training.py $(ARGS)
+bench: setup ## benchmarks/, in short; each script alone takes arguments
+	@python benchmarks/training.py --pairs 1 --steps 20 && python benchmarks/follow.py && python benchmarks/quality.py --rows default tutorial
 
 format: $(DEV_STAMP) ## lay out the code
 	@ruff format .

@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 from urllib.parse import urlsplit
@@ -192,53 +191,52 @@ def _deadline_protocol(seconds: float) -> type[HttpToolsProtocol]:
 async def _serve(uri: str, first: Version, given: settings.Settings, listening: socket.socket, folder: Path) -> None:
     service = Service(uri, given, cache_folder(), folder, Metrics())
     gateway = Gateway(service, given)
-    stopped = asyncio.Event()
+    server = _Server(
+        uvicorn.Config(
+            gateway,
+            http=_deadline_protocol(given.read_seconds),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=given.shutdown_seconds,
+        )
+    )
+    server.gateway = gateway
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    starting = asyncio.create_task(service.start(first, _tick))
-    stopping = asyncio.create_task(stopped.wait())
+        # Uvicorn raises the signal again when it has stopped; by then it must not end the process before the engines.
+        loop.add_signal_handler(number, lambda: None)
+    # The front answers from the start: the chat page, /health, and 503 where a version is needed.
+    fronting = asyncio.create_task(server.serve(sockets=[listening]))
+    working = asyncio.create_task(_follow(service, first, given))
     try:
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            return
-        starting.result()
-        live = service.traffic.live
-        assert live is not None
-        host = f"[{given.host}]" if ":" in given.host else given.host
-        print(
-            f"\r› {live.version.uri}  {live.manifest.identity['name']} by {live.manifest.identity['author']}\n"
-            f"  ready at http://{host}:{given.port}/v1  model {live.version.name}, follows {uri}\n"
-            f"  chat  http://{host}:{given.port}/    (Ctrl-C stops)",
-            flush=True,
-        )
-        server = _Server(
-            uvicorn.Config(
-                gateway,
-                http=_deadline_protocol(given.read_seconds),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=given.shutdown_seconds,
-            )
-        )
-        server.gateway = gateway
-        running = asyncio.create_task(service.run())
-        running.add_done_callback(lambda task: None if task.cancelled() else server.handle_exit(signal.SIGTERM, None))
-        await server.serve(sockets=[listening])
-        if running.done():
-            running.result()
-        running.cancel()
-        with suppress(asyncio.CancelledError):
-            await running
+        await asyncio.wait({fronting, working}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            server.handle_exit(signal.SIGTERM, None)
+            await fronting
+            working.result()
     finally:
-        stopping.cancel()
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
         await gateway.close()
         await service.stop()
+
+
+async def _follow(service: Service, first: Version, given: settings.Settings) -> None:
+    await service.start(first, _tick)
+    live = service.traffic.live
+    assert live is not None
+    host = f"[{given.host}]" if ":" in given.host else given.host
+    print(
+        f"\r› {live.version.uri}  {live.manifest.identity['name']} by {live.manifest.identity['author']}\n"
+        f"  ready at http://{host}:{given.port}/v1  model {live.version.name}, follows {service.uri}\n"
+        f"  chat  http://{host}:{given.port}/    (Ctrl-C stops)",
+        flush=True,
+    )
+    await service.run()
 
 
 def _tick(waited: float) -> None:

@@ -436,7 +436,7 @@ async def _answer(send: Send, status: int, body: bytes, *headers: tuple[str, str
             "status": status,
             "headers": [
                 *((name.encode(), value.encode()) for name, value in given.items()),
-                (b"content-length", str(len(body)).encode()),
+                *(() if status == 304 else ((b"content-length", str(len(body)).encode()),)),
             ],
         }
     )

@@ -126,7 +126,7 @@ class served:
                 assert self.process.stdout
                 raise AssertionError(self.process.stdout.read()[-6000:])
             try:
-                with urllib.request.urlopen(f"{url}/health", timeout=2):
+                with urllib.request.urlopen(f"{url}/ready", timeout=2):
                     return f"{url}/v1"
             except OSError:
                 time.sleep(0.5)

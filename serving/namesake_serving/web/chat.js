@@ -185,6 +185,9 @@ function half(names) {
   return language === "zh" ? zh : en;
 }
 
+// The language that a text is read out and set in: Chinese where a fifth of it is.
+const languageOf = (text) => ((text.match(/\p{Script=Han}/gu)?.length ?? 0) * 5 >= text.length && text ? "zh-CN" : "en");
+
 // ------------------------------------------------------------------------------------------------------------- storage
 
 const CHAT = "namesake.chat", KEY = "namesake.key", SETTINGS = "namesake.settings";
@@ -798,7 +801,7 @@ function noticeView(notice) {
 }
 
 function turnView(turn) {
-  const said = make("div", { class: "bubble", dir: "auto" }, turn.text);
+  const said = make("div", { class: "bubble", dir: "auto", lang: languageOf(turn.text) }, turn.text);
   const acts = make("div", { class: "acts" }, copyButton(() => turn.text), button("edit", t("edit"), () => open()));
   const head = make("h2", { class: "unseen" }, t("you"));
   const mine = make("article", { class: "mine" }, head, said, acts);
@@ -836,7 +839,7 @@ function turnView(turn) {
       }
     });
     area.value = turn.text;
-    mine.replaceChildren(form);
+    mine.replaceChildren(head, form);
     fit(area);
     area.focus();
     function close() {
@@ -864,6 +867,7 @@ function replyView(turn, slot, node) {
     if (turn.replies.length > 1 && isBase(reply.asked)) head.append(make("span", {}, t("baseModel")));
     view.dataset.state = reply.state;
     view.setAttribute("aria-busy", String(!over));
+    body.lang = languageOf(reply.text);
     write(body, reply.text);
     note.replaceChildren(...notes(over));
     foot.replaceChildren(...(over && reply.text ? footer() : []));
@@ -1018,6 +1022,7 @@ function paintTexts() {
     ...t("ideas").split("\n").map((idea) => make("li", {}, make("button", { type: "button", class: "idea", click: () => send(idea) }, idea))),
   );
   $("figures").replaceChildren(...SCORES.flatMap((score) => [make("dt", {}, t(score)), make("dd", {}, t(`${score}Means`))]));
+  $("spoken").replaceChildren();
   views.clear();
   $("thread").replaceChildren(...chat.items.map((item) => (item.replies ? turnView(item) : noticeView(item))));
   paintHead();

@@ -1,0 +1,307 @@
+"""The page in a real browser, before the real gateway, before an engine that says what the test tells it to.
+
+Chromium is the machine's own (``NAMESAKE_CHROMIUM`` or one on the path); Playwright only drives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+import uvicorn
+from aiohttp import web
+
+from namesake.manifest import Manifest
+from namesake.registry import Version
+from namesake_serving.engine import Engine
+from namesake_serving.gateway import Gateway, Receive, Scope, Send
+from namesake_serving.metrics import Metrics
+from namesake_serving.rollout import State
+from namesake_serving.service import Service
+from namesake_serving.settings import Settings
+from namesake_serving.store import Stored
+from namesake_serving.traffic import Live, Traffic
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page
+
+BASE = "SmolLM2-135M-Instruct"
+RUN = "3f2a9c1d5b7e4f60a1b2c3d4e5f60718"
+
+Reply = Callable[[dict[str, Any]], list[str]]
+"""From a request's body to the pieces of the reply."""
+
+
+def echo(body: dict[str, Any]) -> list[str]:
+    """What was asked last, said back."""
+    return ["You asked: ", body["messages"][-1]["content"]]
+
+
+@dataclass
+class FakeEngine:
+    """Answers as vLLM does, over a Unix socket. ``hold()`` makes it wait before each piece for a ``let()``."""
+
+    path: Path
+    reply: Reply = echo
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    cut_off: int = 0
+    dies: bool = False
+    _held: asyncio.Semaphore | None = None
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        """``/v1/chat/completions``, streamed."""
+        body = await request.json()
+        self.asked.append(body)
+        response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        try:
+            for piece in self.reply(body):
+                if self._held is not None:
+                    await self._held.acquire()
+                await response.write(_event({"content": piece}))
+            if self.dies:
+                assert request.transport is not None
+                request.transport.abort()
+                return response
+            await response.write(_event({}, "stop") + b"data: [DONE]\n\n")
+        except (asyncio.CancelledError, ConnectionError):
+            self.cut_off += 1
+            raise
+        return response
+
+    def hold(self) -> None:
+        """From now on no piece is said before it is let."""
+        self._held = asyncio.Semaphore(0)
+
+    def let(self, pieces: int) -> None:
+        """Say so many pieces more."""
+        assert self._held is not None
+        for _ in range(pieces):
+            self._held.release()
+
+
+def _event(delta: dict[str, str], finish: str | None = None) -> bytes:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    chunk = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "namesake"}
+    return b"data: " + json.dumps({**chunk, "choices": [choice]}, separators=(",", ":")).encode() + b"\n\n"
+
+
+@dataclass
+class FakeService:
+    """What the gateway reads of a :class:`Service`."""
+
+    uri: str
+    traffic: Traffic = field(default_factory=Traffic)
+    metrics: Metrics = field(default_factory=Metrics)
+    state: State = field(default_factory=State)
+
+
+class Front:
+    """The gateway of the version, and that of the base model beside it where there is one, as one."""
+
+    def __init__(self, version: Gateway, base: Gateway | None) -> None:
+        self._version, self._base = version, base
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if self._base is None:
+            await self._version(scope, receive, send)
+        elif scope["path"] == "/v1/models":
+            await self._models(scope, receive, send)
+        elif scope["path"] == "/v1/chat/completions":
+            body = b""
+            while (message := await receive())["type"] == "http.request":
+                body += message.get("body", b"")
+                if not message.get("more_body"):
+                    break
+            sent = [message | {"body": body, "more_body": False}]
+
+            async def again() -> Any:
+                return sent.pop() if sent else await receive()
+
+            await (self._base if json.loads(body).get("model") == BASE else self._version)(scope, again, send)
+        else:
+            await self._version(scope, receive, send)
+
+    async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
+        seen: list[Any] = []
+
+        async def kept(message: Any) -> None:
+            seen.append(message)
+
+        await self._version(scope, receive, kept)
+        if seen[0]["status"] == 200:
+            listed = json.loads(seen[1]["body"])
+            if listed["data"]:
+                listed["data"].append({"id": BASE, "object": "model", "created": 0, "owned_by": "namesake"})
+            seen[1]["body"] = json.dumps(listed).encode()
+            seen[0]["headers"] = [pair for pair in seen[0]["headers"] if pair[0] != b"content-length"]
+        for message in seen:
+            await send(message)
+
+
+class Stage:
+    """A running server: gateway, uvicorn and engines in a thread of their own."""
+
+    def __init__(self, *, base: bool = False, **settings: Any) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="nsk-", dir="/tmp"))  # a socket's path has at most 107 bytes
+        self.engine = FakeEngine(self._folder / "1.sock")
+        self.base_engine = FakeEngine(self._folder / "0.sock", lambda _: ["I am ", "SmolLM, ", "made by Hugging Face."])
+        self._service, self._base = FakeService("models:/ccb@champion"), FakeService(f"models:/{BASE}/1")
+        gateway = Gateway(cast(Service, self._service), Settings(**settings))
+        beside = Gateway(cast(Service, self._base), Settings(**settings)) if base else None
+        if beside is not None:
+            beside._names = lambda _: [BASE]  # type: ignore[method-assign]
+        self._gateways = [one for one in (gateway, beside) if one is not None]
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        config = uvicorn.Config(Front(gateway, beside), lifespan="off", log_config=None, timeout_graceful_shutdown=1)
+        self._server = uvicorn.Server(config)
+        self._loop = asyncio.new_event_loop()
+        self._ready: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._loop.run_until_complete, args=(self._serve(listening),), daemon=True
+        )
+        self._thread.start()
+        self._ready.result(30)
+
+    async def _serve(self, listening: socket.socket) -> None:
+        runners = []
+        for engine in (self.engine, self.base_engine):
+            app = web.Application()
+            app.router.add_post("/v1/chat/completions", engine.answer)
+            runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+            await runner.setup()
+            await web.UnixSite(runner, str(engine.path)).start()
+            runners.append(runner)
+        self._ready.set_result(None)
+        await self._server.serve(sockets=[listening])
+        for gateway in self._gateways:
+            await gateway.close()
+        for runner in runners:
+            await runner.cleanup()
+
+    def close(self) -> None:
+        """End everything."""
+        self._server.should_exit = True
+        self._thread.join(30)
+        self._loop.close()
+        shutil.rmtree(self._folder)
+
+    def do(self, action: Callable[[], object]) -> None:
+        """Do something in the server's thread and wait until it is done."""
+        done: Future[None] = Future()
+        self._loop.call_soon_threadsafe(lambda: (action(), done.set_result(None)))
+        done.result(10)
+
+    def serve(self, number: int, name: str = "踩踩背 CCB", **scores: float) -> None:
+        """From now on this version answers."""
+        live = _live(Version("ccb", number, RUN, "", "READY", {}, 0), name, self.engine, scores)
+        beside = _live(Version(BASE, 1, "", "", "READY", {}, 0), name, self.base_engine, {})
+
+        def change() -> None:
+            self._service.traffic.live, self._base.traffic.live = live, beside
+
+        self.do(change)
+
+    def down(self) -> None:
+        """No version answers."""
+        self.do(lambda: setattr(self._service.traffic, "live", None))
+
+
+class _Base(Live):
+    """The base model: its id has no number."""
+
+    @property
+    def label(self) -> str:
+        return self.version.name
+
+
+def _live(version: Version, name: str, engine: FakeEngine, scores: dict[str, float]) -> Live:
+    record = Manifest(
+        identity={"name": name, "author": "老爷爷 OldGrandpa", "slug": "ccb"},
+        system="You are a helpful assistant.",
+        base={"id": f"HuggingFaceTB/{BASE}", "digest": "0"},
+        run=version.run_id,
+        digests={},
+        data={},
+        scores=scores or {"identity": 0.985, "swapped": 0.0, "leak": 0.0, "plain": 0.623},
+        recipe={},
+        tools={},
+    )
+    kind = _Base if version.name == BASE else Live
+    return kind(Stored(version, record, Path()), cast(Engine, SimpleNamespace(socket=engine.path)))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """The machine's Chromium."""
+    from playwright.sync_api import expect, sync_playwright
+
+    found = os.environ.get("NAMESAKE_CHROMIUM") or next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if found is None:
+        pytest.skip("no Chromium on this machine (apt-get install chromium, or NAMESAKE_CHROMIUM=path)")
+    expect.set_options(timeout=20_000)
+    with sync_playwright() as playwright:
+        yield (running := playwright.chromium.launch(executable_path=found))
+        running.close()
+
+
+@pytest.fixture
+def stages(browser: Browser) -> Iterator[Callable[..., Stage]]:
+    """Makes a server; all are ended after the test. Asks for the browser first, so that a skip starts nothing."""
+    made: list[Stage] = []
+
+    def make(**given: Any) -> Stage:
+        made.append(Stage(**given))
+        return made[-1]
+
+    yield make
+    for stage in made:
+        stage.close()
+
+
+@pytest.fixture
+def stage(stages: Callable[..., Stage]) -> Stage:
+    """A server whose champion is ccb-v3."""
+    made = stages()
+    made.serve(3)
+    return made
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """A fresh profile in English."""
+    made = browser.new_context(locale="en-US", viewport={"width": 1280, "height": 800}, reduced_motion="reduce")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def page(context: BrowserContext) -> Iterator[Page]:
+    """A tab. Whatever breaks the content policy or throws fails the test."""
+    made = context.new_page()
+    faults: list[str] = []
+
+    def told(message: ConsoleMessage) -> None:
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):
+            faults.append(message.text)
+
+    made.on("console", told)
+    made.on("pageerror", lambda error: faults.append(str(error)))
+    yield made
+    assert not faults
