@@ -203,9 +203,8 @@ def main() -> None:
             seconds, ended = asyncio.run(measure(url, given.clients, given.moves, given.tokens))
             print(f"{given.moves} moves under {given.clients} streams of {given.tokens} tokens, poll {given.poll:g} s")
             print(f"answers: {sum(ended.values())}, {dict(ended)}")
-            print(
-                f"moved -> first new answer: median {statistics.median(seconds):.2f} s, p95 {quantile(seconds, 0.95):.2f} s"
-            )
+            middle, most = statistics.median(seconds), quantile(seconds, 0.95)
+            print(f"moved -> first new answer: median {middle:.2f} s, p95 {most:.2f} s")
             print(f"fetched and verified -> live: {served_changes(url)}")
         finally:
             server.send_signal(signal.SIGTERM)
