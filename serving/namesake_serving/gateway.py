@@ -142,7 +142,7 @@ class Gateway:
             route = request.path if request.path in self._routes else "other"
             self._service.metrics.requests.labels(route, str(request.status), request.version).inc()
             _log.log(
-                logging.DEBUG if request.method == "GET" and request.status == 200 else logging.INFO,
+                logging.DEBUG if request.method == "GET" and request.status in {200, 503} else logging.INFO,
                 "%s %s %s %d %s %.3fs",
                 *(request.id, request.method, request.path.encode("unicode_escape").decode(), request.status),
                 *(request.version or "-", time.monotonic() - request.begun),

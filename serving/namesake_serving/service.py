@@ -194,7 +194,7 @@ class Service:
         if self.traffic.live is not live or not live.engine.alive():
             self.traffic.release()
             return "the engine has just died"
-        coming.engine, coming.in_place, coming.begun = live.engine, True, time.monotonic()
+        coming.engine, coming.in_place = live.engine, True
         try:
             took = await asyncio.to_thread(live.engine.change_weights, coming.stored.weights)
         except ServingError as error:
