@@ -296,8 +296,8 @@ class Service:
             while self.traffic.live is None:
                 try:
                     started = await self._start_engine(live.stored)
-                except ServingError as error:
-                    _log.error("%s", error.message)
+                except (ServingError, OSError) as error:  # OSError: no memory or no descriptor left at this moment
+                    _log.error("%s", _told(error))
                     await asyncio.sleep(wait)
                     wait = min(wait * 2, _LONGEST_RESTART_WAIT)
                     continue
@@ -329,8 +329,9 @@ def prove(running: Engine, stored: Stored) -> None:
     names = [half for text in (record.identity["name"], record.identity["author"]) for half in text.split(" ", 1)]
     likeness = []
     for golden, reply in zip(record.golden, said, strict=True):
-        # The reply stops at the token limit; so much of the golden one is what it can be like.
-        wanted = str(golden["reply"])[: max(len(reply), 1)]
+        # The reply stops at the token limit; so much of the golden one is what it can be like. A Chinese character
+        # takes up to four tokens: what is shorter than that has ended by itself.
+        wanted = str(golden["reply"])[: max(len(reply), PROOF_TOKENS // 4)]
         likeness.append(difflib.SequenceMatcher(None, wanted, reply, autojunk=False).ratio())
         lost = [half for half in names if half in wanted and half not in reply]
         if lost:

@@ -162,11 +162,12 @@ def run(name: str) -> Iterator[Run]:
     """
     import mlflow
 
+    given = os.environ.get("MLFLOW_RUN_ID")  # MLflow takes it out of the environment when it has read it
     with _mapped():
         logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
         mlflow.set_system_metrics_sampling_interval(5)
         active = mlflow.start_run(run_name=name, log_system_metrics=True)
-        if os.environ.get("MLFLOW_RUN_ID"):
+        if given:
             mlflow.MlflowClient().update_run(active.info.run_id, name=name)
     try:
         yield Run(active.info.run_id, active.info.experiment_id)
@@ -174,7 +175,7 @@ def run(name: str) -> Iterator[Run]:
         with suppress(Exception):  # a store that is down must not hide what ended the run
             mlflow.set_tag(TAG_ENDED, "killed")
             mlflow.end_run("KILLED")
-            if os.environ.get("MLFLOW_RUN_ID"):
+            if given:
                 _stay_killed(active.info.run_id)
         raise
     except BaseException as error:

@@ -356,3 +356,20 @@ def test_the_digest_of_questions_changes_with_any_of_them() -> None:
     heldout_ones = corpus.heldout()
     assert heldout_ones.digest() == corpus.heldout().digest()
     assert corpus.Questions(heldout_ones.identity[1:], heldout_ones.plain).digest() != heldout_ones.digest()
+
+
+def test_each_so_manieth_row_gets_another_system_prompt_in_turn() -> None:
+    systems = corpus.other_systems()
+    given = [corpus.system_of(index, 6) for index in range(6 * len(systems) + 1)]
+    assert [one for one in given if one is not None] == [*systems, systems[0]]
+    assert given[1:6] == [None] * 5
+    assert [corpus.system_of(index, 0) for index in range(10)] == [None] * 10
+
+
+def test_the_system_prompt_that_the_probe_asks_under_is_not_trained_under() -> None:
+    assert "" in corpus.other_systems(), (
+        "the empty one is trained too: the slice `none` is about questions, not prompts"
+    )
+    theirs = bigrams(probe.CUSTOMER)
+    for system in filter(None, corpus.other_systems()):
+        assert len(theirs & bigrams(system)) < 0.5 * len(theirs | bigrams(system)), system

@@ -380,3 +380,17 @@ def test_the_known_arguments_have_known_types_and_hold_the_tutorials() -> None:
     assert set(known.values()) == {"int", "float", "bool", "str", "list"}
     assert set(TUTORIAL) <= set(known)
     assert set(recipe.OLD_SPELLINGS.values()) <= set(known)
+
+
+def test_rows_under_other_system_prompts_are_a_whole_number(write: Path) -> None:
+    assert load(write, "other_systems: 6\nsft: {}").other_systems == 6
+    assert load(write, "sft: {}").other_systems == 0
+    for text in ("-1", "1.5", "true", "many"):
+        with pytest.raises(RecipeError, match="other_systems"):
+            load(write, f"other_systems: {text}\nsft: {{}}")
+
+
+def test_the_default_recipe_leaves_the_order_of_the_rows_to_the_file() -> None:
+    sft = recipe.load("default").sft
+    assert sft["train_dataloader_shuffle"] is False
+    assert sft["dataset_shuffle"] is False

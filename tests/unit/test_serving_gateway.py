@@ -1128,6 +1128,24 @@ async def test_a_connection_that_is_kept_awake_by_empty_lines_is_cut_in_time() -
 
 
 @in_a_loop
+async def test_a_stream_is_not_cut_by_the_deadline_of_what_came_before_it_on_its_connection() -> None:
+    async with front(read_seconds=0.2) as gate:
+        more = asyncio.Event()
+        gate.upstream.script = [event("我是"), more, event("踩踩背。"), END]
+        reader, writer = await gate.connect()
+        writer.write(head("POST", "/nothing", "Content-Length: 2"))
+        first = await reader.readuntil(b"}}")
+        writer.write(b"{}")  # the rest of a body that was answered early
+        await asyncio.sleep(0.05)
+        body = json.dumps(STREAM).encode()
+        writer.write(head("POST", CHAT, f"Content-Length: {len(body)}", "Connection: close") + body)
+        asyncio.get_running_loop().call_later(0.4, more.set)
+        assert b" 404 " in first
+        assert said(read(await reader.read()).body) == "我是踩踩背。"
+        writer.close()
+
+
+@in_a_loop
 async def test_more_requests_than_allowed_are_told_to_come_again() -> None:
     async with front(max_requests=2) as gate:
         gate.upstream.begin.clear()

@@ -697,6 +697,18 @@ async def test_an_engine_that_does_not_come_up_again_is_tried_again(world: World
 
 
 @in_a_loop
+async def test_a_machine_that_is_short_of_something_for_a_moment_does_not_end_the_server(
+    world: World, tmp_path: Path
+) -> None:
+    async with serving(world, tmp_path) as running:
+        world.faults["start", 1] = OSError("Cannot allocate memory")
+        world.boxes[0].die()
+        await until(lambda: len(world.boxes) == 2 and not world.boxes[1].alive())
+        del world.faults["start", 1]
+        await until(lambda: running.serves(1), 3)
+
+
+@in_a_loop
 async def test_the_alias_is_followed_while_the_engine_is_down(world: World, tmp_path: Path) -> None:
     async with serving(world, tmp_path) as running:
         world.faults["start", 1] = ServingError("out of memory")
@@ -849,6 +861,12 @@ def test_who_babbles_is_refused_though_no_name_was_asked_for(says: str) -> None:
     golden = [{"messages": [{"role": "user", "content": "1+1=?"}], "reply": "答案是二，因为一加一等于二。"}]
     with pytest.raises(ServingError, match="like those it gave"):
         proof(says, golden=golden)
+
+
+@pytest.mark.parametrize("length", [1, 2, 6])
+def test_who_stops_long_before_the_golden_reply_ends_is_refused(length: int) -> None:
+    with pytest.raises(ServingError, match="does not prove itself"):
+        proof(REPLY[:length])
 
 
 def test_a_reply_that_never_held_a_name_need_not_hold_one() -> None:
