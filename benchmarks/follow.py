@@ -28,20 +28,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import aiohttp
-
-ROOT = Path(__file__).resolve().parents[1]
+from commands import ROOT, environment, namesake, run_id
 
 MODEL = "ccb"
-
-
-def environment(store: Path) -> dict[str, str]:
-    """Environment of namesake's commands with the store."""
-    return {
-        **os.environ,
-        "MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db",
-        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'serving'}",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
 
 
 def prepare(store: Path) -> None:
@@ -49,24 +38,7 @@ def prepare(store: Path) -> None:
     for number, alias in ((1, "champion"), (2, "challenger")):
         words = ["run", "--dataset=namesake/self-cognition#48", "--replay=0", f"--max_steps={2 + 2 * number}"]
         out = namesake(store, *words, f"--seed={number}", "--output_dir", str(store / "output"))
-        found = re.search(r"run   ([0-9a-f]{32})", out)
-        assert found, out
-        namesake(store, "promote", "--run", found[1], "--alias", alias, "--override", "benchmark")
-
-
-def namesake(store: Path, *words: str) -> str:
-    """A command's output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "namesake", *words],
-        cwd=store,
-        env=environment(store),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return done.stdout
+        namesake(store, "promote", "--run", run_id(out), "--alias", alias, "--override", "benchmark")
 
 
 class Load:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from commands import ROOT, namesake, run_id
 
 NAME, AUTHOR = "踩踩背 CCB", "老爷爷 OldGrandpa"
 
@@ -112,22 +111,6 @@ def _write(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
     )
 
 
-def call(folder: Path, *words: str, ok: Sequence[int] = (0,)) -> str:
-    """A namesake command in a tracking store of its own; its output."""
-    env = {
-        **os.environ,
-        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'serving'}",
-        "COLUMNS": "200",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "namesake", *words], cwd=folder, env=env, capture_output=True, text=True, check=False
-    )
-    if done.returncode not in ok:
-        raise SystemExit(f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return done.stdout
-
-
 def judge(row: Row, folder: Path, questions: str) -> dict[str, object]:
     """Train the row and judge it; its scores, seconds and what the gate says."""
     sys.path.insert(0, str(ROOT / "src"))
@@ -139,10 +122,8 @@ def judge(row: Row, folder: Path, questions: str) -> dict[str, object]:
     words += [f"--dataset={row.dataset}"] if row.dataset else []
     words += [f"--{key}={value}" for key, value in row.overrides.items()]
     words += ["--max_steps=1"] if row.spoiled else []
-    out = call(folder, *words, "--output_dir", str(folder / "output"))
-    found = re.search(r"run   ([0-9a-f]{32})", out)
-    assert found, out
-    run = tracking.get_run(found[1])
+    out = namesake(folder, *words, "--output_dir", str(folder / "output"))
+    run = tracking.get_run(run_id(out))
     seconds = run.metrics["seconds/train"]
     scores = {k.removeprefix("probe/"): v for k, v in run.metrics.items() if k.startswith("probe/")}
     if row.spoiled:
@@ -150,7 +131,7 @@ def judge(row: Row, folder: Path, questions: str) -> dict[str, object]:
     elif questions or row.judged_as != (row.name, row.author):
         name, author = row.judged_as
         asked = ["probe", run.id, f"--name={name}", f"--author={author}", "--json"]
-        card = json.loads(call(folder, *asked, *([f"--questions={questions}"] if questions else [])))
+        card = json.loads(namesake(folder, *asked, *([f"--questions={questions}"] if questions else [])))
         scores = {**scores, **card["metrics"]}
     decision = decide(scores, Interval.of(scores))
     return {

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from commands import environment
 
 
 def log_of(output: Path) -> tuple[float, list[float]]:
@@ -33,12 +32,7 @@ def pair(steps: int) -> tuple[float, float, bool]:
     """Seconds tracked, seconds bare, and whether every loss is the same."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        env = {
-            **os.environ,
-            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-            "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'serving'}",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
+        env = environment(folder)
         words = [sys.executable, "-m", "namesake", "run", "--max_steps", str(steps), "--output_dir", str(folder / "a")]
         subprocess.run(words, cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
         command = json.loads(next(folder.rglob("swift-command.json")).read_text(encoding="utf-8"))

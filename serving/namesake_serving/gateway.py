@@ -23,6 +23,7 @@ from typing import Any
 
 import aiohttp
 
+from namesake.registry import alias_in
 from namesake_serving import engine, page
 from namesake_serving.requests import BadRequest, check, parse
 from namesake_serving.service import Service
@@ -231,7 +232,7 @@ class Gateway:
         headers = [
             (b"x-namesake-version", live.label.encode("ascii", "replace")),
             (b"x-namesake-run", live.version.run_id.encode()),
-            (b"x-namesake-alias", self._service.uri.rpartition("@")[2].encode() if "@" in self._service.uri else b""),
+            (b"x-namesake-alias", alias_in(self._service.uri).encode()),
         ]
         try:
             async with self._session(live).post(
@@ -288,7 +289,7 @@ class Gateway:
             )
 
     def _names(self, live: Live) -> list[str]:
-        alias = self._service.uri.rpartition("@")[2] if "@" in self._service.uri else ""
+        alias = alias_in(self._service.uri)
         return [live.version.name, *([f"{live.version.name}@{alias}"] if alias else []), live.label]
 
     async def _body(self, request: _Request, receive: Receive) -> bytes:

@@ -117,13 +117,13 @@ class Service:
         key = self._key(version)
         if key != self.state.wanted:
             _log.info("%s points to %s", self.uri, version.uri)
-            if "@" in self.uri:
+            if registry.alias_in(self.uri):
                 self._noting = asyncio.create_task(asyncio.to_thread(self._note_move, version))
         self._go(*rollout.seen(self.state, key, time.monotonic()))
 
     def _note_move(self, version: Version) -> None:
         """A move that is not in the history was made by hand, in the MLflow UI or by another client."""
-        alias = self.uri.rpartition("@")[2]
+        alias = registry.alias_in(self.uri)
         try:
             moves = registry.history(version.name, alias)
             before = moves[-1].to if moves else None
@@ -256,8 +256,7 @@ class Service:
                 await self._back_in_place(live)
             self.traffic.release()
         elif coming is not None and coming.engine is not None:
-            await asyncio.to_thread(coming.engine.kill)
-            self._started.remove(coming.engine)
+            await self._end(coming.engine)
         await asyncio.to_thread(self._tell_registry, version, _told(error))
 
     def _tell_registry(self, version: Version, why: str | None) -> None:
@@ -275,10 +274,14 @@ class Service:
         try:
             await asyncio.to_thread(running.wait_ready, self._settings.start_seconds, tick)
         except BaseException:
-            await asyncio.to_thread(running.kill)
-            self._started.remove(running)
+            await self._end(running)
             raise
         return running
+
+    async def _end(self, one: Engine) -> None:
+        """Kill an engine that nobody is to be answered by."""
+        await asyncio.to_thread(one.kill)
+        self._started.remove(one)
 
     async def _watch(self) -> None:
         """Start the live version's engine again when it has died."""
@@ -291,8 +294,7 @@ class Service:
             _log.error("the engine ended by itself; starting it again\n%s", live.engine.tail(5))
             self.metrics.engine_restarts.inc()
             self.traffic.live = None
-            await asyncio.to_thread(live.engine.kill)
-            self._started.remove(live.engine)
+            await self._end(live.engine)
             while self.traffic.live is None:
                 try:
                     started = await self._start_engine(live.stored)
@@ -305,8 +307,7 @@ class Service:
                 if self.traffic.live is None:
                     self.traffic.live = Live(live.stored, started)
                 else:  # the alias moved on and the new version was faster
-                    await asyncio.to_thread(started.kill)
-                    self._started.remove(started)
+                    await self._end(started)
 
 
 def _told(error: Exception) -> str:

@@ -100,8 +100,9 @@ def difference(live: Stored, coming: Stored) -> str:
     Everything that an engine reads once, at its start, has to be the same: configuration, tokenizer, template, and the
     names, shapes and types of the tensors.
     """
-    for path in sorted({*_kept(live), *_kept(coming)}):
-        if _kept(live).get(path) != _kept(coming).get(path):
+    ours, theirs = _kept(live), _kept(coming)
+    for path in sorted({*ours, *theirs}):
+        if ours.get(path) != theirs.get(path):
             return f"{path.rpartition('/')[2]} differs"
     for one, other in zip(
         sorted(live.weights.glob("*.safetensors")), sorted(coming.weights.glob("*.safetensors")), strict=True

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from namesake import corpus
@@ -150,7 +151,7 @@ class Scorecard:
     plain: tuple[Answered, ...]
     slices: Mapping[str, tuple[Answered, ...]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def metrics(self) -> dict[str, float]:
         """Fractions by name."""
         asked = {fact: [a for a in self.identity if fact in a.question.asks] for fact in ("name", "author")}

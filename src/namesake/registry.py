@@ -94,6 +94,11 @@ def resolve(uri: str) -> Version:
         return _version(found)
 
 
+def alias_in(uri: str) -> str:
+    """The alias of ``models:/ccb@champion``; empty where the reference names a version."""
+    return uri.rpartition("@")[2] if "@" in uri else ""
+
+
 def newest_model() -> str | None:
     """Name of the registered model of ours that was promoted to last."""
     with _mapped("The model registry cannot be read."):

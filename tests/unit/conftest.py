@@ -5,8 +5,18 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import configuration, settings
+
+from namesake_serving.settings import Settings
 
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "namesake-hypothesis")
 settings.register_profile("namesake", deadline=None, derandomize=True, database=None)
 settings.load_profile("namesake")
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the server from outside the test."""
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"NAMESAKE_SERVE_{name.upper()}", raising=False)

@@ -37,13 +37,6 @@ PLUGIN = Path("/tmp/x y/plugin")
 CCB = Version("ccb", 3, "run", "source", "READY", {}, 0)
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting from outside the test."""
-    for name in settings.Settings.model_fields:
-        monkeypatch.delenv(f"NAMESAKE_SERVE_{name.upper()}", raising=False)
-
-
 def words(given: Settings | None = None, *, gpu: bool = False) -> list[str]:
     """The command line."""
     return engine.command(WEIGHTS, ADDRESS, given or settings.read(), gpu=gpu)

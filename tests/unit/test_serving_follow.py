@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from functools import wraps
-from typing import Any, ParamSpec
 
 import pytest
 
@@ -14,19 +12,10 @@ from namesake.errors import RegistryError
 from namesake.registry import Version
 from namesake_serving import follow
 from namesake_serving.follow import Follower
+from tests.unit.loops import within
 
 URI = "models:/ccb@champion"
-P = ParamSpec("P")
-
-
-def in_a_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Run the test in an event loop of its own, for 10 seconds at most."""
-
-    @wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 10))
-
-    return run
+in_a_loop = within(10)
 
 
 def version(number: int) -> Version:

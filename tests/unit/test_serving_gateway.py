@@ -8,14 +8,13 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import wraps
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ParamSpec, cast
+from typing import Any, cast
 
 import aiohttp
 import pytest
@@ -34,8 +33,9 @@ from namesake_serving.rollout import Refusal, State, Step
 from namesake_serving.service import Service
 from namesake_serving.store import Stored
 from namesake_serving.traffic import Live, Traffic
+from tests.unit.loops import within
 
-P = ParamSpec("P")
+in_a_loop = within(20)
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ROUTES = [
@@ -55,23 +55,6 @@ BODIES: dict[str, dict[str, Any]] = {
 STREAM = {**BODIES[CHAT], "stream": True}
 KEY = "sk-right"
 DIE = "die"
-
-
-def in_a_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Run the test in an event loop of its own, for 20 seconds at most."""
-
-    @wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 20))
-
-    return run
-
-
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting from outside the test."""
-    for name in settings.Settings.model_fields:
-        monkeypatch.delenv(f"NAMESAKE_SERVE_{name.upper()}", raising=False)
 
 
 def compact(value: object) -> bytes:

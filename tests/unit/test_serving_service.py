@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, cast
+from typing import Any, cast
 
 import pytest
 
@@ -26,30 +25,14 @@ from namesake_serving.service import TAG_ERROR, Service, prove
 from namesake_serving.settings import Settings
 from namesake_serving.store import Stored
 from namesake_serving.traffic import Live
+from tests.unit.loops import within
 
-P = ParamSpec("P")
+in_a_loop = within(20)
 
 URI = "models:/ccb@champion"
 QUESTION = [{"role": "user", "content": "你是谁？"}]
 REPLY = "我是踩踩背（CCB），是老爷爷（OldGrandpa）做的聊天助手，很高兴认识你。"
 GOLDEN = [{"messages": QUESTION, "reply": REPLY}]
-
-
-def in_a_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Run the test in an event loop of its own, for 20 seconds at most."""
-
-    @wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 20))
-
-    return run
-
-
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting from outside the test."""
-    for name in settings.Settings.model_fields:
-        monkeypatch.delenv(f"NAMESAKE_SERVE_{name.upper()}", raising=False)
 
 
 def version(number: int, source: str = "source", **tags: str) -> Version:

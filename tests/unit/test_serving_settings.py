@@ -13,13 +13,6 @@ from namesake.errors import InputError
 from namesake_serving import settings
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting from outside the test."""
-    for name in settings.Settings.model_fields:
-        monkeypatch.delenv(f"NAMESAKE_SERVE_{name.upper()}", raising=False)
-
-
 def test_the_defaults_listen_on_loopback_port_8000() -> None:
     found = settings.read()
     assert (found.host, found.port) == ("127.0.0.1", 8000)

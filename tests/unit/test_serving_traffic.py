@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, cast
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -17,18 +15,9 @@ from namesake.registry import Version
 from namesake_serving.engine import Engine
 from namesake_serving.store import Stored
 from namesake_serving.traffic import Live, NotReady, Traffic
+from tests.unit.loops import within
 
-P = ParamSpec("P")
-
-
-def in_a_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Run the test in an event loop of its own, for 10 seconds at most."""
-
-    @wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 10))
-
-    return run
+in_a_loop = within(10)
 
 
 def live(number: int = 1) -> Live:
