@@ -245,7 +245,7 @@ def _live(version: Version, name: str, engine: FakeEngine, scores: dict[str, flo
     return kind(Stored(version, record, Path()), cast(Engine, SimpleNamespace(socket=engine.path)))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # Playwright's event loop must be gone when other tests start theirs
 def browser() -> Iterator[Browser]:
     """The machine's Chromium."""
     from playwright.sync_api import expect, sync_playwright
