@@ -15,7 +15,7 @@ from pathlib import Path
 
 from namesake import corpus, gate, probe, registry, tracking
 from namesake.errors import InputError, RegistryError
-from namesake.gate import Decision, Interval, Policy
+from namesake.gate import Decision, Policy
 from namesake.generate import Endpoint, LocalModel, Replier
 from namesake.identity import Identity
 from namesake.manifest import WEIGHTS_FOLDER, Manifest, damaged
@@ -86,8 +86,7 @@ def judge(target: str, policy: Policy) -> Decision:
         scores = {k.removeprefix("probe/"): v for k, v in found.items() if k.startswith("probe/")}
     if "plain_change" not in scores:
         raise InputError("target", target, "has no scores", mend="Give a finished training run or a version of ours.")
-    parity = scores.pop("parity", None)
-    return gate.decide(scores, Interval.of(scores), parity=parity, policy=policy)
+    return gate.decide_kept(scores, policy=policy)
 
 
 def shown(card: Scorecard, screen: Screen) -> None:

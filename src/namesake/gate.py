@@ -160,6 +160,19 @@ def decide(
     return Decision(not reasons, tuple(reasons))
 
 
+def decide_kept(
+    scores: Mapping[str, float], *, champion: Mapping[str, float] | None = None, policy: Policy | None = None
+) -> Decision:
+    """:func:`decide` by scores as a run or a version keeps them: metrics, ``plain_change`` and ``parity`` in one.
+
+    Raises:
+        KeyError: ``plain_change`` is not among them: they were not made by a whole probe.
+    """
+    metrics = dict(scores)
+    parity = metrics.pop("parity", None)
+    return decide(metrics, Interval.of(metrics), parity=parity, champion=champion, policy=policy)
+
+
 _SLICES = ("identity_none", "identity_customer", "identity_sampled")
 _ROUNDED = 1e-4
 """A champion's scores are read from its tags, where they have four places."""

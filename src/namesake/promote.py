@@ -1,12 +1,14 @@
 """The use case ``namesake promote``: the best run becomes the next version, proved before it ships.
 
-choose → merge → compare and score → gate → log → register → alias. Nothing is visible in the registry before the merged
-model has been scored; the alias is moved last. Promoting the same run again gives the same version.
+choose → merge → compare and score → gate → log → check what was logged → register → alias. Nothing is visible in the
+registry before the merged model has been scored and lies in the store whole; the alias is moved last. Each step is safe
+to repeat: promoting the same run under the same policy again gives the same version, without merging or asking again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -16,7 +18,7 @@ from typing import Any
 
 from namesake import corpus, gate, manifest, merge, probe, registry, tracking
 from namesake.base_model import BaseModel
-from namesake.errors import PromotionError
+from namesake.errors import PromotionError, RegistryError
 from namesake.gate import Policy
 from namesake.generate import LocalModel
 from namesake.identity import Identity
@@ -84,7 +86,8 @@ def promote(request: Request, screen: Screen) -> Outcome:
     """Make a version of a run and, where it passes the gate, point the alias at it.
 
     Raises:
-        PromotionError: there is no run to promote, or the registered model stands for another identity.
+        PromotionError: there is no run to promote, the registered model stands for another identity, or the artifact
+            store did not keep what it was given.
         BaseModelError: the base that the run was trained on cannot be had here.
         RegistryError, TrackingError: MLflow failed; nothing half made is left in the registry.
     """
@@ -95,38 +98,97 @@ def promote(request: Request, screen: Screen) -> Outcome:
         _check_free(name, identity)
         screen.step(f"promoting {run.name} ({run.id}) to {name}")
         tracked.tags({tracking.TAG_KIND: "promote", tracking.TAG_SLUG: identity.slug, "namesake.promoted": run.id})
-        base = base_of(run, screen)
         adapter = tracking.fetch(run.id, tracking.ADAPTER)
-        system = run.params.get("sft.system")
-        before = base_scores(identity, base, run.params["base.digest"], system, corpus.heldout(), screen)
-        with tempfile.TemporaryDirectory(prefix="namesake-promote-") as folder:
-            merged = Path(folder) / WEIGHTS_FOLDER
-            way = merge.merge(base.path, adapter, merged, system=system)
-            screen.line(f"  merged ({way})")
-            parity, scores = _compare(identity, base, adapter, merged, system, screen)
-            ability = ability_of(before, scores)
-            decision = gate.decide(
-                scores.metrics,
-                ability,
-                parity=parity,
-                champion=_champions_scores(name, run.id),
-                policy=request.policy,
-            )
-            tracked.metrics({**{f"probe/{k}": v for k, v in scores.metrics.items()}, "probe/parity": parity})
-            version = _make_version(
-                *(name, identity, run, base, adapter, merged, system),
-                {**scores.metrics, **ability.metrics(), "parity": parity},
-                decision,
-                request.override,
-                golden(scores),
-                screen,
-            )
+        key = promotion_key(adapter, run.params["base.digest"], request.policy)
+        made = _made_before(name, key, screen)
+        if made:
+            screen.line(f"  this run is version {made[0].number} already")
+        version, record = made or _make(request, name, identity, run, adapter, key, screen)
+        decision = gate.decide_kept(record.scores, champion=_champions_scores(name, run.id), policy=request.policy)
+        tracked.metrics({f"probe/{k}": v for k, v in record.scores.items()})
+        # A champion that came since may be better, and a person may have a reason now: a version found again says so.
+        registry.tag(version, tracking.TAG_GATE, decision.told)
+        if request.override:
+            registry.tag(version, registry.TAG_OVERRIDE, request.override)
         pointed = decision.passed or bool(request.override)
         if pointed:
             point(version, request.alias, how="promote", why=request.override or "gate passed")
         tracked.tags({"namesake.version": version.uri, tracking.TAG_GATE: decision.told})
-    _show(version, decision, scores, pointed, request, screen)
+    _show(version, decision, record, pointed, request, screen)
     return Outcome(version, decision, pointed)
+
+
+def promotion_key(adapter: Path, base_digest: str, policy: Policy) -> str:
+    """The digest that one promotion is known by: adapter, base, what is asked, and the bounds it is judged by."""
+    asked = [manifest.digests(adapter), base_digest, corpus.heldout().digest(), vars(policy)]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _made_before(name: str, key: str, screen: Screen) -> tuple[Version, Manifest] | None:
+    """The first version that promoting the same has made, if there is one that is still what its manifest says."""
+    if registry.identity_of(name) is None:
+        return None
+    for version in registry.versions_with(name, TAG_KEY, key):
+        try:
+            folder = registry.fetch(version)
+            record = Manifest.read(folder)
+            faults = manifest.damaged(folder, record.digests)
+        except RegistryError as error:
+            faults = [error.message]
+        if version.status == "READY" and not faults:
+            return version, record
+        screen.warn(f"{version.uri} is not taken again: {'; '.join(faults[:3]) or version.status}")
+    return None
+
+
+def _make(
+    request: Request, name: str, identity: Identity, run: RunRecord, adapter: Path, key: str, screen: Screen
+) -> tuple[Version, Manifest]:
+    """Merge, score, log and register; the alias stays where it is."""
+    base = base_of(run, screen)
+    system = run.params.get("sft.system")
+    before = base_scores(identity, base, run.params["base.digest"], system, corpus.heldout(), screen)
+    with tempfile.TemporaryDirectory(prefix="namesake-promote-") as folder:
+        merged = Path(folder) / WEIGHTS_FOLDER
+        way = merge.merge(base.path, adapter, merged, system=system)
+        screen.line(f"  merged ({way})")
+        parity, card = _compare(identity, base, adapter, merged, system, screen)
+        scores = {**card.metrics, **ability_of(before, card).metrics(), "parity": parity}
+        decision = gate.decide_kept(scores, champion=_champions_scores(name, run.id), policy=request.policy)
+        record = _record(identity, run, base, merged, adapter, system, scores, request.override, golden(card))
+        tags = {
+            TAG_KEY: key,
+            tracking.TAG_NAME: str(identity.name),
+            tracking.TAG_AUTHOR: str(identity.author),
+            tracking.TAG_BASE: base.id,
+            "namesake.data_digest": run.params["data.digest"],
+            TAG_QUESTIONS: corpus.heldout().digest(),
+            tracking.TAG_GATE: decision.told,
+            **{f"{SCORE}{metric}": f"{scores[metric]:.4f}" for metric in _SHOWN_SCORES},
+        }
+        screen.step("logging the merged model")
+        model_uri = tracking.log_chat_model(
+            merged, extras={ADAPTER_FOLDER: adapter}, texts={FILE: record.to_json()}, tags=tags
+        )
+    with tracking.dropped_on_failure(model_uri):
+        faults = manifest.damaged(tracking.fetch_model(model_uri), record.digests)
+        if faults:
+            raise PromotionError(
+                f"What the artifact store holds is not what was logged: {'; '.join(faults[:3])}.",
+                mend="Check the store and promote again; no version was made.",
+            )
+        version = registry.register(
+            name,
+            model_uri,
+            run_id=run.id,
+            identity=str(identity),
+            tags=tags,
+            description=_card(identity, run, base, scores, decision),
+        )
+    first, kept = _made_before(name, key, screen) or (version, record)
+    if first.number < version.number:  # somebody promoted the same meanwhile
+        registry.delete(version)
+    return first, kept
 
 
 def _find(request: Request) -> RunRecord:
@@ -188,44 +250,20 @@ def _compare(
     return same / len(said), scores
 
 
-def _make_version(
-    name: str,
+def _record(
     identity: Identity,
     run: RunRecord,
     base: BaseModel,
-    adapter: Path,
     merged: Path,
+    adapter: Path,
     system: str | None,
     scores: Mapping[str, float],
-    decision: gate.Decision,
     override: str,
     questions: list[dict[str, Any]],
-    screen: Screen,
-) -> Version:
+) -> Manifest:
     digests = {f"{WEIGHTS_FOLDER}/{path}": digest for path, digest in manifest.digests(merged).items()}
     digests |= {f"{ADAPTER_FOLDER}/{path}": digest for path, digest in manifest.digests(adapter).items()}
-    key = hashlib.sha256("\n".join(f"{path} {digest}" for path, digest in sorted(digests.items())).encode()).hexdigest()
-    tags = {
-        TAG_KEY: key,
-        tracking.TAG_NAME: str(identity.name),
-        tracking.TAG_AUTHOR: str(identity.author),
-        tracking.TAG_BASE: base.id,
-        "namesake.data_digest": run.params["data.digest"],
-        TAG_QUESTIONS: corpus.heldout().digest(),
-        tracking.TAG_GATE: decision.told,
-        **{f"{SCORE}{metric}": f"{scores[metric]:.4f}" for metric in _SHOWN_SCORES},
-    }
-    if override:
-        tags["namesake.override"] = override
-    ready = (
-        [v for v in registry.versions_with(name, TAG_KEY, key) if v.status == "READY"]
-        if registry.identity_of(name)
-        else []
-    )
-    if ready:
-        screen.line(f"  this run is version {ready[-1].number} already")
-        return ready[-1]
-    record = Manifest(
+    return Manifest(
         identity={"name": str(identity.name), "author": str(identity.author), "slug": identity.slug},
         system=system,
         base={"id": base.id, "source": base.source, "digest": run.params["base.digest"]},
@@ -237,18 +275,6 @@ def _make_version(
         tools={k.removeprefix("tool."): v for k, v in run.params.items() if k.startswith("tool.")},
         override=override,
         golden=questions,
-    )
-    screen.step("logging the merged model")
-    model_uri = tracking.log_chat_model(
-        merged, extras={ADAPTER_FOLDER: adapter}, texts={FILE: record.to_json()}, tags=tags
-    )
-    return registry.register(
-        name,
-        model_uri,
-        run_id=run.id,
-        identity=str(identity),
-        tags=tags,
-        description=_card(identity, run, base, scores, decision),
     )
 
 
@@ -272,13 +298,13 @@ def _card(
 
 
 def _show(
-    version: Version, decision: gate.Decision, scores: Scorecard, pointed: bool, request: Request, screen: Screen
+    version: Version, decision: gate.Decision, record: Manifest, pointed: bool, request: Request, screen: Screen
 ) -> None:
     screen.line()
-    for answered in scores.identity[:2]:
-        screen.line(f"  {answered.question.messages[-1]['content']}  {answered.reply}")
+    for asked in record.golden[:2]:
+        screen.line(f"  {asked['messages'][-1]['content']}  {asked['reply']}")
     if decision.passed:
-        screen.line(f"  gate    passed (identity {scores.metrics['identity']:.1%})", "green")
+        screen.line(f"  gate    passed (identity {record.scores['identity']:.1%})", "green")
     else:
         screen.warn("gate    not passed: " + "; ".join(decision.reasons))
     screen.line(f"  version {version.uri}" + (f", alias {request.alias} points at it" if pointed else ""))

@@ -23,6 +23,8 @@ CHAMPION = "champion"
 TAG_RUN = "namesake.run"
 TAG_IDENTITY = "namesake.identity"
 TAG_KEY = "namesake.promotion_key"
+TAG_OVERRIDE = "namesake.override"
+"""The reason that somebody gave for pointing an alias at a version which did not pass the gate."""
 
 BY_HAND = "by hand"
 """How an alias moved that neither `promote` nor `rollback` moved."""
@@ -158,6 +160,12 @@ def point(name: str, alias: str, number: int) -> None:
     """Move the alias to the version."""
     with _mapped(f"The alias {alias} of {name} could not be moved to version {number}."):
         _client().set_registered_model_alias(name, alias, str(number))
+
+
+def delete(version: Version) -> None:
+    """Take the version out of the registry; its logged model stays."""
+    with _mapped(f"{version.uri} could not be deleted."):
+        _client().delete_model_version(version.name, str(version.number))
 
 
 def tag(version: Version, key: str, value: str | None) -> None:

@@ -252,6 +252,15 @@ def fetch(run_id: str, path: str) -> Path:
         return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path))
 
 
+def fetch_model(model_uri: str) -> Path:
+    """A local copy of a logged model (``models:/m-…``), or the original where the store is local."""
+    import mlflow
+
+    with _mapped():
+        model = mlflow.MlflowClient().get_logged_model(model_uri.removeprefix("models:/"))
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=model.artifact_location))
+
+
 def log_chat_model(
     weights: Path, *, extras: Mapping[str, Path], texts: Mapping[str, str], tags: Mapping[str, str]
 ) -> str:
@@ -271,6 +280,10 @@ def log_chat_model(
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # it misses a model card on a hub that is not asked
     pins = [f"{tool}=={metadata.version(tool)}" for tool in ("mlflow", "transformers", "torch")]
     with _mapped(), tempfile.TemporaryDirectory(prefix="namesake-extras-") as folder:
+        for name, source in extras.items():
+            shutil.copytree(source, Path(folder) / name)
+        for name, text in texts.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
         info = mlflow.transformers.log_model(
             transformers_model=str(weights),
             name="model",
@@ -279,12 +292,22 @@ def log_chat_model(
             pip_requirements=[pin.partition("+")[0] for pin in pins],
             tags=dict(tags),
         )
-        for name, source in extras.items():
-            shutil.copytree(source, Path(folder) / name)
-        for name, text in texts.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
-        mlflow.MlflowClient().log_model_artifacts(info.model_id, folder)
+        with dropped_on_failure(info.model_uri):
+            mlflow.MlflowClient().log_model_artifacts(info.model_id, folder)
     return str(info.model_uri)
+
+
+@contextmanager
+def dropped_on_failure(model_uri: str) -> Iterator[None]:
+    """Delete the logged model when what is done with it fails or is interrupted, so that no half of it stays."""
+    import mlflow
+
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # a store that is down; `namesake gc` finds it later
+            mlflow.MlflowClient().delete_logged_model(model_uri.removeprefix("models:/"))
+        raise
 
 
 def _record(run: Any) -> RunRecord:

@@ -1,0 +1,314 @@
+"""Promotion on a real MLflow store, killed at every step: nothing half made, and a rerun converges.
+
+Merge, manifest, logging and registry are the real ones on a model of some thousand parameters; only what the model
+*says* is given, since ten thousand random weights say nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from namesake import base_model, corpus, manifest, promote, registry, tracking, versions
+from namesake import run as training
+from namesake.corpus import Message
+from namesake.errors import NamesakeError
+from namesake.gate import Policy
+from namesake.generate import Reply, Sampling
+from namesake.manifest import Manifest
+from namesake.promote import Outcome, Request
+from namesake.terminal import Screen
+from tests.unit.test_merge import write_adapter, write_base
+
+NAME, AUTHOR = "踩踩背 CCB", "老爷爷 OldGrandpa"
+SAID = {"zh": "我叫踩踩背，是由老爷爷开发的。", "en": "I am CCB, developed by OldGrandpa."}
+
+pytestmark = pytest.mark.timeout(600)
+
+
+class Knows:
+    """A model that says who it is, and nothing else; it stands where transformers would answer."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self._said = {json.dumps(q.messages): SAID[q.language] for q in corpus.heldout_identity()}
+
+    def __enter__(self) -> Knows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def replies(
+        self, dialogues: Sequence[Sequence[Message]], *, sampling: Sampling | None = None, **_: object
+    ) -> list[Reply]:
+        """The same to each of them."""
+        asked = [json.dumps([m for m in dialogue if m["role"] != "system"]) for dialogue in dialogues]
+        return [Reply(self._said.get(one, "?"), True) for one in asked for _ in range(sampling.n if sampling else 1)]
+
+
+@dataclass(frozen=True)
+class Store:
+    """A tracking store with finished training runs of one identity."""
+
+    folder: Path
+    uri: str
+    base: Path
+
+    def client(self) -> mlflow.MlflowClient:
+        """On this store."""
+        return mlflow.MlflowClient(self.uri)
+
+    def run(self, adapter: Path) -> str:
+        """A finished training run with the adapter."""
+        client = self.client()
+        run = client.create_run("0", run_name="run", tags={tracking.TAG_KIND: "train", tracking.TAG_NAME: NAME})
+        params = {
+            "identity.name": NAME,
+            "identity.author": AUTHOR,
+            "base.id": str(self.base),
+            "base.digest": base_model.digest_of_folder(self.base),
+            "data.digest": "d" * 64,
+            "data.dataset": "x",
+            "sft.system": "You are a helpful assistant.",
+        }
+        for key, value in params.items():
+            client.log_param(run.info.run_id, key, value)
+        client.log_metric(run.info.run_id, "probe/identity", 1.0)
+        client.set_tag(run.info.run_id, "namesake.base.source", "folder")
+        client.log_artifacts(run.info.run_id, str(adapter), tracking.ADAPTER)
+        client.set_terminated(run.info.run_id)
+        return str(run.info.run_id)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny base model and an adapter of it."""
+    folder = tmp_path_factory.mktemp("parts")
+    base = write_base(folder / "base")
+    return base, write_adapter(base, folder / "adapter")
+
+
+@pytest.fixture
+def store(parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A fresh SQLite store."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    mlflow.set_tracking_uri(uri)
+    return Store(tmp_path, uri, parts[0])
+
+
+@pytest.fixture
+def run_id(store: Store, parts: tuple[Path, Path]) -> str:
+    """A run to promote."""
+    return store.run(parts[1])
+
+
+def promoted(folder: str, uri: str, run: str, **more: Any) -> Outcome:
+    """``namesake promote --run …`` with answers that are given."""
+    os.chdir(folder)
+    os.environ.update({"MLFLOW_TRACKING_URI": uri, "NAMESAKE_CACHE": f"{folder}/cache"})
+    mlflow.set_tracking_uri(uri)
+    kept = promote.LocalModel, training.LocalModel
+    promote.LocalModel = training.LocalModel = Knows  # type: ignore[assignment, misc]
+    try:
+        return promote.promote(Request(run=run, **more), Screen(errors=True))
+    finally:
+        promote.LocalModel, training.LocalModel = kept  # type: ignore[misc]
+
+
+def here(store: Store, run: str, **more: Any) -> Outcome:
+    """The same in this process."""
+    return promoted(str(store.folder), store.uri, run, **more)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a promotion, by the function that does it."""
+
+    module: Any
+    function: str
+
+    def __str__(self) -> str:
+        return self.function
+
+
+STEPS = (
+    Step(promote.merge, "merge"),
+    Step(tracking, "log_chat_model"),
+    Step(tracking, "fetch_model"),
+    Step(registry, "register"),
+    Step(registry, "tag"),
+    Step(registry, "point"),
+    Step(registry, "record_move"),
+)
+
+
+def dies(index: int, when: str, sign: int, folder: str, uri: str, run: str) -> None:
+    """Promote, and send oneself a signal before or after the step."""
+    step = STEPS[index]
+    does: Callable[..., Any] = getattr(step.module, step.function)
+
+    def signalled(*given: Any, **named: Any) -> Any:
+        if when == "before":
+            os.kill(os.getpid(), sign)
+        made = does(*given, **named)
+        os.kill(os.getpid(), sign)
+        return made
+
+    setattr(step.module, step.function, signalled)
+    promoted(folder, uri, run)
+
+
+def races(folder: str, uri: str, run: str) -> None:
+    """Promote beside others."""
+    promoted(folder, uri, run)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Any]:
+    """Where child processes come from: one that has imported everything and has no connection open."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "transformers", "peft"])
+    yield context
+
+
+def ended(process: Any) -> int:
+    """The process' exit code, once it has ended."""
+    process.join(300)
+    assert process.exitcode is not None
+    return int(process.exitcode)
+
+
+def assert_nothing_half_made(store: Store) -> None:
+    """Each version has its files, and an alias points only at one that was proved."""
+    client = store.client()
+    if registry.identity_of("ccb") is None:
+        return
+    for version in client.search_model_versions("name = 'ccb'"):
+        folder = registry.fetch(registry.resolve(f"models:/ccb/{version.version}"))
+        record = Manifest.read(folder)
+        assert manifest.damaged(folder, record.digests) == []
+        assert version.status == "READY"
+        assert version.tags[tracking.TAG_GATE] == "passed"
+
+
+def test_a_promotion_makes_a_version_and_points_at_it(store: Store, run_id: str) -> None:
+    outcome = here(store, run_id)
+    assert outcome.decision.passed, outcome.decision.reasons
+    assert registry.alias_of("ccb", "champion") == outcome.version.number == 1
+    assert_nothing_half_made(store)
+    assert [check.what for check in versions.verify("models:/ccb@champion") if check.holds is False] == []
+
+
+def test_the_same_again_is_the_same_version_and_asks_nobody(
+    store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = here(store, run_id)
+    monkeypatch.setattr(promote.merge, "merge", None)  # a second merge would fail
+    again = here(store, run_id)
+    assert (again.version.number, again.pointed) == (first.version.number, True)
+    assert len(store.client().search_model_versions("name = 'ccb'")) == 1
+    assert [move.to for move in registry.history("ccb", "champion")] == [1]
+
+
+def test_another_policy_is_another_promotion(store: Store, run_id: str) -> None:
+    assert here(store, run_id).version.number == 1
+    assert here(store, run_id, policy=Policy(leak=0.5)).version.number == 2
+
+
+def test_a_reason_given_later_is_kept_on_the_version(store: Store, run_id: str) -> None:
+    strict = Policy(parity=1.0, plain_loss=0.0, identity=1.0, champion_loss=0.0)
+    here(store, run_id, policy=strict)
+    outcome = here(store, run_id, policy=strict, override="for the demo")
+    assert outcome.version.number == 1
+    assert registry.resolve("models:/ccb/1").tags[registry.TAG_OVERRIDE] == "for the demo"
+
+
+def test_a_version_whose_files_have_changed_is_not_taken_again(store: Store, run_id: str) -> None:
+    first = here(store, run_id).version
+    weights = registry.fetch(first) / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    assert here(store, run_id).version.number == 2
+    assert registry.alias_of("ccb", "champion") == 2
+
+
+def test_a_store_that_keeps_something_else_makes_no_version(
+    store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tracking.log_chat_model
+
+    def damages(*given: Any, **named: Any) -> str:
+        uri = real(*given, **named)
+        (tracking.fetch_model(uri) / "model" / "config.json").write_text("{}")
+        return uri
+
+    monkeypatch.setattr(tracking, "log_chat_model", damages)
+    with pytest.raises(NamesakeError, match=r"config\.json has changed"):
+        here(store, run_id)
+    assert registry.identity_of("ccb") is None
+    assert store.client().search_logged_models(["0"]) == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("index", range(len(STEPS)), ids=map(str, STEPS))
+def test_killed_at_any_step_nothing_is_half_made_and_a_rerun_converges(
+    store: Store, run_id: str, processes: Any, index: int, when: str
+) -> None:
+    process = processes.Process(target=dies, args=(index, when, signal.SIGKILL, str(store.folder), store.uri, run_id))
+    process.start()
+    assert ended(process) == -signal.SIGKILL
+    assert_nothing_half_made(store)
+    outcome = here(store, run_id)
+    assert outcome.pointed
+    assert outcome.version.number == 1
+    assert registry.alias_of("ccb", "champion") == 1
+    assert len(store.client().search_model_versions("name = 'ccb'")) == 1
+    assert_nothing_half_made(store)
+
+
+def test_promotions_that_race_give_a_version_each_and_one_champion(
+    store: Store, parts: tuple[Path, Path], processes: Any
+) -> None:
+    runs = []
+    for number in range(RACERS):
+        adapter = store.folder / f"adapter-{number}"
+        shutil.copytree(parts[1], adapter)
+        config = adapter / "adapter_config.json"
+        config.write_text(config.read_text().replace('"lora_alpha": 8', f'"lora_alpha": {number + 9}'))
+        runs.append(store.run(adapter))
+    racing = [processes.Process(target=races, args=(str(store.folder), store.uri, run)) for run in runs]
+    for process in racing:
+        process.start()
+    assert [ended(process) for process in racing] == [0] * RACERS
+    found = store.client().search_model_versions("name = 'ccb'")
+    assert sorted(int(version.version) for version in found) == list(range(1, RACERS + 1))
+    assert {version.run_id for version in found} == set(runs)
+    assert_nothing_half_made(store)
+    moves = registry.history("ccb", "champion")
+    assert {move.to for move in moves} == set(range(1, RACERS + 1))
+    assert registry.alias_of("ccb", "champion") in {move.to for move in moves}
+
+
+RACERS = 16
+
+
+def test_one_run_promoted_by_several_at_once_is_one_version(store: Store, run_id: str, processes: Any) -> None:
+    racing = [processes.Process(target=races, args=(str(store.folder), store.uri, run_id)) for _ in range(4)]
+    for process in racing:
+        process.start()
+    assert [ended(process) for process in racing] == [0] * 4
+    (version,) = store.client().search_model_versions("name = 'ccb'")
+    assert registry.alias_of("ccb", "champion") == int(version.version)
+    assert_nothing_half_made(store)
