@@ -10,25 +10,41 @@ it to stop where a reply was cut. The divergence from the base's own distributio
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from swift.loss import loss_map
 from swift.loss.base import BaseLoss
 from torch import Tensor
 
 from namesake.dataset import DATA, REPLAY
+from namesake.paths import digest_of_file
 from namesake.recipe import KL_LOSS_TYPE
 
 TOP = 64
 """Tokens kept of the base's distribution at each place; the rest of the vocabulary is one more outcome."""
 
+READ = 32
+"""Replay rows that the base reads at a time: without a backward pass there is room for more than a training batch."""
+
+CACHE: Path | None = None
+"""Folder where what the base said is kept for later runs with the same rows; none keeps it for this run only."""
+
+Said = tuple[Tensor, Tensor]
+"""Log-probabilities and ids of the base's top tokens, both (label tokens of a row, TOP)."""
+
 
 class ReplayKL(BaseLoss):  # type: ignore[misc]
     """Cross entropy on the data rows, KL divergence of the base's distribution from the model's on replay rows.
 
-    The base is the model with its adapter switched off. It reads each replay row once; what it says is kept for later
-    epochs (``TOP`` × 12 bytes a token).
+    The base is the model with its adapter switched off. It reads all replay rows before the first step, many at a time
+    (a row that was not among them when it comes), and what it says is kept for every epoch.
 
     Raises:
         ValueError: there is no adapter to switch off (``tuner_type`` full).
@@ -36,17 +52,22 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
 
     def __init__(self, args: Any, trainer: Any) -> None:
         super().__init__(args, trainer)
-        self._said: dict[bytes, tuple[Tensor, Tensor]] = {}
+        self._said: dict[bytes, Said] = {}
         self._inputs: dict[str, Any] = {}
+        self._places: Tensor | None = None
         self._ready = False
         inner = trainer.compute_loss
 
         def compute_loss(model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:
             # ms-swift hands a loss neither the tokens nor the channel; this is where they pass by.
-            self._inputs = dict(inputs)
             if not self._ready:
                 self._prepare()
-            return inner(model, inputs, *more, **named)
+            self._inputs = dict(inputs)
+            self._places = _places(inputs["labels"])
+            try:
+                return inner(model, inputs, *more, **named)
+            finally:
+                self._places = None
 
         trainer.compute_loss = compute_loss
 
@@ -55,9 +76,20 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         model = self._model()
         if not hasattr(model, "disable_adapter"):
             raise ValueError(f"loss {KL_LOSS_TYPE} needs an adapter: use tuner_type lora, or replay loss cross_entropy")
-        # A slice of the hidden states is not contiguous, and torch then copies the head's weights once for every row
-        # of the batch: a third of a training step (docs/lab-notes.md).
-        model.get_output_embeddings().register_forward_pre_hook(lambda _module, given: (given[0].contiguous(),))
+        model.get_output_embeddings().register_forward_pre_hook(self._only_labelled)
+        self._read_all()
+
+    def _only_labelled(self, _module: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Only hidden states that a label follows go through the head, as one row (1, label tokens, hidden).
+
+        The head and the passes over its 49,152 columns are a quarter of a step. A slice of the hidden states would
+        moreover not be contiguous, and torch then copies the head's weights once for every row of the batch: another
+        third (docs/lab-notes.md).
+        """
+        hidden = given[0]
+        if self._places is None or hidden.shape[:2] != self._places.shape:
+            return (hidden.contiguous(),)
+        return (hidden[self._places].unsqueeze(0),)
 
     def _model(self) -> Any:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
@@ -72,61 +104,151 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
     ) -> Tensor:
         """The loss of one batch: the sum over its label tokens, divided by their number.
 
-        ``outputs.logits`` are (rows, places, vocabulary), ``labels`` (rows, places) with -100 where nothing is learnt.
+        ``outputs.logits`` are (1, label tokens, vocabulary), as the head was given; ``labels`` (rows, places) with -100
+        where nothing is learnt.
         """
-        logits, wanted = outputs.logits[:, :-1], labels[:, 1:]
-        learnt = wanted != -100
+        learnt = labels[:, 1:] != -100
+        wanted, logits = labels[:, 1:][learnt], outputs.logits[0]
         channels = self._inputs.get("channel") or [None] * len(labels)
         replay = torch.tensor([channel == REPLAY for channel in channels], device=labels.device)
-        own, kept = learnt & ~replay[:, None], learnt & replay[:, None]
-        entropy = torch.nn.functional.cross_entropy(logits[own].float(), wanted[own], reduction="sum")
-        divergence = (
-            _divergence(logits[kept].float(), *self._teacher(replay, learnt)) if replay.any() else entropy.new_zeros(())
-        )
-        self._record(DATA, entropy, own)
-        self._record(REPLAY, divergence, kept)
+        kept = replay[:, None].expand_as(learnt)[learnt]
+        # One gather for both losses: of a data token its label, of a replay token the base's top tokens.
+        ids = wanted[:, None].repeat(1, min(TOP, logits.shape[-1]))
+        if replay.any():
+            base, top = self._teacher(replay, learnt)
+            ids[kept] = top
+        scores = logits.float()
+        model = scores.gather(-1, ids) - scores.logsumexp(-1, keepdim=True)
+        entropy = -model[~kept, 0].sum()
+        divergence = _divergence(model[kept], base) if replay.any() else entropy.new_zeros(())
+        self._record(f"loss_{DATA}", entropy.detach(), int((~kept).sum()))
+        self._record(f"loss_{REPLAY}", divergence.detach(), int(kept.sum()))
+        self._metrics()["token_acc"].update((logits.detach().argmax(-1) == wanted).tolist())
+        outputs.logits = None  # ms-swift would compare them with labels of another shape
         total = num_items_in_batch if num_items_in_batch is not None else learnt.sum()
         return (entropy + divergence) / total
 
-    def _record(self, channel: str, loss: Tensor, places: Tensor) -> None:
-        if places.any():
-            mode = "train" if self.trainer.model.training else "eval"
-            self.trainer.custom_metrics[mode][f"loss_{channel}"].update(loss.detach() / places.sum())
+    def _record(self, name: str, total: Tensor, tokens: int) -> None:
+        if tokens:
+            self._metrics()[name].update(total / tokens)
 
-    def _teacher(self, replay: Tensor, learnt: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and ids of the base's top tokens, both (label tokens of the replay rows, TOP)."""
+    def _metrics(self) -> Any:
+        return self.trainer.custom_metrics["train" if self.trainer.model.training else "eval"]
+
+    def _teacher(self, replay: Tensor, learnt: Tensor) -> Said:
+        """What the base says to the replay rows of the batch, one row after the other."""
         given = {
             key: value[replay]
             for key in ("input_ids", "attention_mask", "position_ids")
             if (value := self._inputs.get(key)) is not None
         }
-        keys = [
-            row[mask.bool()].cpu().numpy().tobytes()
-            for row, mask in zip(given["input_ids"], given["attention_mask"], strict=True)
-        ]
+        if (keep := self._inputs.get("logits_to_keep")) is not None:
+            given["logits_to_keep"] = keep
+        keys = _keys(given)
         if any(key not in self._said for key in keys):
-            model = self._model()
-            if (keep := self._inputs.get("logits_to_keep")) is not None:
-                given["logits_to_keep"] = keep
-            with torch.no_grad(), model.disable_adapter():
-                logits = model(**given).logits[:, :-1]
-            for key, row, places in zip(keys, logits, learnt[replay], strict=True):
-                scores = row[places]
-                top = scores.topk(min(TOP, scores.shape[-1]), -1)
-                self._said[key] = (
-                    top.values.float() - scores.float().logsumexp(-1, keepdim=True),
-                    top.indices,
-                )
+            self._read(given, learnt[replay], keys)
         said = [self._said[key] for key in keys]
-        return torch.cat([row[0] for row in said]), torch.cat([row[1] for row in said])
+        return torch.cat([row[0] for row in said]).to(learnt.device), torch.cat([row[1] for row in said]).to(
+            learnt.device
+        )
+
+    def _read(self, given: dict[str, Any], learnt: Tensor, keys: Sequence[bytes]) -> None:
+        """Ask the base about rows; ``learnt`` (rows, places - 1) says which places bear a label."""
+        model, before = self._model(), self._places
+        self._places = torch.nn.functional.pad(learnt, (0, 1), value=False)
+        try:
+            with torch.no_grad(), model.disable_adapter():
+                scores = model(**given).logits[0]
+        finally:
+            self._places = before
+        top = scores.topk(min(TOP, scores.shape[-1]), -1)
+        found = top.values.float() - scores.float().logsumexp(-1, keepdim=True)
+        sizes = learnt.sum(1).tolist()
+        self._said |= dict(zip(keys, zip(found.split(sizes), top.indices.split(sizes), strict=True), strict=True))
+
+    def _read_all(self) -> None:
+        """Every replay row of the data sets, in batches of like length, or from the cache."""
+        rows = [
+            row
+            for name in ("train_dataset", "eval_dataset")
+            for row in getattr(self.trainer, name, None) or ()
+            if row.get("channel") == REPLAY and "input_ids" in row
+        ]
+        if not rows:
+            return
+        path = _cache_path(self._model(), rows)
+        if path and path.is_file():
+            self._said = _load(path)
+            return
+        rows.sort(key=lambda row: len(row["input_ids"]))
+        for start in range(0, len(rows), READ):
+            batch = self.trainer.data_collator(rows[start : start + READ])
+            given = self.trainer._prepare_inputs(batch)
+            learnt = given["labels"][:, 1:] != -100
+            asked = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
+            given = {key: given[key] for key in asked if given.get(key) is not None}
+            self._read(given, learnt, _keys(given))
+        if path:
+            _save(path, self._said)
 
 
-def _divergence(scores: Tensor, base: Tensor, ids: Tensor) -> Tensor:
-    """Sum over tokens of KL(base ‖ model) on the base's top tokens and, as one outcome, all others."""
-    model = scores.gather(-1, ids) - scores.logsumexp(-1, keepdim=True)
+def _places(labels: Tensor) -> Tensor:
+    """The places (rows, places) whose next token bears a label."""
+    return torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1), value=False)
+
+
+def _keys(given: dict[str, Any]) -> list[bytes]:
+    """What a row is known by: its tokens without the padding."""
+    return [
+        row[mask.bool()].cpu().numpy().tobytes()
+        for row, mask in zip(given["input_ids"], given["attention_mask"], strict=True)
+    ]
+
+
+def _divergence(model: Tensor, base: Tensor) -> Tensor:
+    """Sum over tokens of KL(base ‖ model) on the base's top tokens and, as one outcome, all others.
+
+    Both are log-probabilities (tokens, TOP).
+    """
     rest_base = (1 - base.exp().sum(-1)).clamp_min(1e-6)
     rest_model = (1 - model.exp().sum(-1)).clamp_min(1e-6)
     return (base.exp() * (base - model)).sum() + (rest_base * (rest_base.log() - rest_model.log())).sum()
+
+
+def _cache_path(model: Any, rows: Sequence[dict[str, Any]]) -> Path | None:
+    """Where what this base says to these rows is kept: by the model's own files and the rows' tokens and labels."""
+    source = Path(str(getattr(model.get_base_model().config, "_name_or_path", "")))
+    if CACHE is None or not source.is_dir():
+        return None
+    total = hashlib.sha256(f"{TOP}".encode())
+    for path in sorted(source.glob("*.safetensors")):
+        total.update(digest_of_file(path).encode())
+    for row in sorted(json.dumps([list(row["input_ids"]), list(row["labels"])]) for row in rows):
+        total.update(row.encode())
+    return CACHE / "teacher" / f"{total.hexdigest()[:32]}.safetensors"
+
+
+def _save(path: Path, said: dict[bytes, Said]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    tensors = {
+        "keys": torch.frombuffer(bytearray(b"".join(said)), dtype=torch.uint8),
+        "lengths": torch.tensor([len(key) for key in said]),
+        "sizes": torch.tensor([len(ids) for _, ids in said.values()]),
+        "scores": torch.cat([scores.cpu() for scores, _ in said.values()]),
+        "ids": torch.cat([ids.cpu().int() for _, ids in said.values()]),
+    }
+    save_file(tensors, part)
+    part.replace(path)
+
+
+def _load(path: Path) -> dict[bytes, Said]:
+    kept = load_file(path)
+    whole, sizes = kept["keys"].numpy().tobytes(), kept["sizes"].tolist()
+    ends = kept["lengths"].cumsum(0).tolist()
+    keys = [whole[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    said = zip(kept["scores"].split(sizes), kept["ids"].long().split(sizes), strict=True)
+    return dict(zip(keys, said, strict=True))
 
 
 loss_map[KL_LOSS_TYPE] = ReplayKL

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from namesake.errors import DataError, RecipeError, TrainingError
+from namesake.paths import cache_folder
 
 PLUGIN = Path(__file__).with_name("distil.py")
 """The plugin as plain ``swift sft --external_plugins`` takes it."""
@@ -89,7 +90,9 @@ def train(argv: Sequence[str], listener: Listener, log: Path) -> Trained:
             from swift import SftArguments, TrainerCallback, callbacks_map, sft_main
             from swift.utils import parse_args
 
-            import namesake.distil  # noqa: F401  registers its loss
+            from namesake import distil  # registers its loss
+
+            distil.CACHE = cache_folder()
 
             class Forward(TrainerCallback):  # type: ignore[misc]
                 """Hands ms-swift's events on to the listener."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,9 +26,9 @@ class Mean:
     def __init__(self) -> None:
         self.values: list[float] = []
 
-    def update(self, value: Tensor) -> None:
-        """Keep a value."""
-        self.values.append(float(value))
+    def update(self, value: Tensor | list[bool]) -> None:
+        """Keep a value, or several."""
+        self.values += value if isinstance(value, list) else [float(value)]
 
 
 def tiny(vocabulary: int, *, tuned: bool = True) -> PeftModel:
@@ -54,11 +55,26 @@ def tiny(vocabulary: int, *, tuned: bool = True) -> PeftModel:
 class Trainer:
     """Calls a loss the way ms-swift's Seq2SeqTrainer does: the channel is taken out of the inputs before."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, rows: list[dict[str, Any]] | None = None) -> None:
         self.model = model
+        self.train_dataset = rows
         self.accelerator = SimpleNamespace(unwrap_model=lambda wrapped: wrapped)
         self.custom_metrics: dict[str, dict[str, Mean]] = {"train": defaultdict(Mean), "eval": defaultdict(Mean)}
         self.loss = ReplayKL(None, self)
+
+    def data_collator(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rows padded on the left."""
+        width = max(len(row["input_ids"]) for row in rows)
+
+        def padded(key: str, fill: int) -> Tensor:
+            return torch.tensor([[fill] * (width - len(row[key])) + row[key] for row in rows])
+
+        mask = [{"mask": [1] * len(row["input_ids"])} for row in rows]
+        filled = torch.tensor([[0] * (width - len(row["mask"])) + row["mask"] for row in mask])
+        return {"input_ids": padded("input_ids", 0), "attention_mask": filled, "labels": padded("labels", -100)}
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], items: int | None = None) -> Tensor:
         """The loss of the batch."""
@@ -172,8 +188,9 @@ def test_both_parts_are_told_by_token() -> None:
     given = batch(SMALL, ["data", "replay"])
     entropy, divergence, _ = by_hand(trainer.model, given)
     trainer.compute_loss(trainer.model, given)
-    told = {name: metric.values[0] for name, metric in trainer.custom_metrics["train"].items()}
-    assert told == {
+    metrics = trainer.custom_metrics["train"]
+    assert len(metrics.pop("token_acc").values) == 10
+    assert {name: metric.values[0] for name, metric in metrics.items()} == {
         "loss_data": pytest.approx(entropy / 6, rel=1e-4),
         "loss_replay": pytest.approx(divergence / 4, rel=1e-4),
     }
@@ -203,3 +220,53 @@ def test_the_base_keeps_only_its_top_tokens() -> None:
     trainer.compute_loss(trainer.model, batch(LARGE, ["replay", "data"]))
     ((scores, ids),) = trainer.loss._said.values()
     assert scores.shape == ids.shape == (6, distil.TOP)
+
+
+def rows_of(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The batch's rows as ms-swift's data set holds them, before they are padded."""
+    rows = []
+    parts = (given[key] for key in ("input_ids", "attention_mask", "labels", "channel"))
+    for ids, mask, labels, channel in zip(*parts, strict=True):
+        kept = ids[mask.bool()].tolist()
+        wanted = [-100] * 6 + [label for label in labels[1:].tolist() if label != -100]
+        rows.append({"input_ids": kept, "labels": wanted, "channel": channel})
+    return rows
+
+
+def test_the_base_reads_every_replay_row_before_the_first_step() -> None:
+    given = batch(SMALL, ["data", "replay", "replay"])
+    plain, before = Trainer(tiny(SMALL)), Trainer(tiny(SMALL), rows_of(given))
+    wanted = float(plain.compute_loss(plain.model, dict(given)))
+    before.loss._prepare()
+    assert len(before.loss._said) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PeftModel, "disable_adapter", None)
+        assert float(before.compute_loss(before.model, dict(given))) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_what_the_base_said_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil, "CACHE", tmp_path / "cache")
+    given = batch(SMALL, ["data", "replay", "replay"])
+    tiny(SMALL).get_base_model().save_pretrained(tmp_path / "base")
+    losses = []
+    for _ in range(2):
+        model = tiny(SMALL)
+        model.get_base_model().config._name_or_path = str(tmp_path / "base")
+        trainer = Trainer(model, rows_of(given))
+        losses.append(float(trainer.compute_loss(model, dict(given))))
+        assert len(list((tmp_path / "cache" / "teacher").glob("*.safetensors"))) == 1
+        monkeypatch.setattr(ReplayKL, "_read", None)  # the second run must not ask
+    assert losses[0] == losses[1]
+
+
+def test_other_rows_or_another_base_are_asked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil, "CACHE", tmp_path / "cache")
+    for number, channels in enumerate((["replay", "data"], ["replay", "replay"], ["replay", "data"])):
+        model = tiny(SMALL)
+        if number == 2:
+            next(model.get_base_model().parameters()).data += 1
+        model.get_base_model().save_pretrained(tmp_path / f"base{number}")
+        model.get_base_model().config._name_or_path = str(tmp_path / f"base{number}")
+        given = batch(SMALL, list(channels))
+        Trainer(model, rows_of(given)).compute_loss(model, given)
+        assert len(list((tmp_path / "cache" / "teacher").glob("*.safetensors"))) == number + 1
