@@ -54,6 +54,9 @@ def serve(
     poll_seconds: Annotated[
         str | None, typer.Option(help="How often the registry is asked where the alias points. [default: 2]")
     ] = None,
+    public_key: Annotated[
+        Path | None, typer.Option(help="PEM file; serve only versions that were signed by its private half.")
+    ] = None,
     require_gate: Annotated[
         bool | None, typer.Option("--require-gate", help="Serve only versions that passed the gate.")
     ] = None,
@@ -75,6 +78,7 @@ def serve(
         max_streams=max_streams,
         mlflow_url=mlflow_url if mlflow_url is not None else tracking_url(),
         poll_seconds=poll_seconds,
+        public_key=public_key,
         require_gate=require_gate,
         shutdown_seconds=shutdown_seconds,
         engine_args=tuple(engine_arg) if engine_arg else None,

@@ -170,7 +170,7 @@ class Service:
     def _fetch(self, version: Version) -> Stored:
         if self._settings.require_gate and not version.tags.get("namesake.gate", "").startswith("passed"):
             raise RegistryError(f"{version.uri} did not pass the gate.", mend="Promote a run that passes it.")
-        stored = store.fetch(version, self._cache)
+        stored = store.fetch(version, self._cache, self._settings.public_key)
         store.check_weights(stored.weights)
         return stored
 

@@ -32,6 +32,7 @@ class Settings(BaseSettings):
             place; after that a second engine is started instead.
         read_seconds: how long the head, and then the body, of a request may take to arrive.
         require_gate: serve only versions that passed the gate.
+        public_key: PEM file; serve only versions that were signed by its private half (``promote --sign-key``).
         shutdown_seconds: how long running answers may take to finish after SIGTERM.
         start_seconds: how long the engine may take to answer.
         engine_args: more arguments for vLLM, as it names them.
@@ -55,6 +56,7 @@ class Settings(BaseSettings):
     hold_seconds: Annotated[float, Field(ge=0, le=600)] = 10.0
     read_seconds: Annotated[float, Field(ge=0.1, le=600)] = 10.0
     require_gate: bool = False
+    public_key: Path | None = None
     shutdown_seconds: Annotated[int, Field(ge=0, le=3600)] = 30
     start_seconds: Annotated[int, Field(ge=1, le=7200)] = 900
     engine_args: tuple[str, ...] = ()

@@ -146,13 +146,32 @@ def promote(
     alias: Annotated[str, typer.Option(help="Alias to point at the version when it passes.")] = "champion",
     override: Annotated[str, typer.Option(help="Reason to point the alias although the gate does not pass.")] = "",
     policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
+    sign_key: Annotated[
+        str,
+        typer.Option(
+            envvar="NAMESAKE_SIGN_KEY",
+            help="PEM file of an EC private key (P-256, P-384, P-521) that signs the version; empty: unsigned. "
+            "NAMESAKE_SIGN_PASSWORD opens it.",
+        ),
+    ] = "",
 ) -> None:
     """Merge the best run, prove it, register it as the next version and point the alias at it."""
+    from pathlib import Path
+
     from namesake.promote import Request
     from namesake.promote import promote as use_case
     from namesake.terminal import Screen
 
-    request = Request(run=run, name=name, model_name=model_name, alias=alias, override=override, policy=_policy(policy))
+    request = Request(
+        run=run,
+        name=name,
+        model_name=model_name,
+        alias=alias,
+        override=override,
+        policy=_policy(policy),
+        sign_key=Path(sign_key) if sign_key else None,
+        password=os.environ.get("NAMESAKE_SIGN_PASSWORD", ""),
+    )
     outcome = use_case(request, Screen())
     if not outcome.pointed:
         raise typer.Exit(_REFUSED)
@@ -244,15 +263,21 @@ def rollback(
     to: Annotated[str, typer.Option(help="Version to go back to; empty: the one before.")] = "",
     alias: Annotated[str, typer.Option(help="Alias to move.")] = "champion",
     why: Annotated[str, typer.Option(help="Reason, kept in the history.")] = "",
+    public_key: Annotated[
+        str, typer.Option(envvar="NAMESAKE_PUBLIC_KEY", help="PEM file; the version must be signed by its other half.")
+    ] = "",
 ) -> None:
     """Point the alias back at the version before, once its files have been checked."""
+    from pathlib import Path
+
     from namesake import versions
     from namesake.errors import InputError
 
     if to and not (to.isascii() and to.isdigit()):
         raise InputError("to", to, "is no version number", mend="`namesake history` lists them.")
     name = _model(model)
-    move, _ = versions.rollback(name, to=int(to) if to else None, alias=alias, why=why)
+    key = Path(public_key) if public_key else None
+    move, _ = versions.rollback(name, to=int(to) if to else None, alias=alias, why=why, public_key=key)
     print(f"{alias} of {name} points at version {move.to} again (it was {move.before}); servers follow")
 
 
@@ -261,15 +286,20 @@ def verify(
     target: Annotated[
         str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION; empty: the champion.")
     ] = "",
+    public_key: Annotated[
+        str, typer.Option(envvar="NAMESAKE_PUBLIC_KEY", help="PEM file; the version must be signed by its other half.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Work out again every digest that a version states. Exit 0 when all hold, 9 when one does not."""
     import json
+    from pathlib import Path
 
     from namesake import versions
     from namesake.terminal import Screen
 
-    checks = versions.verify(target or f"models:/{_model('')}@champion")
+    key = Path(public_key) if public_key else None
+    checks = versions.verify(target or f"models:/{_model('')}@champion", key)
     if as_json:
         print(json.dumps([vars(check) for check in checks], ensure_ascii=False))
     else:

@@ -1,4 +1,8 @@
-"""The record that travels inside a version: what it is made of and how it scored. Pure data."""
+"""The record that travels inside a version: what it is made of and how it scored, and its signature.
+
+Signed by OpenSSF model-signing (https://github.com/sigstore/model-transparency) with an elliptic-curve key that the
+user gives; nothing is asked of the network.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from namesake.errors import RegistryError
+from namesake.errors import InputError, RegistryError
 from namesake.paths import digest_of_file
 
 FILE = "namesake.json"
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_FOLDER = "model"
 """Where the merged model lies in a version, in the shape that vLLM and transformers load."""
+
+SIGNATURE = "model.sig"
+"""The signature of a version; over its weights, its adapter and its manifest, not over the files that MLflow adds."""
+
+_SAFE = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".tiktoken"}
+"""Kinds of file that a version may hold: weights, tokenizer, template, text."""
 
 
 @dataclass(frozen=True)
@@ -98,3 +108,99 @@ def damaged(folder: Path, wanted: Mapping[str, str]) -> list[str]:
         elif digest_of_file(path) != digest:
             faults.append(f"{name} has changed")
     return faults
+
+
+def strange(folder: Path, wanted: Mapping[str, str]) -> list[str]:
+    """What lies in the version's weights or adapter and does not belong there: links, kinds of file that may hold code,
+    and files that the manifest does not name.
+    """
+    faults = []
+    for part in (WEIGHTS_FOLDER, ADAPTER_FOLDER):
+        for path in sorted((folder / part).rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.is_symlink():
+                faults.append(f"{name} is a link")
+            elif not path.is_file():
+                continue
+            elif path.suffix not in _SAFE:
+                faults.append(f"{name} may hold code")
+            elif name not in wanted:
+                faults.append(f"{name} is not in the manifest")
+    return faults
+
+
+def public_key_of(key: Path, password: str = "") -> str:
+    """The public half of a private key, as PEM.
+
+    Raises:
+        InputError: the file is no private key on a curve that model-signing signs with, or the password is wrong.
+    """
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, SECP384R1, SECP521R1, EllipticCurvePrivateKey
+
+    try:
+        private = serialization.load_pem_private_key(key.read_bytes(), password.encode() if password else None)
+    except (OSError, ValueError, TypeError) as error:
+        raise _no_key("sign_key", key, str(error)) from error
+    if not isinstance(private, EllipticCurvePrivateKey) or not isinstance(
+        private.curve, SECP256R1 | SECP384R1 | SECP521R1
+    ):
+        raise _no_key("sign_key", key, "it is not on the curve P-256, P-384 or P-521")
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return private.public_key().public_bytes(serialization.Encoding.PEM, form).decode()
+
+
+def sign(folder: Path, key: Path, password: str = "") -> None:
+    """Sign everything that lies in the folder, into ``model.sig``.
+
+    Raises:
+        InputError: the file is no private key that can sign, or the password is wrong.
+    """
+    public_key_of(key, password)
+    from model_signing import hashing, signing
+
+    no_links = hashing.Config().set_allow_symlinks(False)  # type: ignore[no-untyped-call]
+    signer = signing.Config().use_elliptic_key_signer(private_key=key, password=password or None)  # type: ignore[no-untyped-call]
+    signer.set_hashing_config(no_links).sign(folder, folder / SIGNATURE)
+
+
+def check_signature(folder: Path, public_key: Path) -> None:
+    """Check the version's files against its signature, before anything parses them.
+
+    Raises:
+        InputError: the file is no public key.
+        RegistryError: there is no signature, it is not by this key, or a file is not what was signed.
+    """
+    from cryptography.hazmat.primitives import serialization
+
+    try:
+        serialization.load_pem_public_key(public_key.read_bytes())
+    except (OSError, ValueError, TypeError) as error:
+        raise _no_key("public_key", public_key, str(error)) from error
+    if not (folder / SIGNATURE).is_file():
+        raise RegistryError(
+            "The version is not signed, and a public key was given.",
+            mend="Promote it with --sign-key, or leave the public key out.",
+        )
+    from model_signing import hashing, verifying
+
+    try:
+        no_links = hashing.Config().set_allow_symlinks(False)  # type: ignore[no-untyped-call]
+        verifier = verifying.Config().use_elliptic_key_verifier(public_key=public_key)  # type: ignore[no-untyped-call]
+        # MLflow's own files beside are not signed; what is added to weights or adapter is found by `strange`.
+        verifier.set_hashing_config(no_links).set_ignore_unsigned_files(True).verify(folder, folder / SIGNATURE)
+    except Exception as error:  # model-signing lets through what protobuf, cryptography and json raise
+        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RegistryError(
+            f"The version's signature does not hold: {told}.", mend="Check the key, or promote the run again."
+        ) from error
+
+
+def _no_key(parameter: str, path: Path, fault: str) -> InputError:
+    return InputError(
+        parameter,
+        str(path),
+        f"is no key that can be used ({fault})",
+        mend="Make a pair: openssl ecparam -genkey -name prime256v1 -noout -out key.pem; "
+        "openssl ec -in key.pem -pubout -out key.pub",
+    )

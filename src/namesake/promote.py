@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ class Request:
         alias: alias that is pointed at the version when the gate passes.
         override: reason to point it there although the gate does not pass.
         policy: the gate's bounds.
+        sign_key: PEM file of the private key that signs the version; none leaves it unsigned.
+        password: the key's password.
     """
 
     run: str = ""
@@ -56,6 +59,8 @@ class Request:
     alias: str = CHAMPION
     override: str = ""
     policy: Policy = field(default_factory=Policy)
+    sign_key: Path | None = None
+    password: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,13 @@ def promote(request: Request, screen: Screen) -> Outcome:
     """Make a version of a run and, where it passes the gate, point the alias at it.
 
     Raises:
+        InputError: the key is none that can sign.
         PromotionError: there is no run to promote, the registered model stands for another identity, or the artifact
             store did not keep what it was given.
         BaseModelError: the base that the run was trained on cannot be had here.
         RegistryError, TrackingError: MLflow failed; nothing half made is left in the registry.
     """
+    signer = manifest.public_key_of(request.sign_key, request.password) if request.sign_key else ""
     with tracking.run("promote") as tracked:
         run = _find(request)
         identity = Identity.parse(run.params["identity.name"], run.params["identity.author"])
@@ -99,7 +106,7 @@ def promote(request: Request, screen: Screen) -> Outcome:
         screen.step(f"promoting {run.name} ({run.id}) to {name}")
         tracked.tags({tracking.TAG_KIND: "promote", tracking.TAG_SLUG: identity.slug, "namesake.promoted": run.id})
         adapter = tracking.fetch(run.id, tracking.ADAPTER)
-        key = promotion_key(adapter, run.params["base.digest"], request.policy)
+        key = promotion_key(adapter, run.params["base.digest"], request.policy, signer)
         made = _made_before(name, key, screen)
         if made:
             screen.line(f"  this run is version {made[0].number} already")
@@ -118,9 +125,9 @@ def promote(request: Request, screen: Screen) -> Outcome:
     return Outcome(version, decision, pointed)
 
 
-def promotion_key(adapter: Path, base_digest: str, policy: Policy) -> str:
-    """The digest that one promotion is known by: adapter, base, what is asked, and the bounds it is judged by."""
-    asked = [manifest.digests(adapter), base_digest, corpus.heldout().digest(), vars(policy)]
+def promotion_key(adapter: Path, base_digest: str, policy: Policy, signer: str = "") -> str:
+    """The digest that one promotion is known by: adapter, base, what is asked, the bounds, and the signer's key."""
+    asked = [manifest.digests(adapter), base_digest, corpus.heldout().digest(), vars(policy), signer]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -166,10 +173,12 @@ def _make(
             tracking.TAG_GATE: decision.told,
             **{f"{SCORE}{metric}": f"{scores[metric]:.4f}" for metric in _SHOWN_SCORES},
         }
-        screen.step("logging the merged model")
-        model_uri = tracking.log_chat_model(
-            merged, extras={ADAPTER_FOLDER: adapter}, texts={FILE: record.to_json()}, tags=tags
-        )
+        shutil.copytree(adapter, Path(folder) / ADAPTER_FOLDER)
+        (Path(folder) / FILE).write_text(record.to_json(), encoding="utf-8")
+        if request.sign_key:
+            manifest.sign(Path(folder), request.sign_key, request.password)
+        screen.step(f"logging the merged model, {'signed' if request.sign_key else 'not signed (no --sign-key)'}")
+        model_uri = tracking.log_chat_model(Path(folder), weights=WEIGHTS_FOLDER, tags=tags)
     with tracking.dropped_on_failure(model_uri):
         faults = manifest.damaged(tracking.fetch_model(model_uri), record.digests)
         if faults:

@@ -261,15 +261,12 @@ def fetch_model(model_uri: str) -> Path:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=model.artifact_location))
 
 
-def log_chat_model(
-    weights: Path, *, extras: Mapping[str, Path], texts: Mapping[str, str], tags: Mapping[str, str]
-) -> str:
-    """Log a folder of weights so that ``mlflow.pyfunc``, ``mlflow models serve`` and vLLM (``…/model``) load it.
+def log_chat_model(folder: Path, *, weights: str, tags: Mapping[str, str]) -> str:
+    """Log a folder so that ``mlflow.pyfunc``, ``mlflow models serve`` and vLLM (``…/model``) load the model in it.
 
     Args:
-        weights: the merged model in Hugging Face layout.
-        extras: folders that go beside it, by name.
-        texts: files that go beside it, by name.
+        folder: the merged model in Hugging Face layout, and what goes beside it.
+        weights: name of the model's own folder in it.
         tags: tags of the logged model.
 
     Returns:
@@ -279,13 +276,14 @@ def log_chat_model(
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # it misses a model card on a hub that is not asked
     pins = [f"{tool}=={metadata.version(tool)}" for tool in ("mlflow", "transformers", "torch")]
-    with _mapped(), tempfile.TemporaryDirectory(prefix="namesake-extras-") as folder:
-        for name, source in extras.items():
-            shutil.copytree(source, Path(folder) / name)
-        for name, text in texts.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
+    with _mapped(), tempfile.TemporaryDirectory(prefix="namesake-extras-") as extras:
+        for path in folder.iterdir():
+            if path.is_dir() and path.name != weights:
+                shutil.copytree(path, Path(extras) / path.name)
+            elif path.is_file():
+                shutil.copy2(path, extras)
         info = mlflow.transformers.log_model(
-            transformers_model=str(weights),
+            transformers_model=str(folder / weights),
             name="model",
             task="llm/v1/chat",
             # torch's local build name (+cpu) is in no index
@@ -293,7 +291,7 @@ def log_chat_model(
             tags=dict(tags),
         )
         with dropped_on_failure(info.model_uri):
-            mlflow.MlflowClient().log_model_artifacts(info.model_id, folder)
+            mlflow.MlflowClient().log_model_artifacts(info.model_id, extras)
     return str(info.model_uri)
 
 

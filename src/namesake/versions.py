@@ -14,12 +14,9 @@ from pathlib import Path
 
 from namesake import base_model, registry, tracking
 from namesake.errors import NamesakeError, PromotionError, RegistryError
-from namesake.manifest import ADAPTER_FOLDER, FILE, WEIGHTS_FOLDER, Manifest, damaged
+from namesake.manifest import FILE, SIGNATURE, Manifest, check_signature, damaged, strange
 from namesake.paths import digest_of_file
 from namesake.registry import CHAMPION, Move, Version
-
-CODE = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".sh")
-"""Kinds of file that may run code when they are loaded; none may lie in a version's weights or adapter."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,11 @@ def point(version: Version, alias: str, *, how: str, why: str) -> Move:
     return move
 
 
-def rollback(name: str, *, to: int | None = None, alias: str = CHAMPION, why: str = "") -> tuple[Move, list[Check]]:
-    """Point the alias back at the version before, or at ``to``, once its files are what its manifest says.
+def rollback(
+    name: str, *, to: int | None = None, alias: str = CHAMPION, why: str = "", public_key: Path | None = None
+) -> tuple[Move, list[Check]]:
+    """Point the alias back at the version before, or at ``to``, once its files are what its manifest says (and, with a
+    public key, its signature).
 
     Raises:
         PromotionError: there is nothing to go back to, or that version is damaged or never passed the gate.
@@ -57,7 +57,7 @@ def rollback(name: str, *, to: int | None = None, alias: str = CHAMPION, why: st
     if number == now:
         raise PromotionError(f"{alias} of {name} points at version {number} already.", mend="Give another one: --to N.")
     version = registry.resolve(f"models:/{name}/{number}")
-    checks = list(_files(version))
+    checks = list(_files(version, public_key=public_key))
     faults = [f"{check.what}: {check.told}" for check in checks if check.holds is False]
     if faults:
         raise PromotionError(f"{version.uri} is damaged: {'; '.join(faults)}.", mend="Give another one: --to N.")
@@ -70,13 +70,13 @@ def rollback(name: str, *, to: int | None = None, alias: str = CHAMPION, why: st
     return point(version, alias, how="rollback", why=why), checks
 
 
-def verify(uri: str) -> list[Check]:
-    """Work out again every digest that a version states, and compare.
+def verify(uri: str, public_key: Path | None = None) -> list[Check]:
+    """Work out again every digest that a version states, and compare; with a public key, check its signature too.
 
     Raises:
         InputError, RegistryError: there is no such version.
     """
-    return list(_verify(registry.resolve(uri)))
+    return list(_verify(registry.resolve(uri), public_key))
 
 
 def who() -> str:
@@ -96,11 +96,11 @@ def _before(name: str, alias: str, now: int | None) -> int:
     )
 
 
-def _verify(version: Version) -> Iterator[Check]:
+def _verify(version: Version, public_key: Path | None) -> Iterator[Check]:
     folder = registry.fetch(version)
-    checks = list(_files(version, folder))
+    checks = list(_files(version, folder, public_key=public_key))
     yield from checks
-    if any(check.what == "manifest" and check.holds is False for check in checks):
+    if any(check.what in {"signature", "manifest"} and check.holds is False for check in checks):
         return
     record = Manifest.read(folder)
     try:
@@ -130,8 +130,18 @@ def _base_digest(record: Manifest) -> str:
     return base_model.resolve(record.base["id"]).digest()
 
 
-def _files(version: Version, folder: Path | None = None) -> Iterator[Check]:
+def _files(version: Version, folder: Path | None = None, *, public_key: Path | None = None) -> Iterator[Check]:
     folder = folder or registry.fetch(version)
+    if public_key:
+        try:
+            check_signature(folder, public_key)
+        except RegistryError as error:
+            yield Check("signature", False, error.message)
+            return
+        yield Check("signature", True, f"by the key {public_key.name}")
+    else:
+        signed = (folder / SIGNATURE).is_file()
+        yield Check("signature", None, "signed; give --public-key to check it" if signed else "not signed")
     try:
         record = Manifest.read(folder)
     except RegistryError as error:
@@ -140,15 +150,8 @@ def _files(version: Version, folder: Path | None = None) -> Iterator[Check]:
     yield Check("manifest", True, f"{FILE}, {len(record.digests)} files")
     faults = damaged(folder, record.digests)
     yield Check("files", not faults, "; ".join(faults[:5]) or "every digest is right")
-    strange = []
-    for part in (WEIGHTS_FOLDER, ADAPTER_FOLDER):
-        for path in sorted((folder / part).rglob("*")):
-            name = path.relative_to(folder).as_posix()
-            if path.is_symlink() or (path.is_file() and name not in record.digests):
-                strange.append(f"{name} is not in the manifest")
-            elif path.suffix in CODE:
-                strange.append(f"{name} may hold code")
-    yield Check("nothing else", not strange, "; ".join(strange[:5]) or "no further file, no code")
+    faults = strange(folder, record.digests)
+    yield Check("nothing else", not faults, "; ".join(faults[:5]) or "no further file, no code")
 
 
 def _same(what: str, stated: str, found: str) -> Check:

@@ -12,22 +12,25 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from namesake import base_model, corpus, manifest, promote, registry, tracking, versions
 from namesake import run as training
 from namesake.corpus import Message
-from namesake.errors import NamesakeError
+from namesake.errors import InputError, NamesakeError
 from namesake.gate import Policy
 from namesake.generate import Reply, Sampling
 from namesake.manifest import Manifest
 from namesake.promote import Outcome, Request
 from namesake.terminal import Screen
+from namesake_serving import store as serving
 from tests.unit.test_merge import write_adapter, write_base
 
 NAME, AUTHOR = "踩踩背 CCB", "老爷爷 OldGrandpa"
@@ -312,3 +315,132 @@ def test_one_run_promoted_by_several_at_once_is_one_version(store: Store, run_id
     (version,) = store.client().search_model_versions("name = 'ccb'")
     assert registry.alias_of("ccb", "champion") == int(version.version)
     assert_nothing_half_made(store)
+
+
+def key_pair(folder: Path, name: str = "key") -> tuple[Path, Path]:
+    """A private and a public key in PEM files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    private = ec.generate_private_key(ec.SECP256R1())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    secret, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    secret.write_bytes(private.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    public.write_bytes(private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+    return secret, public
+
+
+def flipped(folder: Path) -> None:
+    """One bit of the weights is another."""
+    path = folder / "model" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def added(folder: Path) -> None:
+    """A file that was not there."""
+    (folder / "model" / "more.json").write_text("{}")
+
+
+def removed(folder: Path) -> None:
+    """A file is gone."""
+    (folder / "adapter" / "adapter_config.json").unlink()
+
+
+def renamed(folder: Path) -> None:
+    """A file has another name."""
+    (folder / "model" / "config.json").rename(folder / "model" / "configs.json")
+
+
+def linked(folder: Path) -> None:
+    """A file is a link to the same bytes elsewhere."""
+    path = folder / "model" / "config.json"
+    other = folder.parent / "elsewhere.json"
+    shutil.copy(path, other)
+    path.unlink()
+    path.symlink_to(other)
+
+
+def coded(folder: Path) -> None:
+    """A file that runs when a loader trusts it."""
+    (folder / "model" / "modeling_llama.py").write_text("print('run')")
+
+
+def forged(folder: Path) -> None:
+    """Weights and manifest changed so that they fit each other; only the signature tells."""
+    flipped(folder)
+    record = Manifest.read(folder)
+    digests = {**record.digests, "model/model.safetensors": manifest.digests(folder / "model")["model.safetensors"]}
+    (folder / manifest.FILE).write_text(replace(record, digests=digests).to_json(), encoding="utf-8")
+
+
+def unsigned(folder: Path) -> None:
+    """The signature is gone."""
+    (folder / manifest.SIGNATURE).unlink()
+
+
+@pytest.fixture
+def signed(store: Store, run_id: str, tmp_path: Path) -> tuple[Path, Path]:
+    """The folder of a signed version, and the public key."""
+    secret, public = key_pair(tmp_path / "keys")
+    version = here(store, run_id, sign_key=secret).version
+    return registry.fetch(version), public
+
+
+def refused(public: Path, cache: Path) -> str:
+    """Why verification and the server refuse the champion; both have to."""
+    uri = "models:/ccb@champion"
+    checks = [check for check in versions.verify(uri, public) if check.holds is False]
+    assert checks
+    with pytest.raises(NamesakeError) as told:
+        serving.fetch(registry.resolve(uri), cache, public)
+    return f"{checks[0].told} / {told.value.message}"
+
+
+def test_a_signed_version_is_verified_and_served(signed: tuple[Path, Path], tmp_path: Path) -> None:
+    checks = {check.what: check.holds for check in versions.verify("models:/ccb@champion", signed[1])}
+    assert checks["signature"] is True
+    assert False not in checks.values()
+    assert serving.fetch(registry.resolve("models:/ccb@champion"), tmp_path / "store", signed[1]).weights.is_dir()
+
+
+@pytest.mark.parametrize("change", [flipped, added, removed, renamed, linked, coded, forged, unsigned])
+def test_whatever_is_changed_in_a_signed_version_is_refused(
+    signed: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    change(signed[0])
+    assert refused(signed[1], tmp_path / "store")
+
+
+def test_another_key_is_refused(signed: tuple[Path, Path], tmp_path: Path) -> None:
+    _, other = key_pair(tmp_path / "keys", "other")
+    assert "signature does not hold" in refused(other, tmp_path / "store")
+
+
+def test_an_unsigned_version_is_refused_where_a_key_is_given(store: Store, run_id: str, tmp_path: Path) -> None:
+    here(store, run_id)
+    assert "not signed" in refused(key_pair(tmp_path / "keys")[1], tmp_path / "store")
+    assert [c.told for c in versions.verify("models:/ccb@champion") if c.what == "signature"] == ["not signed"]
+
+
+def test_signing_what_was_unsigned_is_another_version(store: Store, run_id: str, tmp_path: Path) -> None:
+    assert here(store, run_id).version.number == 1
+    secret, public = key_pair(tmp_path / "keys")
+    assert here(store, run_id, sign_key=secret).version.number == 2
+    assert here(store, run_id, sign_key=secret).version.number == 2
+    move, _ = versions.rollback("ccb", to=1)
+    assert move.to == 1
+    assert versions.rollback("ccb", to=2, public_key=public)[0].to == 2
+    with pytest.raises(NamesakeError, match="not signed"):
+        versions.rollback("ccb", to=1, public_key=public)
+
+
+@pytest.mark.parametrize("content", [b"", b"no key", b"-----BEGIN PRIVATE KEY-----\nAA==\n-----END PRIVATE KEY-----\n"])
+def test_what_is_no_key_is_told_before_anything_is_done(
+    store: Store, run_id: str, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "key.pem").write_bytes(content)
+    with pytest.raises(InputError, match="sign_key"):
+        here(store, run_id, sign_key=tmp_path / "key.pem")
+    with pytest.raises(InputError, match="public_key"):
+        manifest.check_signature(tmp_path, tmp_path / "key.pem")
+    assert registry.identity_of("ccb") is None

@@ -151,7 +151,7 @@ class World:
         self.told.append((which.number, value))
         self.pass_gate("tag", which.number)
 
-    def fetch(self, which: Version, _cache: Path) -> Stored:
+    def fetch(self, which: Version, _cache: Path, _public_key: Path | None) -> Stored:
         """A version's files."""
         self.fetched.append(which.number)
         self.pass_gate("fetch", which.number)
