@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 from urllib.parse import urlsplit
@@ -25,6 +27,7 @@ from namesake_serving import settings, store
 from namesake_serving.gateway import Gateway
 from namesake_serving.metrics import Metrics
 from namesake_serving.service import Service
+from namesake_serving.webhook import PATH
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -54,6 +57,10 @@ def serve(
     poll_seconds: Annotated[
         str | None, typer.Option(help="How often the registry is asked where the alias points. [default: 2]")
     ] = None,
+    webhook_url: Annotated[
+        str | None,
+        typer.Option(help="This server as the MLflow server reaches it: MLflow then calls when an alias moves."),
+    ] = None,
     public_key: Annotated[
         Path | None, typer.Option(help="PEM file; serve only versions that were signed by its private half.")
     ] = None,
@@ -78,11 +85,14 @@ def serve(
         max_streams=max_streams,
         mlflow_url=mlflow_url if mlflow_url is not None else tracking_url(),
         poll_seconds=poll_seconds,
+        webhook_url=webhook_url,
         public_key=public_key,
         require_gate=require_gate,
         shutdown_seconds=shutdown_seconds,
         engine_args=tuple(engine_arg) if engine_arg else None,
     )
+    if given.webhook_url and not given.webhook_secret:
+        given = given.model_copy(update={"webhook_secret": secrets.token_urlsafe(32)})
     listening = listen(given.host, given.port)
     uri, first = choose(given.model)
     logging.basicConfig(
@@ -234,6 +244,7 @@ async def _serve(uri: str, first: Version, given: settings.Settings, listening: 
 
 async def _follow(service: Service, first: Version, given: settings.Settings) -> None:
     await service.start(first, _tick)
+    webhook = await asyncio.to_thread(_ask_for_calls, given) if given.webhook_url else None
     live = service.traffic.live
     assert live is not None
     host = f"[{given.host}]" if ":" in given.host else given.host
@@ -243,7 +254,21 @@ async def _follow(service: Service, first: Version, given: settings.Settings) ->
         f"  chat  http://{host}:{given.port}/    (Ctrl-C stops)",
         flush=True,
     )
-    await service.run()
+    try:
+        await service.run()
+    finally:
+        if webhook is not None:
+            with suppress(RegistryError):  # the next start on this address takes it back
+                await asyncio.shield(asyncio.to_thread(registry.remove_webhook, webhook))
+
+
+def _ask_for_calls(given: settings.Settings) -> str | None:
+    """Have MLflow call when an alias moves; its id. Where it cannot, polling has to do."""
+    try:
+        return registry.add_webhook(f"{given.webhook_url.rstrip('/')}{PATH}", given.webhook_secret)
+    except RegistryError as error:
+        print(f"\r! no webhook: {error.message} The registry is polled.", file=sys.stderr)
+        return None
 
 
 def _tick(waited: float) -> None:

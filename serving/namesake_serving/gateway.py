@@ -20,15 +20,17 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
 from namesake.registry import alias_in
-from namesake_serving import engine, page
+from namesake_serving import engine, page, webhook
 from namesake_serving.requests import BadRequest, check, parse
 from namesake_serving.service import Service
 from namesake_serving.settings import Settings
 from namesake_serving.traffic import Live, NotReady
+from namesake_serving.webhook import Webhook
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -38,8 +40,8 @@ Send = Callable[[Message], Awaitable[None]]
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 _RETRY_SECONDS = "2"
-_OPEN = {"/health", "/ready"} | page.PATHS
-"""Answered without a key: nothing in them is anybody's."""
+_OPEN = {"/health", "/ready", webhook.PATH} | page.PATHS
+"""Answered without a key: nothing in them is anybody's, or (the webhook) the body is signed."""
 
 _EVENT = b'data: {"id"'
 _MODEL = b'"model":"' + engine.MODEL.encode() + b'"'
@@ -88,11 +90,19 @@ class Gateway:
         self._service, self._settings = service, settings
         self._keys = Keys(settings.api_keys, settings.api_keys_file)
         self._sessions: dict[Path, aiohttp.ClientSession] = {}
+        self._webhook = Webhook(settings.webhook_secret) if settings.webhook_secret else None
         self._running = 0
         self.draining = False
         self._hosts = {
-            host.lower() for host in (*LOOPBACK, settings.host, f"[{settings.host}]", *settings.allowed_hosts)
-        } - {"0.0.0.0", "[::]", "::", "[0.0.0.0]"}
+            host.lower()
+            for host in (
+                *LOOPBACK,
+                settings.host,
+                f"[{settings.host}]",
+                *settings.allowed_hosts,
+                urlsplit(settings.webhook_url).hostname or "",
+            )
+        } - {"0.0.0.0", "[::]", "::", "[0.0.0.0]", ""}
         self._routes: dict[str, dict[str, Callable[[_Request, Scope, Receive, Send], Awaitable[None]]]] = {
             "/v1/chat/completions": {"POST": self._forward},
             "/v1/completions": {"POST": self._forward},
@@ -102,6 +112,7 @@ class Gateway:
             "/ready": {"GET": self._ready},
             "/metrics": {"GET": self._metrics},
             **{path: {"GET": self._page} for path in page.PATHS},
+            **({webhook.PATH: {"POST": self._woken}} if self._webhook else {}),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -364,6 +375,16 @@ class Gateway:
         if self._service.traffic.live is None or self.draining:
             raise _unavailable("No version can answer at the moment.")
         await _answer(send, 200, b'{"status":"ready"}')
+
+    async def _woken(self, request: _Request, _scope: Scope, receive: Receive, send: Send) -> None:
+        assert self._webhook is not None
+        try:
+            self._webhook.check(request.headers, await self._body(request, receive))
+        except ValueError as error:
+            raise Refused(401, str(error), code="invalid_signature") from None
+        self._service.metrics.webhooks.inc()
+        self._service.follower.wake()
+        await _answer(send, 200, b'{"status":"woken"}')
 
     async def _metrics(self, _request: _Request, _scope: Scope, _receive: Receive, send: Send) -> None:
         text, live = self._service.metrics.text(), self._service.traffic.live

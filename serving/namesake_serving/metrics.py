@@ -31,6 +31,7 @@ class Metrics:
         self.registry_errors = Counter(
             "namesake_registry_errors", "Questions to the registry that failed.", registry=registry
         )
+        self.webhooks = Counter("namesake_webhooks", "Signed calls of MLflow's webhook.", registry=registry)
         self.engine_restarts = Counter(
             "namesake_engine_restarts", "Engines that ended by themselves and were started again.", registry=registry
         )

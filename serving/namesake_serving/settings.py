@@ -28,6 +28,9 @@ class Settings(BaseSettings):
         max_tokens: most tokens of one reply that a client may ask for.
         mlflow_url: address of MLflow's pages as a browser reaches them; the chat page then links to runs and versions.
         poll_seconds: how often the registry is asked where the alias points.
+        webhook_url: this server's address as the MLflow server reaches it (``http://serving.example:8000``); the server
+            then has MLflow call it when an alias moves, and takes that back when it stops. It goes on polling.
+        webhook_secret: what MLflow signs those calls with; empty: made anew at each start.
         hold_seconds: how long new requests may be held while running answers finish before weights are changed in
             place; after that a second engine is started instead.
         read_seconds: how long the head, and then the body, of a request may take to arrive.
@@ -53,6 +56,8 @@ class Settings(BaseSettings):
     max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
     mlflow_url: str = ""
     poll_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 2.0
+    webhook_url: Annotated[str, StringConstraints(pattern=r"^(https?://[^/?#\s]+/?)?$")] = ""
+    webhook_secret: str = ""
     hold_seconds: Annotated[float, Field(ge=0, le=600)] = 10.0
     read_seconds: Annotated[float, Field(ge=0.1, le=600)] = 10.0
     require_gate: bool = False

@@ -178,6 +178,38 @@ def tag(version: Version, key: str, value: str | None) -> None:
             client.delete_model_version_tag(version.name, str(version.number), key)
 
 
+def add_webhook(url: str, secret: str) -> str:
+    """Have the MLflow server call the address when an alias moves; the webhook's id.
+
+    One that is there for the address already (a server that was killed left it) is replaced.
+
+    Raises:
+        RegistryError: there is no MLflow server, or it does not take the address.
+    """
+    mend = "MLflow calls https addresses of public hosts, others where MLFLOW_WEBHOOK_ALLOWED_SCHEMES and "
+    mend += "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS say so, and keeps secrets by MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY."
+    if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+        raise RegistryError("Only an MLflow server sends webhooks; MLFLOW_TRACKING_URI names none.", mend=mend)
+    with _mapped(f"MLflow does not take the webhook {url}.", mend=mend):
+        client = _client()
+        page = client.list_webhooks(max_results=1000)
+        while True:
+            for webhook in page:
+                if webhook.url == url:
+                    client.delete_webhook(webhook.webhook_id)
+            if not page.token:
+                break
+            page = client.list_webhooks(max_results=1000, page_token=page.token)
+        events = ["model_version_alias.created", "model_version_alias.deleted"]
+        return str(client.create_webhook("namesake", url, events, secret=secret).webhook_id)
+
+
+def remove_webhook(webhook_id: str) -> None:
+    """Take back what :func:`add_webhook` asked for."""
+    with _mapped("The webhook could not be taken back."):
+        _client().delete_webhook(webhook_id)
+
+
 def record_move(name: str, move: Move) -> None:
     """Keep a move of an alias in the registered model's tags: MLflow has no history of aliases.
 

@@ -185,6 +185,18 @@ class Serving:
     def __init__(self) -> None:
         self.uri, self.traffic, self.metrics = "models:/ccb@champion", Traffic(), Metrics()
         self.state = State(wanted="models:/ccb/3 source", live="models:/ccb/3 source")
+        self.follower = Sleeper()
+
+
+class Sleeper:
+    """Counts how often it is woken."""
+
+    def __init__(self) -> None:
+        self.woken = 0
+
+    def wake(self) -> None:
+        """Once more."""
+        self.woken += 1
 
 
 @dataclass
