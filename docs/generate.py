@@ -163,13 +163,13 @@ def write_cli(words: Words) -> Iterator[str]:
         if command == "serve":  # it hands everything on to the server's own command line
             yield from block("text", help_of(serving.app, [], "namesake serve"))
         else:
-            yield from block("text", help_of(cli.app, [command], f"namesake"))
-    yield words("## mlflow run", "## mlflow run")
+            yield from block("text", help_of(cli.app, [command], "namesake"))
+    yield "## mlflow run"
     yield ""
     yield words(
-        "Entry points of `MLproject`: `mlflow run . --env-manager=local -e ENTRY -P key=value`. Of `main` (the default) every "
+        "Entry points of `MLproject`: `mlflow run . --env-manager=local`, with `-e` for the entry point and `-P key=value` for each parameter. Of `main` (the default) every "
         "further `-P key=value` is an argument of `swift sft`.",
-        "`MLproject` 的入口点：`mlflow run . --env-manager=local -e ENTRY -P key=value`。对 `main`（默认入口点）而言，其余每个 "
+        "`MLproject` 的入口点：`mlflow run . --env-manager=local`，用 `-e` 指定入口点，用 `-P key=value` 指定各个参数。对 `main`（默认入口点）而言，其余每个 "
         "`-P key=value` 都是 `swift sft` 的参数。",
     )
     yield ""
