@@ -533,10 +533,10 @@ def write_exit_codes(words: Words) -> Iterator[str]:
 
 
 def heading(words: Words, english: str, chinese: str) -> Iterator[str]:
-    """The page's head."""
-    yield words("<!-- Made by docs/generate.py; do not edit. -->", "<!-- 由 docs/generate.py 生成，请勿手工修改。 -->")
-    yield ""
+    """The page's head. What it is made by comes after the title, which MkDocs looks for in the first line."""
     yield f"# {words(english, chinese)}"
+    yield ""
+    yield words("<!-- Made by docs/generate.py; do not edit. -->", "<!-- 由 docs/generate.py 生成，请勿手工修改。 -->")
     yield ""
 
 
