@@ -18,12 +18,13 @@ GPU := $(shell test -e /dev/nvidia0 && echo gpu || echo cpu)
 PINS := requirements/$(GPU).txt
 STAMP := $(VENV)/.installed-$(GPU)
 DEV_STAMP := $(VENV)/.installed-dev
+DOCS_VENV := .venv-docs
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PYTHONUTF8 := 1
 
-.PHONY: help setup run ui promote serve chat check test bench lock generate format clean
+.PHONY: help setup run ui promote serve chat check test docs bench lock generate format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -71,6 +72,17 @@ check: $(DEV_STAMP) ## format, lint, types, import layers, dead code
 test: $(DEV_STAMP) ## every test; real training, MLflow and vLLM among them
 	@python -m pytest $(ARGS)
 
+# The site's builder has an environment of its own, so that it never moves a pin of training or serving.
+$(DOCS_VENV)/.installed: requirements/docs.txt
+	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check -q install --no-deps -r requirements/docs.txt 2> >(grep -v "Location 'file" >&2)
+	@touch $@
+
+docs: $(STAMP) $(DOCS_VENV)/.installed ## the guide into site/; its reference pages are made from the code
+	@python docs/generate.py
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict 2> >(grep -v '^INFO' >&2)
+	@echo "› the guide is site/index.html; with its search: python -m http.server -d site"
+
 bench: setup ## benchmarks/, in short; each script alone takes arguments
 	@python benchmarks/training.py --pairs 1 --steps 20 && python benchmarks/follow.py && python benchmarks/quality.py --rows default tutorial
 
@@ -85,4 +97,4 @@ lock: $(DEV_STAMP) ## pin requirements/*.in anew
 	@bash requirements/lock.sh
 
 clean: ## remove the environment and caches, never runs or models
-	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache build src/*.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) site .mypy_cache .ruff_cache .import_linter_cache build src/*.egg-info

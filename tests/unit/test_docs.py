@@ -1,0 +1,280 @@
+"""The guide and the README: generated pages are up to date, commands exist, links lead somewhere, languages match.
+
+Commands are parsed by the parsers that would run them: namesake's own, MLflow's, and the one of recipes for ms-swift's
+arguments; of the Makefile the targets and variables.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlflow.cli
+import pytest
+import typer
+import yaml
+
+from namesake import cli, recipe
+from namesake.errors import InputError
+from namesake.identity import Identity
+from namesake_serving import __main__ as serving
+
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = ROOT / "docs" / "guide"
+PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+ENGLISH = [page for page in (ROOT / "README.md", *sorted(GUIDE.rglob("*.md"))) if not page.name.endswith(".zh.md")]
+
+_FENCE = re.compile(r"^( *)```(\w*).*?\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"(?:^\n|\A)((?: {4}.*\n)+)", re.MULTILINE)
+_INLINE = re.compile(r"`((?:namesake|make|mlflow run) [^`]+)`")
+_ENDS = frozenset({";", ";;", "&&", "||", "|", "&", "(", ")", ">", ">>", "<"})
+"""Where one command of a shell line ends."""
+
+
+def name_of(page: Path) -> str:
+    """The page as a test's name."""
+    return page.relative_to(ROOT).as_posix()
+
+
+# The generated pages.
+
+
+@cache
+def generator() -> ModuleType:
+    """``docs/generate.py``."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_reference_pages_are_what_the_code_says() -> None:
+    made, _ = generator().pages()
+    stale = [name_of(path) for path, text in made.items() if not path.is_file() or path.read_text("utf-8") != text]
+    assert not stale, f"run `make docs` and commit: {', '.join(stale)}"
+    assert set(generator().FOLDER.glob("*.md")) == set(made)
+
+
+def test_every_command_setting_bound_and_metric_is_in_the_reference() -> None:
+    made, _ = generator().pages()
+    text = "".join(made.values())
+    names = [*generator().commands(), *generator().Settings.model_fields, *generator().routes()]
+    assert not [name for name in names if name not in text]
+
+
+# Commands.
+
+
+def blocks(text: str) -> Iterator[str]:
+    """Shell text of a page: fenced blocks of a shell, and indented ones outside of fences."""
+    for _, language, body in _FENCE.findall(text):
+        if language in {"bash", "sh", "shell", "console"}:
+            yield body
+    for body in _INDENTED.findall(_FENCE.sub("", text)):
+        yield body
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The commands of shell text, each as its words; what is not ours among them."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if not re.search(r"\b(?:namesake|make|mlflow)\b", line):
+            continue
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if word not in _ENDS:
+                words.append(word)
+                continue
+            while words and re.fullmatch(r"\w+=.*", words[0], re.DOTALL):
+                words = words[1:]
+            if words:
+                yield words
+            words = []
+
+
+def fault(words: Sequence[str]) -> str:
+    """What is wrong with a command; empty where nothing is, or where it is none of ours."""
+    program, *rest = words
+    program = program.rpartition("/")[2]
+    try:
+        if program == "namesake":
+            _namesake(rest)
+        elif program == "make":
+            _make(rest)
+        elif program == "mlflow" and rest[:1] == ["run"]:
+            _mlflow_run(rest[1:])
+        elif program == "mlflow":
+            _mlflow(rest)
+    except (InputError, ValueError, LookupError) as error:
+        return f"{error}"
+    return ""
+
+
+def _parsed(command: Any, name: str, words: Sequence[str], usage_error: Any) -> Any:
+    """The command's context after its parser has read the words."""
+    try:
+        return command.make_context(name, [*words])
+    except usage_error as error:
+        raise ValueError(f"{name}: {error.format_message()}") from error
+
+
+def _namesake(words: Sequence[str]) -> None:
+    group: Any = typer.main.get_command(cli.app)
+    options = {option for parameter in group.params for option in parameter.opts} | {"--help"}
+    if not words or words[0] in options:
+        return
+    name, *rest = words
+    if name not in group.commands:
+        raise LookupError(f"namesake has no command {name}")
+    if "--help" in rest:
+        return
+    command = typer.main.get_command(serving.app) if name == "serve" else group.commands[name]
+    context = _parsed(command, f"namesake {name}", rest, typer.BadParameter.__base__)
+    if name == "run":
+        given = context.params
+        Identity.parse(given["name"], given["author"])
+        _recipe(given["recipe"], recipe.pairs(context.args), given["args"])
+
+
+def _recipe(name: str, overrides: dict[str, str], args: str) -> None:
+    """A file of the reader's own stands for the default recipe."""
+    recipe.load("default" if name.endswith(".yaml") else name, overrides=overrides, args=args)
+
+
+def _make(words: Sequence[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    variables = set(re.findall(r"^([A-Z]+) [?:]=", makefile, re.MULTILINE)) | set(
+        re.findall(r"\$\(([A-Z]+)\)", makefile)
+    )
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    goals = [word for word in words if "=" not in word]
+    if strange := [*({*given} - variables), *({*goals} - targets)]:
+        raise LookupError(f"the Makefile has no {', '.join(strange)}")
+    args = shlex.split(given.get("ARGS", ""))
+    for goal in goals:
+        if goal in {"run", "promote", "serve"}:
+            name, author = (
+                f"{key.lower()}={given[key]}" if key in given else f"{key.lower()}={default}"
+                for key, default in (("NAME", "踩踩背 CCB"), ("AUTHOR", "老爷爷 OldGrandpa"))
+            )
+            own = ["-P", name, "-P", author] if goal == "run" else ["-e", goal]
+            _mlflow_run([".", "--env-manager=local", *own, *args])
+        elif goal == "chat":
+            _namesake(["chat", *args])
+
+
+def _mlflow_run(words: Sequence[str]) -> None:
+    if not words:  # the command's name alone
+        return
+    given = _parsed(mlflow.cli.run, "mlflow run", words, mlflow.cli.click.UsageError).params
+    if given["uri"] != ".":
+        raise ValueError(f"mlflow run {given['uri']}: this project is .")
+    entries = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))["entry_points"]
+    entry = given["entry_point"]
+    if entry not in entries:
+        raise LookupError(f"MLproject has no entry point {entry}")
+    values = dict(pair.split("=", 1) for pair in given["param_list"])
+    known = entries[entry]["parameters"]
+    others = {key: value for key, value in values.items() if key not in known}
+    if entry == "main":
+        filled = {key: values.get(key, about["default"]) for key, about in known.items()}
+        Identity.parse(filled["name"], filled["author"])
+        _recipe(filled["recipe"], others, filled["args"])
+    elif others:
+        raise LookupError(f"the entry point {entry} has no parameter {', '.join(others)}")
+
+
+def _mlflow(words: Sequence[str]) -> None:
+    command: Any = mlflow.cli.cli
+    while words and hasattr(command, "commands"):
+        if words[0] not in command.commands:
+            raise LookupError(f"mlflow has no {words[0]}")
+        command, words = command.commands[words[0]], words[1:]
+    _parsed(command, f"mlflow {command.name}", words, mlflow.cli.click.UsageError)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_command_is_understood(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    found = [words for block in blocks(text) for words in commands(block)]
+    spans = [words for span in _INLINE.findall(_FENCE.sub("", text)) for words in commands(span)]
+    # In running text a command's name alone is a name.
+    found += [words for words in spans if len(words) > 2 or words[1] not in generator().commands()]
+    wrong = [f"{shlex.join(words)}: {told}" for words in found if (told := fault(words))]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "namesake prmote",
+        "namesake promote --overide x",
+        "namesake serve --no-such-flag",
+        "namesake serve models:/ccb/1 models:/ccb/2",
+        "namesake probe",
+        "namesake run --learning_rte 1",
+        "namesake run --recipe nosuch",
+        'namesake run --name "踩踩背"',
+        "make trian",
+        "make run NAEM=x",
+        'make run ARGS="-P learning_rte=1"',
+        'make run NAME="one"',
+        "make promote ARGS='-P why=x'",
+        "make chat ARGS='--mesage x'",
+        "mlflow run . -e nosuch",
+        "mlflow run . --no-such-option",
+        "mlflow run elsewhere",
+        "mlflow run . -e serve -P prot=1",
+        'mlflow run . -P args="--lora_rnk 16"',
+        "mlflow servre",
+        "mlflow server --no-such-option",
+        "PATH=x make check && .venv/bin/namesake histroy | cat",
+    ],
+)
+def test_a_wrong_command_is_noticed(line: str) -> None:
+    assert [told for words in commands(line) if (told := fault(words))]
+
+
+def test_a_page_has_the_commands_that_are_looked_for() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8") + (GUIDE / "tutorial.md").read_text(encoding="utf-8")
+    found = [words[:2] for block in blocks(text) for words in commands(block)]
+    assert found.count(["make", "promote"]) >= 3
+    assert ["namesake", "rollback"] in found
+
+
+# Links and languages.
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_relative_link_leads_to_a_file(page: Path) -> None:
+    text = re.sub(r"`[^`\n]*`", "", _FENCE.sub("", page.read_text(encoding="utf-8")))
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", target)]
+    files = [target.partition("#")[0] for target in targets]
+    assert not [file for file in files if file and not (page.parent / file).is_file()]
+
+
+def headings(text: str) -> list[int]:
+    """Level of each heading, in their order."""
+    return [len(marks) for marks in re.findall(r"^(#{1,6}) ", _FENCE.sub("", text), re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", ENGLISH, ids=name_of)
+def test_the_chinese_page_has_the_same_headings_and_commands(page: Path) -> None:
+    english, chinese = (one.read_text(encoding="utf-8") for one in (page, page.with_suffix(".zh.md")))
+    assert headings(english) == headings(chinese)
+    assert headings(english)[:1] == [1]
+    assert [[*commands(block)] for block in blocks(english)] == [[*commands(block)] for block in blocks(chinese)]
+
+
+def test_no_chinese_page_is_without_an_english_one() -> None:
+    assert {page.with_suffix(".zh.md") for page in ENGLISH if page.parent != ROOT} == {*GUIDE.rglob("*.zh.md")}
