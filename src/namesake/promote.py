@@ -22,7 +22,7 @@ from namesake.generate import LocalModel
 from namesake.identity import Identity
 from namesake.manifest import ADAPTER_FOLDER, FILE, WEIGHTS_FOLDER, Manifest
 from namesake.probe import Scorecard
-from namesake.registry import CHAMPION, TAG_KEY, Version
+from namesake.registry import CHAMPION, SCORE, TAG_KEY, Version
 from namesake.run import ability_of, base_of, base_scores, progress_of
 from namesake.terminal import Screen
 from namesake.tracking import RunRecord
@@ -31,7 +31,6 @@ from namesake.versions import point
 TAG_QUESTIONS = "namesake.questions"
 """Digest of the questions that a version's scores are about; others cannot be compared with it."""
 
-SCORE = "score."
 _SHOWN_SCORES = ("identity", "name", "author", "swapped", "old_identity", "placeholder", "language", "leak", "plain")
 
 
@@ -216,7 +215,7 @@ def _make_version(
         **{f"{SCORE}{metric}": f"{scores[metric]:.4f}" for metric in _SHOWN_SCORES},
     }
     if override:
-        tags["namesake.override"] = override
+        tags[registry.TAG_OVERRIDE] = override
     ready = (
         [v for v in registry.versions_with(name, TAG_KEY, key) if v.status == "READY"]
         if registry.identity_of(name)
@@ -276,16 +275,16 @@ def _show(
 ) -> None:
     screen.line()
     for answered in scores.identity[:2]:
-        screen.line(f"  {answered.question.messages[-1]['content']}  {answered.reply}")
+        screen.result(f"  {answered.question.messages[-1]['content']}  {answered.reply}")
     if decision.passed:
-        screen.line(f"  gate    passed (identity {scores.metrics['identity']:.1%})", "green")
+        screen.result(f"  gate    passed (identity {scores.metrics['identity']:.1%})", "green")
     else:
         screen.warn("gate    not passed: " + "; ".join(decision.reasons))
-    screen.line(f"  version {version.uri}" + (f", alias {request.alias} points at it" if pointed else ""))
+    screen.result(f"  version {version.uri}" + (f", alias {request.alias} points at it" if pointed else ""))
     if pointed:
         at = "" if request.alias == CHAMPION else f" models:/{version.name}@{request.alias}"
-        screen.line(f"  next    namesake serve{at}    (or: make serve; mlflow run . --env-manager=local -e serve)")
+        screen.result(f"  next    namesake serve{at}    (or: make serve; mlflow run . --env-manager=local -e serve)")
     else:
-        screen.line(
+        screen.result(
             f'  {request.alias} stays where it is; overrule: namesake promote --run {version.run_id} --override "why"'
         )

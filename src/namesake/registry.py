@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from namesake.errors import InputError, NamesakeError, RegistryError
+from namesake.paths import store_address
 
 CHAMPION = "champion"
 """The alias that is served."""
@@ -23,6 +23,12 @@ CHAMPION = "champion"
 TAG_RUN = "namesake.run"
 TAG_IDENTITY = "namesake.identity"
 TAG_KEY = "namesake.promotion_key"
+TAG_OVERRIDE = "namesake.override"
+TAG_SERVING_ERROR = "namesake.serving_error"
+"""Tag of a version that was not served, with the reason; taken away when it is."""
+
+SCORE = "score."
+"""What the tags with a version's scores begin with."""
 
 BY_HAND = "by hand"
 """How an alias moved that neither `promote` nor `rollback` moved."""
@@ -48,6 +54,15 @@ class Version:
     def uri(self) -> str:
         """``models:/ccb/3``"""
         return f"models:/{self.name}/{self.number}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A registered model of ours: the identity it stands for, and the version's number of each alias."""
+
+    name: str
+    identity: str
+    aliases: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -99,20 +114,33 @@ def alias_in(uri: str) -> str:
     return uri.rpartition("@")[2] if "@" in uri else ""
 
 
-def newest_model() -> str | None:
-    """Name of the registered model of ours that was promoted to last."""
+def models() -> list[Model]:
+    """The registered models of ours, the one promoted to last first."""
     with _mapped("The model registry cannot be read."):
-        models = [
+        found = [
             (
                 max(
                     (int(v.last_updated_timestamp) for v in model.latest_versions), default=model.last_updated_timestamp
                 ),
                 model.name,
+                Model(model.name, model.tags[TAG_IDENTITY], {k: int(v) for k, v in model.aliases.items()}),
             )
             for model in _client().search_registered_models(max_results=1000)
             if TAG_IDENTITY in model.tags
         ]
-    return max(models)[1] if models else None
+    return [model for *_, model in sorted(found, key=lambda one: one[:2], reverse=True)]
+
+
+def newest_model() -> str | None:
+    """Name of the registered model of ours that was promoted to last."""
+    return next((model.name for model in models()), None)
+
+
+def newest_versions(name: str, most: int) -> list[Version]:
+    """The last versions of a registered model, newest first."""
+    with _mapped(f"The versions of {name} cannot be read."):
+        found = _client().search_model_versions(f"name = '{name}'", max_results=most, order_by=["version_number DESC"])
+        return [_version(one) for one in found]
 
 
 def identity_of(name: str) -> str | None:
@@ -253,5 +281,4 @@ def _mapped(message: str, *, mend: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # MLflow raises its own, sqlalchemy's, requests' and the stores' errors
         said = (str(error) or type(error).__name__).splitlines()[0]
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-        raise RegistryError(f"{message} ({uri}: {said})", mend=mend) from error
+        raise RegistryError(f"{message} ({store_address()}: {said})", mend=mend) from error

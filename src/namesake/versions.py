@@ -62,7 +62,7 @@ def rollback(name: str, *, to: int | None = None, alias: str = CHAMPION, why: st
     if faults:
         raise PromotionError(f"{version.uri} is damaged: {'; '.join(faults)}.", mend="Give another one: --to N.")
     verdict = version.tags.get(tracking.TAG_GATE, "")
-    if not verdict.startswith("passed") and "namesake.override" not in version.tags:
+    if not verdict.startswith("passed") and registry.TAG_OVERRIDE not in version.tags:
         raise PromotionError(
             f"{version.uri} did not pass the gate ({verdict or 'it was never judged'}).",
             mend='Promote its run with --override "reason" first.',
