@@ -317,6 +317,24 @@ def verify(
         raise typer.Exit(_REFUSED)
 
 
+@app.command()
+def status(
+    model: Annotated[str, typer.Argument(help="Registered model; empty: all of ours.")] = "",
+    url: Annotated[str, typer.Option(help="Endpoint that is asked what it serves.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What is registered, which version is the champion and why, and what an endpoint serves of it."""
+    from namesake import status as use_case
+    from namesake.terminal import Screen
+
+    found = use_case.status(_named(model), url=url, api_key=api_key)
+    if as_json:
+        _print_json(found.record())
+    else:
+        use_case.show(found, Screen())
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
