@@ -335,6 +335,21 @@ def status(
         use_case.show(found, Screen())
 
 
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Look whether this machine can train, promote and serve. Exit 0 without faults, 1 with; each with its mend."""
+    from namesake import doctor as use_case
+    from namesake.terminal import Screen
+
+    checks = use_case.examine()
+    if as_json:
+        print(json.dumps(use_case.record(checks)))  # in ASCII: what cannot be printed here may be what it tells
+    else:
+        use_case.show(checks, Screen())
+    if not use_case.sound(checks):
+        raise typer.Exit(1)
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
