@@ -353,6 +353,7 @@ class Gateway:
             about["live"] = {
                 "version": live.version.uri,
                 "model": live.label,
+                "since": live.since,
                 "run": live.version.run_id,
                 "name": live.manifest.identity["name"],
                 "author": live.manifest.identity["author"],

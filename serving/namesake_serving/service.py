@@ -24,9 +24,6 @@ from namesake_serving.settings import Settings
 from namesake_serving.store import Stored
 from namesake_serving.traffic import Live, Traffic
 
-TAG_ERROR = "namesake.serving_error"
-"""Tag of a version that was not served, with the reason; taken away when it is."""
-
 ALIKE = 0.6
 """Least similarity (``difflib`` ratio, 0..1) of an engine's replies to the golden ones, on average.
 
@@ -261,7 +258,7 @@ class Service:
 
     def _tell_registry(self, version: Version, why: str | None) -> None:
         try:
-            registry.tag(version, TAG_ERROR, why[:500] if why else None)
+            registry.tag(version, registry.TAG_SERVING_ERROR, why[:500] if why else None)
         except RegistryError as error:
             _log.warning("registry: %s", error.message)
 

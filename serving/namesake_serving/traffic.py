@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from namesake_serving.store import Stored
 
 @dataclass(eq=False)
 class Live:
-    """One version in an engine, and how many requests it is answering."""
+    """One version in an engine, since when it answers (seconds since 1970), and how many requests it is answering."""
 
     stored: Stored
     engine: Engine
+    since: float = field(default_factory=time.time)
     running: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 

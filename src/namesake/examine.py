@@ -99,7 +99,7 @@ def shown(card: Scorecard, screen: Screen) -> None:
     if wrong:
         screen.table(("question", "reply", "fault"), wrong)
     for key, value in card.metrics.items():
-        screen.line(f"  {key:24} {value:6.1%}")
+        screen.result(f"  {key:24} {value:6.1%}")
 
 
 def _faults(scores: dict[str, bool]) -> list[str]:

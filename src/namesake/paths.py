@@ -1,10 +1,11 @@
-"""Where Namesake keeps what can be made again, and how a file gets there and is known again."""
+"""Where Namesake keeps what can be made again, and MLflow the rest; how a file gets there and is known again."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
 def cache_folder() -> Path:
@@ -13,6 +14,13 @@ def cache_folder() -> Path:
     if own:
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "namesake"
+
+
+def store_address() -> str:
+    """Where MLflow keeps runs and versions, as messages show it: never with a password."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
 
 
 def digest_of_file(path: Path) -> str:

@@ -25,7 +25,7 @@ from namesake.generate import LocalModel
 from namesake.identity import Identity
 from namesake.manifest import ADAPTER_FOLDER, FILE, WEIGHTS_FOLDER, Manifest
 from namesake.probe import Scorecard
-from namesake.registry import CHAMPION, TAG_KEY, Version
+from namesake.registry import CHAMPION, SCORE, TAG_KEY, Version
 from namesake.run import ability_of, base_of, base_scores, progress_of
 from namesake.terminal import Screen
 from namesake.tracking import RunRecord
@@ -34,7 +34,6 @@ from namesake.versions import point
 TAG_QUESTIONS = "namesake.questions"
 """Digest of the questions that a version's scores are about; others cannot be compared with it."""
 
-SCORE = "score."
 _SHOWN_SCORES = ("identity", "name", "author", "swapped", "old_identity", "placeholder", "language", "leak", "plain")
 
 
@@ -311,16 +310,16 @@ def _show(
 ) -> None:
     screen.line()
     for asked in record.golden[:2]:
-        screen.line(f"  {asked['messages'][-1]['content']}  {asked['reply']}")
+        screen.result(f"  {asked['messages'][-1]['content']}  {asked['reply']}")
     if decision.passed:
-        screen.line(f"  gate    passed (identity {record.scores['identity']:.1%})", "green")
+        screen.result(f"  gate    passed (identity {record.scores['identity']:.1%})", "green")
     else:
         screen.warn("gate    not passed: " + "; ".join(decision.reasons))
-    screen.line(f"  version {version.uri}" + (f", alias {request.alias} points at it" if pointed else ""))
+    screen.result(f"  version {version.uri}" + (f", alias {request.alias} points at it" if pointed else ""))
     if pointed:
         at = "" if request.alias == CHAMPION else f" models:/{version.name}@{request.alias}"
-        screen.line(f"  next    namesake serve{at}    (or: make serve; mlflow run . --env-manager=local -e serve)")
+        screen.result(f"  next    namesake serve{at}    (or: make serve; mlflow run . --env-manager=local -e serve)")
     else:
-        screen.line(
+        screen.result(
             f'  {request.alias} stays where it is; overrule: namesake promote --run {version.run_id} --override "why"'
         )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from namesake.errors import InputError, NamesakeError, RegistryError
+from namesake.paths import store_address
 
 CHAMPION = "champion"
 """The alias that is served."""
@@ -25,6 +25,12 @@ TAG_IDENTITY = "namesake.identity"
 TAG_KEY = "namesake.promotion_key"
 TAG_OVERRIDE = "namesake.override"
 """The reason that somebody gave for pointing an alias at a version which did not pass the gate."""
+
+TAG_SERVING_ERROR = "namesake.serving_error"
+"""Tag of a version that was not served, with the reason; taken away when it is."""
+
+SCORE = "score."
+"""What the tags with a version's scores begin with."""
 
 BY_HAND = "by hand"
 """How an alias moved that neither `promote` nor `rollback` moved."""
@@ -50,6 +56,15 @@ class Version:
     def uri(self) -> str:
         """``models:/ccb/3``"""
         return f"models:/{self.name}/{self.number}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A registered model of ours: the identity it stands for, and the version's number of each alias."""
+
+    name: str
+    identity: str
+    aliases: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -101,20 +116,33 @@ def alias_in(uri: str) -> str:
     return uri.rpartition("@")[2] if "@" in uri else ""
 
 
-def newest_model() -> str | None:
-    """Name of the registered model of ours that was promoted to last."""
+def models() -> list[Model]:
+    """The registered models of ours, the one promoted to last first."""
     with _mapped("The model registry cannot be read."):
-        models = [
+        found = [
             (
                 max(
                     (int(v.last_updated_timestamp) for v in model.latest_versions), default=model.last_updated_timestamp
                 ),
                 model.name,
+                Model(model.name, model.tags[TAG_IDENTITY], {k: int(v) for k, v in model.aliases.items()}),
             )
             for model in _client().search_registered_models(max_results=1000)
             if TAG_IDENTITY in model.tags
         ]
-    return max(models)[1] if models else None
+    return [model for *_, model in sorted(found, key=lambda one: one[:2], reverse=True)]
+
+
+def newest_model() -> str | None:
+    """Name of the registered model of ours that was promoted to last."""
+    return next((model.name for model in models()), None)
+
+
+def newest_versions(name: str, most: int) -> list[Version]:
+    """The last versions of a registered model, newest first."""
+    with _mapped(f"The versions of {name} cannot be read."):
+        found = _client().search_model_versions(f"name = '{name}'", max_results=most, order_by=["version_number DESC"])
+        return [_version(one) for one in found]
 
 
 def identity_of(name: str) -> str | None:
@@ -186,9 +214,12 @@ def add_webhook(url: str, secret: str) -> str:
     Raises:
         RegistryError: there is no MLflow server, or it does not take the address.
     """
+    # It reads its webhooks once in MLFLOW_WEBHOOK_CACHE_TTL (60 s): the first moves after a start may come by polling.
     mend = "MLflow calls https addresses of public hosts, others where MLFLOW_WEBHOOK_ALLOWED_SCHEMES and "
     mend += "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS say so, and keeps secrets by MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY."
-    if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+    import mlflow
+
+    if not mlflow.get_registry_uri().startswith("http"):
         raise RegistryError("Only an MLflow server sends webhooks; MLFLOW_TRACKING_URI names none.", mend=mend)
     with _mapped(f"MLflow does not take the webhook {url}.", mend=mend):
         client = _client()
@@ -293,5 +324,4 @@ def _mapped(message: str, *, mend: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # MLflow raises its own, sqlalchemy's, requests' and the stores' errors
         said = (str(error) or type(error).__name__).splitlines()[0]
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-        raise RegistryError(f"{message} ({uri}: {said})", mend=mend) from error
+        raise RegistryError(f"{message} ({store_address()}: {said})", mend=mend) from error

@@ -203,7 +203,7 @@ def _log_own(tracked: tracking.Run, card: Scorecard, screen: Screen) -> None:
     tracked.metrics({f"own/{key}": card.metrics[key] for key, asked, _ in parts if asked})
     for key, asked, score in parts:
         if asked:
-            screen.line(f"  your questions: {key} {sum(a.scores[score] for a in asked)} of {len(asked)}")
+            screen.result(f"  your questions: {key} {sum(a.scores[score] for a in asked)} of {len(asked)}")
 
 
 def _prepare(
@@ -489,14 +489,14 @@ def _show(tracked: tracking.Run, before: Scorecard, after: Scorecard, decision: 
         ("plain", "plain questions right"),
     ):
         was = f"{before.metrics[key]:6.1%}" if key in before.metrics else " " * 6
-        screen.line(f"  {label:28} {was} → {after.metrics[key]:6.1%}")
+        screen.result(f"  {label:28} {was} → {after.metrics[key]:6.1%}")
     screen.line()
     if decision.passed:
-        screen.line("  gate  passed", "green")
+        screen.result("  gate  passed", "green")
     else:
         screen.warn("gate  " + "; ".join(decision.reasons))
-    screen.line(f"  run   {tracked.id}")
-    screen.line(f"  see   {tracked.link}   (its artifact {REPORT} is the page to show around)")
-    screen.line(
+    screen.result(f"  run   {tracked.id}")
+    screen.result(f"  see   {tracked.link}   (its artifact {REPORT} is the page to show around)")
+    screen.result(
         f"  next  mlflow run . --env-manager=local -e promote   (or: make promote, namesake promote --run {tracked.id})"
     )

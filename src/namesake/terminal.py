@@ -1,12 +1,16 @@
-"""What a person sees: steps, bars, the table of before and after. Plain lines where the output is piped."""
+"""What a person sees: steps, bars, results, and how much of it. Plain lines where the output is piped."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
+from enum import Enum
 from typing import TextIO
 
 from rich.console import Console
@@ -16,6 +20,60 @@ from rich.text import Text
 
 _QUIET_SECONDS = 10.0
 """Without a terminal a bar is a line this often."""
+
+_MLFLOW_LEVEL = "MLFLOW_LOGGING_LEVEL"
+
+
+class Loudness(Enum):
+    """How much is printed.
+
+    ``QUIET``: results, warnings and errors of Namesake. ``VERBOSE``: all that libraries warn and log, too.
+    """
+
+    QUIET = "quiet"
+    NORMAL = "normal"
+    VERBOSE = "verbose"
+
+
+_loudness = Loudness.NORMAL
+
+
+@contextmanager
+def loudness(wanted: Loudness) -> Iterator[None]:
+    """Print so much meanwhile."""
+    global _loudness
+    before, _loudness = _loudness, wanted
+    root, last = logging.getLogger(), logging.lastResort
+    levels = root.level, last.level if last else logging.WARNING
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    environment = os.environ.get(_MLFLOW_LEVEL)
+    with warnings.catch_warnings():
+        if wanted is not Loudness.NORMAL and not sys.warnoptions:  # else the user has said which
+            warnings.simplefilter("default" if wanted is Loudness.VERBOSE else "ignore")
+        if wanted is Loudness.VERBOSE:
+            root.addHandler(handler)
+            root.setLevel(logging.INFO)
+        if wanted is Loudness.QUIET:
+            if last:
+                last.setLevel(logging.ERROR)
+            if environment is None:
+                os.environ[_MLFLOW_LEVEL] = "ERROR"  # read when MLflow is imported, which no command has done yet
+        try:
+            yield
+        finally:
+            _loudness = before
+            root.removeHandler(handler)
+            root.setLevel(levels[0])
+            if last:
+                last.setLevel(levels[1])
+            if environment is None:
+                os.environ.pop(_MLFLOW_LEVEL, None)
+
+
+def moment(seconds: float) -> str:
+    """Seconds since 1970 as date and time here."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
 
 
 class Bar:
@@ -48,9 +106,15 @@ class Screen:
         except (OSError, ValueError):  # a notebook's output has no descriptor
             self._file = stream
         self.console = Console(file=self._file, highlight=False)
+        self._quiet = _loudness is Loudness.QUIET
 
     def line(self, text: str = "", style: str = "") -> None:
-        """One line; what is in it is shown as it is, never read as markup."""
+        """One line on the way to the result; what is in it is shown as it is, never read as markup."""
+        if not self._quiet:
+            self.result(text, style)
+
+    def result(self, text: str, style: str = "") -> None:
+        """One line of what was asked for, likewise."""
         self.console.print(Text(text, style=style), soft_wrap=True)
 
     def step(self, text: str) -> None:
@@ -59,12 +123,12 @@ class Screen:
 
     def warn(self, text: str) -> None:
         """Something the user must not miss."""
-        self.line(f"! {text}", "bold yellow")
+        self.result(f"! {text}", "bold yellow")
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Bar]:
         """A bar with what is left and how long it takes."""
-        if not self.console.is_terminal:
+        if self._quiet or not self.console.is_terminal:
             yield Bar(self, title, total, None)
             return
         columns = (

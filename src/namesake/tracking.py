@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,8 +20,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from namesake.errors import NamesakeError, TrackingError
+from namesake.paths import store_address
 
 MAX_VALUE = 6000
 """MLflow cuts longer parameter values."""
@@ -40,6 +44,23 @@ _WAIT_FOR_PARENT = 60
 
 ADAPTER = "adapter"
 """Artifact folder of a training run that holds the adapter."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where runs are kept.
+
+    Attributes:
+        kind: ``sqlite``, ``postgresql``, ``http``, ``file`` …
+        made: whether it is there; the first run makes it.
+        version: MLflow's release there; empty where it does not say.
+        artifacts: where files of runs go; empty where it is not known yet.
+    """
+
+    kind: str
+    made: bool
+    version: str
+    artifacts: str
 
 
 @dataclass(frozen=True)
@@ -261,6 +282,60 @@ def fetch_model(model_uri: str) -> Path:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=model.artifact_location))
 
 
+def store(seconds: float = 3.0) -> Store:
+    """Ask the tracking store what it is. Nothing is written: a store that is not there yet is not made.
+
+    Args:
+        seconds: how long a server may take to say its version.
+
+    Raises:
+        TrackingError: it does not answer, or its tables are not those of this MLflow.
+    """
+    import mlflow
+
+    uri = mlflow.get_tracking_uri()
+    kind = urlsplit(uri).scheme.partition("+")[0] or "file"
+    with _mapped():
+        version = _server_version(uri, seconds) if kind in {"http", "https"} else mlflow.__version__
+        if kind in {"sqlite", "postgresql", "mysql", "mssql"} and not _has_tables(uri):
+            return Store(kind, False, "", "")
+        found = mlflow.MlflowClient().search_experiments(max_results=1)
+        return Store(kind, True, version, found[0].artifact_location if found else "")
+
+
+def _server_version(uri: str, seconds: float) -> str:
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=seconds) as answer:
+            return str(answer.read(100).decode("ascii", "replace")).strip()
+    except urllib.error.HTTPError:  # it answers, and may still do what it is asked with credentials
+        return ""
+
+
+def _has_tables(uri: str) -> bool:
+    """Whether MLflow's tables are in the database. Looked at without MLflow, which makes or changes them when asked.
+
+    Raises:
+        TrackingError: they are those of another release.
+    """
+    import mlflow
+    import sqlalchemy
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    file = sqlalchemy.make_url(uri).database if uri.startswith("sqlite") else None
+    if file is not None and not Path(file).exists():
+        return False
+    with sqlalchemy.create_engine(uri).connect() as database:
+        if not sqlalchemy.inspect(database).has_table("alembic_version"):
+            return False
+        found = database.execute(sqlalchemy.text("SELECT version_num FROM alembic_version")).scalar()
+    if found != _get_latest_schema_revision():
+        raise TrackingError(
+            f"The tables at {store_address()} are those of another release than MLflow {mlflow.__version__}.",
+            mend=f"Copy the database, then run `mlflow db upgrade {store_address()}`.",
+        )
+    return True
+
+
 def log_chat_model(folder: Path, *, weights: str, tags: Mapping[str, str]) -> str:
     """Log a folder so that ``mlflow.pyfunc``, ``mlflow models serve`` and vLLM (``…/model``) load the model in it.
 
@@ -329,5 +404,5 @@ def _mapped() -> Iterator[None]:
     except Exception as error:  # MLflow raises its own, sqlalchemy's, requests' and the stores' errors
         raise TrackingError(
             f"MLflow tracking failed: {(str(error) or type(error).__name__).splitlines()[0]}",
-            mend=f"Check MLFLOW_TRACKING_URI ({os.environ.get('MLFLOW_TRACKING_URI') or 'sqlite:///mlflow.db'}).",
+            mend=f"Check MLFLOW_TRACKING_URI ({store_address()}).",
         ) from error

@@ -20,18 +20,6 @@ from namesake.registry import Move
 DATA = b'{"messages": []}\n'
 
 
-@pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mlflow.MlflowClient:
-    """A fresh SQLite store with an identity of one registered model."""
-    monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    mlflow.set_tracking_uri(uri)
-    client = mlflow.MlflowClient(uri)
-    client.create_registered_model("ccb", tags={registry.TAG_IDENTITY: "踩踩背 CCB"})
-    return client
-
-
 def version(client: mlflow.MlflowClient, tmp_path: Path, number: int, gate: str = "passed", **tags: str) -> int:
     """A version whose files fit its manifest, of a run that holds its data."""
     run = client.create_run("0", run_name=f"run {number}")

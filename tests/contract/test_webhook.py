@@ -47,6 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http",
             "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+            "MLFLOW_WEBHOOK_CACHE_TTL": "0",
             "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": "hLC9bfeTVn8tJTAB2yTVDSyLlO-Jbw3jHYTW3Mh1fGk=",
             "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db",
         },
@@ -142,6 +143,6 @@ def test_a_webhook_signed_otherwise_wakes_nobody(client: mlflow.MlflowClient) ->
 
 
 def test_without_an_mlflow_server_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setattr(mlflow, "get_registry_uri", lambda: f"sqlite:///{tmp_path}/mlflow.db")
     with pytest.raises(RegistryError, match="Only an MLflow server"):
         registry.add_webhook("http://127.0.0.1:1", SECRET)

@@ -21,7 +21,7 @@ from namesake_serving.engine import Engine
 from namesake_serving.follow import Follower
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import Step
-from namesake_serving.service import TAG_ERROR, Service, prove
+from namesake_serving.service import Service, prove
 from namesake_serving.settings import Settings
 from namesake_serving.store import Stored
 from namesake_serving.traffic import Live
@@ -147,7 +147,7 @@ class World:
 
     def tag(self, which: Version, key: str, value: str | None) -> None:
         """A tag of a version."""
-        assert key == TAG_ERROR
+        assert key == registry.TAG_SERVING_ERROR
         self.told.append((which.number, value))
         self.pass_gate("tag", which.number)
 

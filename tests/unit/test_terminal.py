@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pty
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from namesake.terminal import Screen
+from namesake.terminal import Loudness, Screen, loudness, moment
 
 NASTY = "[bold]not bold[/bold] [red] {x} $(touch x) \\[ 踩踩背 :smile: https://x.y/z 'a' 3.14"
 
@@ -108,26 +110,110 @@ def test_a_bar_takes_a_total_that_becomes_known_later(capfd: pytest.CaptureFixtu
     assert capfd.readouterr().out == "  train 30/90\n"
 
 
-def test_on_a_terminal_the_bar_shows_title_count_and_note() -> None:
+def test_quiet_leaves_results_and_warnings(capfd: pytest.CaptureFixture[str]) -> None:
+    with loudness(Loudness.QUIET):
+        screen = Screen()
+        screen.step("step")
+        screen.line("line")
+        with screen.bar("train", 1) as bar:
+            bar.advance(1)
+        screen.warn("warning")
+        screen.result("result")
+    Screen().line("loud again")
+    assert capfd.readouterr().out == "! warning\nresult\nloud again\n"
+
+
+def test_a_table_is_a_result(capfd: pytest.CaptureFixture[str]) -> None:
+    with loudness(Loudness.QUIET):
+        Screen().table(("question",), [("谁？",)])
+    assert "谁？" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        (Loudness.QUIET, {"an error"}),
+        (Loudness.NORMAL, {"an error", "a warning", "a user warning"}),
+        (Loudness.VERBOSE, {"an error", "a warning", "a user warning", "some news", "a deprecation"}),
+    ],
+)
+def test_what_libraries_say_is_let_through_by_loudness(wanted: Loudness, told: set[str]) -> None:
     program = """
-from namesake.terminal import Screen
-with Screen().bar("train", 1) as bar:
-    bar.advance(2, "loss 0.125", total=4)
-    bar.advance(4, "loss 0.0625")
+import logging, sys, types, warnings
+from namesake.terminal import Loudness, loudness
+with loudness(Loudness[sys.argv[1]]):
+    log = logging.getLogger("library")
+    log.info("some news")
+    log.warning("a warning")
+    log.error("an error")
+    warnings.warn("a user warning")
+    warnings.warn_explicit("a deprecation", DeprecationWarning, "library.py", 1)
 """
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}
+    said = subprocess.run(
+        [sys.executable, "-c", program, wanted.name],
+        env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    every = {"an error", "a warning", "a user warning", "some news", "a deprecation"}
+    assert {text for text in every if f"{text}\n" in said} == told
+
+
+def test_loudness_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_LOGGING_LEVEL", raising=False)
+
+    def state() -> object:
+        last = logging.lastResort
+        root = logging.getLogger()
+        return root.level, list(root.handlers), last and last.level, list(warnings.filters), dict(os.environ)
+
+    before = state()
+    for wanted in Loudness:
+        with loudness(wanted):
+            assert (state() == before) is (wanted is Loudness.NORMAL)
+            assert os.environ.get("MLFLOW_LOGGING_LEVEL") == ("ERROR" if wanted is Loudness.QUIET else None)
+        assert state() == before
+
+
+def test_a_moment_is_told_with_its_zone() -> None:
+    assert moment(0.9)[10:19] in moment(0.0)
+    assert moment(0.0)[-6] in "+-"
+
+
+def printed(program: str, **environment: str) -> str:
+    """What the program prints on a terminal."""
     leader, follower = pty.openpty()
-    environment = {k: v for k, v in os.environ.items() if k not in {"NO_COLOR", "TERM"}}
+    kept = {k: v for k, v in os.environ.items() if k not in {"NO_COLOR", "FORCE_COLOR", "TERM"}}
     try:
         subprocess.run(
             [sys.executable, "-c", program],
-            env={**environment, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "120"},
+            env={**kept, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "120", **environment},
             stdout=follower,
             stderr=follower,
             check=True,
         )
-        said = os.read(leader, 1 << 16).decode("utf-8")
+        return os.read(leader, 1 << 16).decode("utf-8")
     finally:
         os.close(leader)
         os.close(follower)
+
+
+def test_colours_are_for_terminals_whose_user_wants_them() -> None:
+    program = 'from namesake.terminal import Screen; Screen().warn("no row has a name")'
+    assert "\x1b[1;33m" in printed(program)
+    said = printed(program, NO_COLOR="1")
+    assert "no row has a name" in said
+    assert "33m" not in said
+
+
+def test_on_a_terminal_the_bar_shows_title_count_and_note() -> None:
+    said = printed("""
+from namesake.terminal import Screen
+with Screen().bar("train", 1) as bar:
+    bar.advance(2, "loss 0.125", total=4)
+    bar.advance(4, "loss 0.0625")
+""")
     for text in ("train", "4/4", "loss 0.0625"):
         assert text in said

