@@ -381,6 +381,31 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         raise typer.Exit(1)
 
 
+@app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only listed.")] = False,
+    older_than: Annotated[float, typer.Option(min=0, help="Hours since they were last written.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List what killed promotions left (logged models no version uses, temporary folders), or remove it."""
+    from namesake import leftovers
+    from namesake.terminal import Screen
+
+    found = leftovers.find(older_than * 3600)
+    for one in found if delete else ():
+        leftovers.remove(one)
+    if as_json:
+        _print_json([{**vars(one), "deleted": delete} for one in found])
+        return
+    rows = [
+        (one.kind, one.where, f"{one.age / 3600:.1f} h", f"{one.size / 1e6:.1f} MB" if one.size is not None else "-")
+        for one in found
+    ]
+    if rows:
+        Screen().table(("what", "where", "age", "size"), rows)
+    print(f"{len(found)} left over" + (", removed" if delete and found else "; --delete removes them" if found else ""))
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,

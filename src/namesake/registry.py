@@ -290,6 +290,19 @@ def versions_with(name: str, key: str, value: str) -> list[Version]:
         return sorted((_version(v) for v in found), key=lambda v: v.number)
 
 
+def sources() -> set[str]:
+    """Where the files of every version of every registered model come from: addresses, and ``models:/m-…``."""
+    with _mapped("The model registry cannot be read."):
+        client, found, token = _client(), set(), None
+        while True:
+            page = client.search_model_versions(max_results=1000, page_token=token)
+            found |= {version.source for version in page}
+            found |= {f"models:/{version.model_id}" for version in page if getattr(version, "model_id", None)}
+            token = page.token
+            if not token:
+                return found
+
+
 def fetch(version: Version, target: Path | None = None) -> Path:
     """A local folder with the version's files: the original where the store is local, else a full copy."""
     import mlflow

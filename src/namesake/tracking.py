@@ -370,16 +370,51 @@ def log_chat_model(folder: Path, *, weights: str, tags: Mapping[str, str]) -> st
     return str(info.model_uri)
 
 
+def models_with(tag: str) -> list[tuple[str, str, float]]:
+    """Logged models that have the tag: ``models:/m-…``, where the files are, and when it was last written."""
+    import mlflow
+
+    found = []
+    with _mapped():
+        client = mlflow.MlflowClient()
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        token = None
+        while True:
+            page = client.search_logged_models(experiments, max_results=100, page_token=token)
+            found += [
+                (model.model_uri, model.artifact_location, model.last_updated_timestamp / 1000)
+                for model in page
+                if tag in model.tags
+            ]
+            token = page.token
+            if not token:
+                return found
+
+
+def drop_model(model_uri: str) -> None:
+    """Delete a logged model and its files.
+
+    Raises:
+        TrackingError: MLflow failed.
+    """
+    import mlflow
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    with _mapped():
+        client, model_id = mlflow.MlflowClient(), model_uri.removeprefix("models:/")
+        location = client.get_logged_model(model_id).artifact_location
+        client.delete_logged_model(model_id)
+        get_artifact_repository(location).delete_artifacts()
+
+
 @contextmanager
 def dropped_on_failure(model_uri: str) -> Iterator[None]:
     """Delete the logged model when what is done with it fails or is interrupted, so that no half of it stays."""
-    import mlflow
-
     try:
         yield
     except BaseException:
         with suppress(Exception):  # a store that is down; `namesake gc` finds it later
-            mlflow.MlflowClient().delete_logged_model(model_uri.removeprefix("models:/"))
+            drop_model(model_uri)
         raise
 
 

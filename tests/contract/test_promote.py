@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +21,11 @@ import mlflow
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from typer.testing import CliRunner
 
-from namesake import base_model, corpus, manifest, promote, registry, tracking, versions
+from namesake import base_model, corpus, leftovers, manifest, promote, registry, tracking, versions
 from namesake import run as training
+from namesake.cli import app
 from namesake.corpus import Message
 from namesake.errors import InputError, NamesakeError
 from namesake.gate import Policy
@@ -123,11 +126,14 @@ def promoted(folder: str, uri: str, run: str, **more: Any) -> Outcome:
     os.chdir(folder)
     os.environ.update({"MLFLOW_TRACKING_URI": uri, "NAMESAKE_CACHE": f"{folder}/cache"})
     mlflow.set_tracking_uri(uri)
+    Path(folder, "tmp").mkdir(exist_ok=True)
+    tempfile.tempdir = f"{folder}/tmp"
     kept = promote.LocalModel, training.LocalModel
     promote.LocalModel = training.LocalModel = Knows  # type: ignore[assignment, misc]
     try:
         return promote.promote(Request(run=run, **more), Screen(errors=True))
     finally:
+        tempfile.tempdir = None
         promote.LocalModel, training.LocalModel = kept  # type: ignore[misc]
 
 
@@ -279,6 +285,59 @@ def test_killed_at_any_step_nothing_is_half_made_and_a_rerun_converges(
     assert registry.alias_of("ccb", "champion") == 1
     assert len(store.client().search_model_versions("name = 'ccb'")) == 1
     assert_nothing_half_made(store)
+
+
+def test_what_a_killed_promotion_left_is_found_and_removed(
+    store: Store, run_id: str, processes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here(store, run_id)
+    index = [step.function for step in STEPS].index("register")
+    adapter = registry.fetch(registry.resolve("models:/ccb/1")) / "adapter"
+    changed = store.folder / "changed"
+    shutil.copytree(adapter, changed)
+    (changed / "README.md").write_text("other")
+    process = processes.Process(
+        target=dies, args=(index, "before", signal.SIGKILL, str(store.folder), store.uri, store.run(changed))
+    )
+    process.start()
+    ended(process)
+    monkeypatch.setattr(tempfile, "tempdir", f"{store.folder}/tmp")
+    assert leftovers.find() == []  # all of it is young
+    (found,) = (one for one in leftovers.find(0) if one.kind == "logged model")
+    assert found.size
+    assert CliRunner().invoke(app, ["gc", "--older-than", "0"]).output.splitlines()[-1].startswith("1 left over; ")
+    assert CliRunner().invoke(app, ["gc", "--older-than", "0", "--delete"]).exit_code == 0
+    assert leftovers.find(0) == []
+    assert len(list(store.folder.glob("mlruns/**/model.safetensors"))) == 1
+    assert [check.what for check in versions.verify("models:/ccb/1") if check.holds is False] == []
+
+
+def test_a_killed_merge_leaves_a_folder_that_is_found(
+    store: Store, run_id: str, processes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = processes.Process(target=dies, args=(0, "after", signal.SIGKILL, str(store.folder), store.uri, run_id))
+    process.start()
+    ended(process)
+    monkeypatch.setattr(tempfile, "tempdir", f"{store.folder}/tmp")
+    (found,) = leftovers.find(0)
+    assert found.kind == "folder"
+    leftovers.remove(found)
+    assert leftovers.find(0) == []
+    assert here(store, run_id).version.number == 1
+
+
+def test_an_interrupted_promotion_leaves_nothing(
+    store: Store, run_id: str, processes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = [step.function for step in STEPS].index("register")
+    process = processes.Process(
+        target=dies, args=(index, "before", signal.SIGINT, str(store.folder), store.uri, run_id)
+    )
+    process.start()
+    assert ended(process) != 0
+    monkeypatch.setattr(tempfile, "tempdir", f"{store.folder}/tmp")
+    assert leftovers.find(0) == []
+    assert registry.identity_of("ccb") is None
 
 
 def test_promotions_that_race_give_a_version_each_and_one_champion(

@@ -84,7 +84,7 @@ def test_quiet_and_verbose_exclude_each_other_and_rollback_has_json(
         versions.point(registry.resolve(f"models:/ccb/{number}"), "champion", how="promote", why="")
     told = json.loads(run(app, ["-q", "rollback", "--json"]).output)
     assert (told["model"], told["move"]["to"]) == ("ccb", 1)
-    assert all(check["holds"] for check in told["checks"])
+    assert [check["what"] for check in told["checks"] if check["holds"] is not True] == ["signature"]
 
 
 def test_a_store_that_is_there_says_its_kind_release_and_artifacts(client: mlflow.MlflowClient) -> None:
