@@ -70,7 +70,7 @@ VARIABLES = {
     "MLFLOW_TRACKING_URI": "MLflow's database or server; without it `sqlite:///mlflow.db` in the working folder.",
     "NAMESAKE_CACHE": "Folder for what can be made again: the base model, its replies, verified copies of versions. "
     "Without it `XDG_CACHE_HOME/namesake`, else `~/.cache/namesake`.",
-    "NAMESAKE_SIGN_KEY": "`namesake promote --sign-key`: PEM file of the private key that signs versions.",
+    "NAMESAKE_SIGN_KEY": "`--sign-key` of `namesake promote`: PEM file of the private key that signs versions.",
     "NAMESAKE_SIGN_PASSWORD": "What opens that key, where it is encrypted.",
     "NAMESAKE_PUBLIC_KEY": "`--public-key` of `namesake verify` and `namesake rollback`; of `namesake serve` it is "
     "`NAMESAKE_SERVE_PUBLIC_KEY`.",
