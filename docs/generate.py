@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from namesake import cli, errors, gate, recipe
 from namesake_serving import __main__ as serving
-from namesake_serving import gateway, page, requests, service
+from namesake_serving import gateway, page, requests, service, webhook
 from namesake_serving.metrics import Metrics
 from namesake_serving.settings import Settings
 
@@ -45,6 +45,7 @@ ROUTES = {
     "/chat.css": "A part of the chat page.",
     "/chat.js": "A part of the chat page.",
     "/favicon.svg": "A part of the chat page.",
+    "/webhooks/mlflow": "MLflow's signed call that an alias has moved; there only with `webhook_url` or `webhook_secret`.",
 }
 HEADERS = {
     "x-namesake-version": "The version that answers, as a model id: `ccb-v3`.",
@@ -69,7 +70,11 @@ VARIABLES = {
     "MLFLOW_TRACKING_URI": "MLflow's database or server; without it `sqlite:///mlflow.db` in the working folder.",
     "NAMESAKE_CACHE": "Folder for what can be made again: the base model, its replies, verified copies of versions. "
     "Without it `XDG_CACHE_HOME/namesake`, else `~/.cache/namesake`.",
-    "OPENAI_API_KEY": "The key that `namesake chat` and `namesake probe` send.",
+    "NAMESAKE_SIGN_KEY": "`--sign-key` of `namesake promote`: PEM file of the private key that signs versions.",
+    "NAMESAKE_SIGN_PASSWORD": "What opens that key, where it is encrypted.",
+    "NAMESAKE_PUBLIC_KEY": "`--public-key` of `namesake verify` and `namesake rollback`; of `namesake serve` it is "
+    "`NAMESAKE_SERVE_PUBLIC_KEY`.",
+    "OPENAI_API_KEY": "The key that `namesake chat`, `namesake probe` and `namesake status` send.",
     "VLLM_PLUGINS": "Further plugins of vLLM, by commas; without it only the gateway's own is loaded.",
 }
 
@@ -416,7 +421,8 @@ def routes() -> dict[str, list[str]]:
     """Methods by path, from the gateway's own table."""
     with tempfile.TemporaryDirectory() as folder:
         made = service.Service("models:/ccb@champion", Settings(), Path(folder), Path(folder), Metrics())
-        found = {path: [*methods] for path, methods in gateway.Gateway(made, Settings())._routes.items()}
+        door = gateway.Gateway(made, Settings(webhook_secret="s"))  # the webhook has a route only with one
+        found = {path: [*methods] for path, methods in door._routes.items()}
     if set(found) != set(ROUTES):
         raise SystemExit(f"routes of the gateway and ROUTES differ: {sorted(set(found) ^ set(ROUTES))}")
     return {path: found[path] for path in ROUTES}
@@ -443,10 +449,20 @@ def refusals() -> list[tuple[int, str, str]]:
         if node.func.id == "Refused" and isinstance(node.args[0], ast.Constant):
             if isinstance(node.args[1], ast.Name):  # the body of _unavailable, whose callers have the messages
                 continue
-            found.append((int(node.args[0].value), code_of, _message(node.args[1])))  # type: ignore[arg-type]
+            message = _message(node.args[1]) if code_of != "invalid_signature" else _faults_of_a_call()
+            found.append((int(node.args[0].value), code_of, message))  # type: ignore[arg-type]
         elif node.func.id == "_unavailable":
             found.append((503, "unavailable", _message(node.args[0])))
     return sorted(dict.fromkeys(found))
+
+
+def _faults_of_a_call() -> str:
+    """What ``webhook.py`` finds wrong with a call."""
+    nodes = ast.walk(ast.parse(inspect.getsource(webhook)))
+    found = [
+        _message(node.exc.args[0]) for node in nodes if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+    ]
+    return " / ".join(found)
 
 
 def _message(node: ast.expr) -> str:

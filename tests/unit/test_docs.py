@@ -7,6 +7,7 @@ arguments; of the Makefile the targets and variables.
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -250,6 +251,33 @@ def test_a_page_has_the_commands_that_are_looked_for() -> None:
     found = [words[:2] for block in blocks(text) for words in commands(block)]
     assert found.count(["make", "promote"]) >= 3
     assert ["namesake", "rollback"] in found
+
+
+# What pages quote.
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_json_is_json(page: Path) -> None:
+    for _, language, body in _FENCE.findall(page.read_text(encoding="utf-8")):
+        if language == "json":
+            try:
+                json.loads(body)
+            except ValueError:  # a line each
+                assert [json.loads(line) for line in body.splitlines()]
+
+
+def test_every_command_that_speaks_json_has_its_shape_on_the_page() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    speaking = [name for name, one in group.commands.items() if "--json" in {o for p in one.params for o in p.opts}]
+    page = (GUIDE / "howto" / "json.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## namesake (\w+)$", page, re.MULTILINE) == speaking
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_test_that_is_named_exists(page: Path) -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))
+    assert not [name for name in named if f"def {name}(" not in sources]
 
 
 # Links and languages.
