@@ -7,6 +7,7 @@ user gives; nothing is asked of the network.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -160,7 +161,9 @@ def sign(folder: Path, key: Path, password: str = "") -> None:
     from model_signing import hashing, signing
 
     no_links = hashing.Config().set_allow_symlinks(False)  # type: ignore[no-untyped-call]
-    signer = signing.Config().use_elliptic_key_signer(private_key=key, password=password or None)  # type: ignore[no-untyped-call]
+    # It says the password is text, and hands it to cryptography, which wants bytes.
+    opened: Any = password.encode() if password else None
+    signer = signing.Config().use_elliptic_key_signer(private_key=key, password=opened)  # type: ignore[no-untyped-call]
     signer.set_hashing_config(no_links).sign(folder, folder / SIGNATURE)
 
 
@@ -190,9 +193,12 @@ def check_signature(folder: Path, public_key: Path) -> None:
         # MLflow's own files beside are not signed; what is added to weights or adapter is found by `strange`.
         verifier.set_hashing_config(no_links).set_ignore_unsigned_files(True).verify(folder, folder / SIGNATURE)
     except Exception as error:  # model-signing lets through what protobuf, cryptography and json raise
-        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        text = str(error).strip().partition("\n")[0] or type(error).__name__
+        changed = ", ".join(re.findall(r"Hash mismatch for '([^']+)'", text))
+        told = f"{changed} is not what was signed" if changed else text
         raise RegistryError(
-            f"The version's signature does not hold: {told}.", mend="Check the key, or promote the run again."
+            f"The version's signature does not hold: {told}.",
+            mend="Check the key, or promote the run again.",
         ) from error
 
 

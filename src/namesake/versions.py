@@ -35,8 +35,12 @@ def point(version: Version, alias: str, *, how: str, why: str) -> Move:
         RegistryError: MLflow failed; a move that is not in the history yet is written when the follower sees it.
     """
     before = registry.alias_of(version.name, alias)
-    move = Move(time.time(), alias, before, version.number, who(), how, why)
     registry.point(version.name, alias, version.number)
+    if before == version.number:
+        # It may have been moved by a process that died before it wrote that down.
+        moves = registry.history(version.name, alias)
+        before = moves[-1].to if moves else None
+    move = Move(time.time(), alias, before, version.number, who(), how, why)
     if before != version.number:
         registry.record_move(version.name, move)
     return move

@@ -284,6 +284,7 @@ def test_killed_at_any_step_nothing_is_half_made_and_a_rerun_converges(
     assert outcome.version.number == 1
     assert registry.alias_of("ccb", "champion") == 1
     assert len(store.client().search_model_versions("name = 'ccb'")) == 1
+    assert [move.to for move in registry.history("ccb", "champion")] == [1]
     assert_nothing_half_made(store)
 
 
@@ -376,11 +377,12 @@ def test_one_run_promoted_by_several_at_once_is_one_version(store: Store, run_id
     assert_nothing_half_made(store)
 
 
-def key_pair(folder: Path, name: str = "key") -> tuple[Path, Path]:
+def key_pair(folder: Path, name: str = "key", password: bytes = b"") -> tuple[Path, Path]:
     """A private and a public key in PEM files."""
     folder.mkdir(parents=True, exist_ok=True)
     private = ec.generate_private_key(ec.SECP256R1())
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    pem = serialization.Encoding.PEM
+    plain = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
     secret, public = folder / f"{name}.pem", folder / f"{name}.pub"
     secret.write_bytes(private.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
     public.write_bytes(private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
@@ -468,6 +470,19 @@ def test_whatever_is_changed_in_a_signed_version_is_refused(
 ) -> None:
     change(signed[0])
     assert refused(signed[1], tmp_path / "store")
+
+
+def test_a_key_may_have_a_password(store: Store, run_id: str, tmp_path: Path) -> None:
+    secret, public = key_pair(tmp_path / "keys", password=b"open sesame")
+    with pytest.raises(InputError, match="sign_key"):
+        here(store, run_id, sign_key=secret, password="wrong")
+    here(store, run_id, sign_key=secret, password="open sesame")
+    assert False not in {check.holds for check in versions.verify("models:/ccb@champion", public)}
+
+
+def test_a_changed_file_is_named(signed: tuple[Path, Path], tmp_path: Path) -> None:
+    flipped(signed[0])
+    assert "model/model.safetensors is not what was signed." in refused(signed[1], tmp_path / "store")
 
 
 def test_another_key_is_refused(signed: tuple[Path, Path], tmp_path: Path) -> None:
