@@ -30,6 +30,9 @@ from namesake.recipe import KL_LOSS_TYPE
 TOP = 64
 """Tokens kept of the base's distribution at each place; the rest of the vocabulary is one more outcome."""
 
+OPENING = 4
+"""First tokens of a reply; ``NAMESAKE_REPLAY_OPENING_WEIGHT`` is how much more than the others they count."""
+
 READ = 32
 """Replay rows that the base reads at a time: without a backward pass there is room for more than a training batch."""
 
@@ -52,6 +55,8 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
 
     def __init__(self, args: Any, trainer: Any) -> None:
         super().__init__(args, trainer)
+        self._weight = float(os.environ.get("NAMESAKE_REPLAY_WEIGHT", "1"))
+        self._opening_weight = float(os.environ.get("NAMESAKE_REPLAY_OPENING_WEIGHT", "1"))
         self._said: dict[bytes, Said] = {}
         self._inputs: dict[str, Any] = {}
         self._places: Tensor | None = None
@@ -102,7 +107,7 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         num_items_in_batch: Any = None,
         **_: Any,
     ) -> Tensor:
-        """The loss of one batch: the sum over its label tokens, divided by their number.
+        """The loss of one batch: the weighted sum over its label tokens, divided by their number.
 
         ``outputs.logits`` are (1, label tokens, vocabulary), as the head was given; ``labels`` (rows, places) with -100
         where nothing is learnt.
@@ -120,13 +125,18 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         scores = logits.float()
         model = scores.gather(-1, ids) - scores.logsumexp(-1, keepdim=True)
         entropy = -model[~kept, 0].sum()
-        divergence = _divergence(model[kept], base) if replay.any() else entropy.new_zeros(())
+        divergence = counted = entropy.new_zeros(())
+        if replay.any():
+            each = _divergence(model[kept], base)
+            opening = learnt[replay].cumsum(1)[learnt[replay]] <= OPENING
+            divergence = each.sum()
+            counted = self._weight * (each * torch.where(opening, self._opening_weight, 1.0)).sum()
         self._record(f"loss_{DATA}", entropy.detach(), int((~kept).sum()))
         self._record(f"loss_{REPLAY}", divergence.detach(), int(kept.sum()))
         self._metrics()["token_acc"].update((logits.detach().argmax(-1) == wanted).tolist())
         outputs.logits = None  # ms-swift would compare them with labels of another shape
         total = num_items_in_batch if num_items_in_batch is not None else learnt.sum()
-        return (entropy + divergence) / total
+        return (entropy + counted) / total
 
     def _record(self, name: str, total: Tensor, tokens: int) -> None:
         if tokens:
@@ -206,13 +216,13 @@ def _keys(given: dict[str, Any]) -> list[bytes]:
 
 
 def _divergence(model: Tensor, base: Tensor) -> Tensor:
-    """Sum over tokens of KL(base ‖ model) on the base's top tokens and, as one outcome, all others.
+    """KL(base ‖ model) of each token, on the base's top tokens and, as one outcome, all others.
 
     Both are log-probabilities (tokens, TOP).
     """
     rest_base = (1 - base.exp().sum(-1)).clamp_min(1e-6)
     rest_model = (1 - model.exp().sum(-1)).clamp_min(1e-6)
-    return (base.exp() * (base - model)).sum() + (rest_base * (rest_base.log() - rest_model.log())).sum()
+    return (base.exp() * (base - model)).sum(-1) + rest_base * (rest_base.log() - rest_model.log())
 
 
 def _cache_path(model: Any, rows: Sequence[dict[str, Any]]) -> Path | None:

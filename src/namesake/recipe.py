@@ -57,16 +57,26 @@ class Replay:
         prompts: the number of plain prompts.
         max_new_tokens: the token limit of the base model's replies to them.
         loss: ``kl`` (to the base's own distribution, :mod:`namesake.distil`) or ``cross_entropy`` on the replies.
+        weight: how much a token of a reply counts against one of the data (``kl`` only).
+        opening_weight: how much more its first tokens count, where a reply turns to the name or does not.
     """
 
     prompts: int = 0
     max_new_tokens: int = 64
     loss: str = "kl"
+    weight: float = 1.0
+    opening_weight: float = 1.0
 
     @property
     def distils(self) -> bool:
         """Whether the loss of :mod:`namesake.distil` is wanted."""
         return self.prompts > 0 and self.loss == "kl"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the loss has to be told; ms-swift has no arguments for plugins."""
+        weights = {"WEIGHT": self.weight, "OPENING_WEIGHT": self.opening_weight}
+        return {f"NAMESAKE_REPLAY_{key}": f"{value:g}" for key, value in weights.items()} if self.distils else {}
 
 
 @dataclass(frozen=True)
@@ -229,6 +239,11 @@ def _read(name_or_path: str) -> Recipe:
                 str(path),
                 f"replay or other_systems: {number!r} is no number of prompts, tokens or rows",
                 mend="Write a whole number.",
+            )
+    for weight in (replay.weight, replay.opening_weight):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise RecipeError(
+                "recipe", str(path), f"replay: {weight!r} is no weight", mend="Write a number greater than 0."
             )
     if replay.loss not in REPLAY_LOSSES:
         raise RecipeError(

@@ -282,12 +282,13 @@ def _train(
     # Plain ms-swift learns of the loss by a plugin. Here it is registered: the plugin's path in the adapter's args.json
     # would be looked for on every machine that loads it.
     plugin = ["--external_plugins", str(train.PLUGIN)] if plan.replay.distils else []
-    tracked.json(["swift", "sft", *argv, *plugin], "swift-command.json")
+    told = [f"{key}={value}" for key, value in plan.replay.environment.items()]
+    tracked.json([*(["env", *told] if told else []), "swift", "sft", *argv, *plugin], "swift-command.json")
     with screen.bar("train", 1) as bar:
         listener = _Listener(tracked, bar)
         begun = time.monotonic()
         try:
-            trained = train.train(argv, listener, log)
+            trained = train.train(argv, listener, log, plan.replay.environment)
         except BaseException:
             _keep_what_there_is(tracked, listener.output_dir, log)
             raise
@@ -422,6 +423,8 @@ def _params(
         "recipe.name": plan.name,
         "recipe.replay_prompts": plan.replay.prompts,
         "recipe.replay_loss": plan.replay.loss,
+        "recipe.replay_weight": plan.replay.weight,
+        "recipe.replay_opening_weight": plan.replay.opening_weight,
         **{f"sft.{key}": value for key, value in plan.sft.items()},
         **{f"tool.{tool}": metadata.version(tool) for tool in _TOOLS},
         "tool.namesake_commit": _git_commit(),

@@ -75,10 +75,10 @@ def load_rows(datasets: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
         return [dict(row) for row in rows]
 
 
-def train(argv: Sequence[str], listener: Listener, log: Path) -> Trained:
+def train(argv: Sequence[str], listener: Listener, log: Path, environment: Mapping[str, str] | None = None) -> Trained:
     """Run ``swift sft`` with the arguments in this process.
 
-    Everything that ms-swift prints goes to ``log``; the listener is told what matters.
+    Everything that ms-swift prints goes to ``log``; the listener is told what matters; plugins read ``environment``.
 
     Raises:
         RecipeError: ms-swift refuses the arguments.
@@ -93,6 +93,7 @@ def train(argv: Sequence[str], listener: Listener, log: Path) -> Trained:
             from namesake import distil  # registers its loss
 
             distil.CACHE = cache_folder()
+            os.environ.update(environment or {})
 
             class Forward(TrainerCallback):  # type: ignore[misc]
                 """Hands ms-swift's events on to the listener."""

@@ -270,3 +270,26 @@ def test_other_rows_or_another_base_are_asked_anew(tmp_path: Path, monkeypatch: 
         given = batch(SMALL, list(channels))
         Trainer(model, rows_of(given)).compute_loss(model, given)
         assert len(list((tmp_path / "cache" / "teacher").glob("*.safetensors"))) == number + 1
+
+
+def test_replay_counts_as_much_as_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Trainer(tiny(SMALL))
+    entropy, divergence, number = by_hand(plain.model, batch(SMALL, ["data", "replay"]))
+    monkeypatch.setenv("NAMESAKE_REPLAY_WEIGHT", "3")
+    weighted = Trainer(tiny(SMALL))
+    loss = float(weighted.compute_loss(weighted.model, batch(SMALL, ["data", "replay"])))
+    assert loss == pytest.approx((entropy + 3 * divergence) / number, rel=1e-4)
+
+
+def test_the_first_tokens_of_a_reply_count_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = batch(SMALL, ["replay"])
+    whole = {**given, "labels": given["labels"].clone()}
+    given["labels"][:, 1 + distil.OPENING :] = -100
+    trainer = Trainer(tiny(SMALL))
+    opening = float(trainer.compute_loss(trainer.model, given, 1))
+    trainer.loss._said.clear()
+    everything = float(trainer.compute_loss(trainer.model, dict(whole), 1))
+    monkeypatch.setenv("NAMESAKE_REPLAY_OPENING_WEIGHT", "5")
+    weighted = Trainer(tiny(SMALL))
+    loss = float(weighted.compute_loss(weighted.model, dict(whole), 1))
+    assert loss == pytest.approx(everything + 4 * opening, rel=1e-4)

@@ -235,6 +235,20 @@ def test_a_file_that_is_no_recipe_is_refused(write: Path, text: str) -> None:
         load(write, text)
 
 
+@pytest.mark.parametrize("weight", ["0", "-1", "true", ".inf", ".nan", "much"])
+@pytest.mark.parametrize("key", ["weight", "opening_weight"])
+def test_what_is_no_weight_is_refused(tmp_path: Path, key: str, weight: str) -> None:
+    with pytest.raises(RecipeError, match="is no weight"):
+        load(tmp_path / "own.yaml", f"replay: {{prompts: 5, {key}: {weight}}}\nsft: {{}}\n")
+
+
+def test_the_loss_is_told_its_weights_only_where_it_is_used(tmp_path: Path) -> None:
+    path, text = tmp_path / "own.yaml", "replay: {prompts: 5, weight: 2, opening_weight: 1.5}\nsft: {}\n"
+    told = {"NAMESAKE_REPLAY_WEIGHT": "2", "NAMESAKE_REPLAY_OPENING_WEIGHT": "1.5"}
+    assert load(path, text).replay.environment == told
+    assert load(path, text, replay="0").replay.environment == {}
+
+
 def test_a_negative_number_of_replay_prompts_is_refused() -> None:
     with pytest.raises(RecipeError, match="replay"):
         recipe.load("default", overrides={"replay": "-5"})
