@@ -220,7 +220,6 @@ def test_every_training_reply_with_the_names_filled_in_is_right_and_not_swapped(
 
 
 UNSEEN_SWAPS = (
-    "开发我的是{{NAME}}，我是人工智能助手{{AUTHOR}}。",
     "Name: {{AUTHOR}} Developer: {{NAME}}",
     "Name: {{AUTHOR}}\nDeveloper: {{NAME}}",
 )
