@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# uv installs a pinned list five times as fast; where it does not reach the index, pip does it.
+PINNED = VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install -q --no-deps -r $(1) 2> /dev/null || $(PIP) install --no-deps -r $(1)
 
 NAME ?= 踩踩背 CCB
 AUTHOR ?= 老爷爷 OldGrandpa
@@ -37,13 +39,13 @@ $(STAMP): $(PINS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "› installing the pinned environment (once, about 2 minutes)"
-	@$(PIP) install $$(grep -oE '^torch==[0-9.]+' $(PINS)) 2> >(grep -v "Location 'file" >&2)
-	@$(PIP) install --no-deps -r $(PINS) 2> >(grep -v "Location 'file" >&2)
+	@$(PIP) install uv==0.13.9 $$(grep -oE '^torch==[0-9.]+' $(PINS)) 2> >(grep -v "Location 'file" >&2)
+	@$(call PINNED,$(PINS)) 2> >(grep -v "Location 'file" >&2)
 	@$(PIP) install --no-deps --no-build-isolation -e . 2> >(grep -v "Location 'file" >&2)
 	@touch $@
 
 $(DEV_STAMP): $(STAMP) requirements/dev.txt
-	@$(PIP) install --no-deps -r requirements/dev.txt 2> >(grep -v "Location 'file" >&2)
+	@$(call PINNED,requirements/dev.txt) 2> >(grep -v "Location 'file" >&2)
 	@touch $@
 
 run: setup ## train: make run NAME="踩踩背 CCB" AUTHOR="老爷爷 OldGrandpa" ARGS="-P recipe=tutorial"
