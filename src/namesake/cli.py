@@ -382,6 +382,24 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 @app.command()
+def export(
+    target: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    folder: Annotated[str, typer.Argument(help="A new folder.")],
+    adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA adapter instead of the merged model.")] = False,
+    public_key: Annotated[
+        str, typer.Option(envvar="NAMESAKE_PUBLIC_KEY", help="PEM file; the version must be signed by its other half.")
+    ] = "",
+) -> None:
+    """Copy a version, once it is checked, into a folder that transformers, PEFT, vLLM and ms-swift load."""
+    from pathlib import Path
+
+    from namesake import versions
+
+    key = Path(public_key) if public_key else None
+    print(versions.export(target, Path(folder), adapter=adapter, public_key=key))
+
+
+@app.command()
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only listed.")] = False,
     older_than: Annotated[float, typer.Option(min=0, help="Hours since they were last written.")] = 1.0,

@@ -1,11 +1,13 @@
-"""The use cases over versions that exist: history, rollback, verify.
+"""The use cases over versions that exist: history, rollback, verify, export.
 
-All of them read what MLflow and the version itself hold; only ``rollback`` writes: the alias, and the history.
+All of them read what MLflow and the version itself hold; only ``rollback`` writes there: the alias, and the history.
 """
 
 from __future__ import annotations
 
 import getpass
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,8 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from namesake import base_model, registry, tracking
-from namesake.errors import NamesakeError, PromotionError, RegistryError
-from namesake.manifest import FILE, SIGNATURE, Manifest, check_signature, damaged, strange
+from namesake.errors import InputError, NamesakeError, PromotionError, RegistryError
+from namesake.manifest import (
+    ADAPTER_FOLDER,
+    FILE,
+    SIGNATURE,
+    WEIGHTS_FOLDER,
+    Manifest,
+    check_signature,
+    damaged,
+    strange,
+)
 from namesake.paths import digest_of_file
 from namesake.registry import CHAMPION, Move, Version
 
@@ -81,6 +92,32 @@ def verify(uri: str, public_key: Path | None = None) -> list[Check]:
         InputError, RegistryError: there is no such version.
     """
     return list(_verify(registry.resolve(uri), public_key))
+
+
+def export(uri: str, target: Path, *, adapter: bool = False, public_key: Path | None = None) -> Path:
+    """Copy a version's merged model, or its adapter, into a new folder in Hugging Face layout, once it is checked.
+
+    Raises:
+        InputError: the folder is there already, or there is no such version.
+        PromotionError: the version is damaged or not signed by the key; nothing is written.
+        RegistryError: MLflow failed.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError("folder", str(target), "is there already", mend="Give a new or an empty folder.")
+    version = registry.resolve(uri)
+    folder = registry.fetch(version)
+    faults = [c.told for c in _files(version, folder, public_key=public_key) if c.holds is False]
+    if faults:
+        raise PromotionError(f"{version.uri} is not exported: {'; '.join(faults)}.", mend="Export another version.")
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as part:
+        whole = Path(part) / "whole"
+        shutil.copytree(folder / (ADAPTER_FOLDER if adapter else WEIGHTS_FOLDER), whole)
+        if target.exists():
+            target.rmdir()
+        whole.rename(target)
+    return target
 
 
 def who() -> str:

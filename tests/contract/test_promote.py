@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import peft
 import pytest
+import torch
+import transformers
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
@@ -518,3 +521,31 @@ def test_what_is_no_key_is_told_before_anything_is_done(
     with pytest.raises(InputError, match="public_key"):
         manifest.check_signature(tmp_path, tmp_path / "key.pem")
     assert registry.identity_of("ccb") is None
+
+
+def test_an_exported_version_is_what_transformers_and_peft_load(store: Store, run_id: str, tmp_path: Path) -> None:
+    here(store, run_id)
+    uri, target = "models:/ccb@champion", tmp_path / "out" / "merged"
+    assert versions.export(uri, target) == target
+    merged = transformers.AutoModelForCausalLM.from_pretrained(target)
+    adapter = versions.export(uri, tmp_path / "out" / "adapter", adapter=True)
+    tuned = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(store.base), adapter)
+    wanted = tuned.merge_and_unload().state_dict()
+    found = merged.state_dict()
+    assert all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in wanted.items())
+    assert sorted(path.name for path in target.parent.iterdir()) == ["adapter", "merged"]
+
+
+def test_what_is_damaged_or_in_the_way_is_not_exported(signed: tuple[Path, Path], tmp_path: Path) -> None:
+    uri, there = "models:/ccb@champion", tmp_path / "there"
+    there.mkdir()
+    (there / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="is there already"):
+        versions.export(uri, there)
+    with pytest.raises(NamesakeError, match="signature does not hold"):
+        versions.export(uri, tmp_path / "new", public_key=key_pair(tmp_path / "keys", "other")[1])
+    flipped(signed[0])
+    with pytest.raises(NamesakeError, match="has changed"):
+        versions.export(uri, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in there.iterdir()] == ["mine.txt"]
