@@ -169,6 +169,7 @@ STEPS = (
 
 def dies(index: int, when: str, sign: int, folder: str, uri: str, run: str) -> None:
     """Promote, and send oneself a signal before or after the step."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     step = STEPS[index]
     does: Callable[..., Any] = getattr(step.module, step.function)
 
