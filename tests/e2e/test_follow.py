@@ -37,7 +37,7 @@ def second(way: Way, client: mlflow.MlflowClient) -> int:
     place = way.place
     out = place.call(
         *(sys.executable, "-m", "namesake", "run", f"--name={NAME}", f"--author={AUTHOR}"),
-        *("--dataset=namesake/self-cognition#48", "--replay=0", "--max_steps=3", "--learning_rate=3e-3"),
+        *("--dataset=namesake/self-cognition#48", "--replay=0", "--max_steps=12", "--learning_rate=3e-3"),
         *("--output_dir", f"{place.folder}/output"),
     )
     run_id = out.partition("run   ")[2][:32]
