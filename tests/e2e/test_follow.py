@@ -37,7 +37,7 @@ def second(way: Way, client: mlflow.MlflowClient) -> int:
     place = way.place
     out = place.call(
         *(sys.executable, "-m", "namesake", "run", f"--name={NAME}", f"--author={AUTHOR}"),
-        *("--dataset=namesake/self-cognition#48", "--replay=0", "--max_steps=12", "--learning_rate=3e-3"),
+        *("--dataset=namesake/self-cognition#48", "--replay=0", "--max_steps=3", "--learning_rate=3e-3"),
         *("--output_dir", f"{place.folder}/output"),
     )
     run_id = out.partition("run   ")[2][:32]
@@ -124,8 +124,23 @@ def test_moves_of_the_alias_are_followed_and_no_request_notices(
             time.sleep(1)
     assert clients.faults == []
     calm = {f"ccb-v{number}": beginnings(endpoint, client, number) for number in (1, second)}
-    assert calm["ccb-v1"] != calm[f"ccb-v{second}"], "the two must differ for this test to mean anything"
+    # Two hardly trained models may begin alike; how sure they are of a word tells them apart.
+    assert calm_certainty(endpoint, client, 1) == pytest.approx(sure := calm_certainty(endpoint, client, 1), abs=1e-3)
+    assert calm_certainty(endpoint, client, second) != pytest.approx(sure, abs=1e-3)
+    assert calm_certainty(endpoint, client, 1) == pytest.approx(sure, abs=1e-3)
     assert [(version, text) for _, version, text in clients.answers if text[:12] not in calm[version]] == []
+
+
+def calm_certainty(url: str, client: mlflow.MlflowClient, number: int) -> float:
+    """The log-probability of the version's first word about itself, while nothing else is asked."""
+    client.set_registered_model_alias("ccb", "champion", str(number))
+    until_live(url, number)
+    asked = {"messages": [{"role": "user", "content": "你是谁？"}], "max_tokens": 1, "temperature": 0, "logprobs": True}
+    request = urllib.request.Request(
+        f"{url}/chat/completions", json.dumps(asked).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return float(json.load(response)["choices"][0]["logprobs"]["content"][0]["logprob"])
 
 
 def beginnings(url: str, client: mlflow.MlflowClient, number: int) -> set[str]:
