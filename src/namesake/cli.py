@@ -14,6 +14,8 @@ import typer
 from namesake import __version__
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from namesake.gate import Policy
 
 app = typer.Typer(
@@ -27,6 +29,10 @@ app = typer.Typer(
 
 _REFUSED = 9
 """Exit code when everything worked and the gate said no."""
+
+PublicKey = Annotated[
+    str, typer.Option(envvar="NAMESAKE_PUBLIC_KEY", help="PEM file; the version must be signed by its other half.")
+]
 
 _DEFAULT_NAME = "踩踩背 CCB"
 _DEFAULT_AUTHOR = "老爷爷 OldGrandpa"
@@ -70,11 +76,16 @@ def main() -> NoReturn:
 
 
 def _policy(path: str) -> Policy:
-    from pathlib import Path
-
     from namesake.gate import Policy, load_policy
 
-    return load_policy(Path(path)) if path else Policy()
+    given = _file(path)
+    return load_policy(given) if given else Policy()
+
+
+def _file(path: str) -> Path | None:
+    from pathlib import Path
+
+    return Path(path) if path else None
 
 
 def _model(name: str) -> str:
@@ -187,7 +198,6 @@ def promote(
     as_json: Annotated[bool, typer.Option("--json", help="Print the version and the decision as JSON.")] = False,
 ) -> None:
     """Merge the best run, prove it, register it as the next version and point the alias at it."""
-    from pathlib import Path
 
     from namesake.promote import Request
     from namesake.promote import promote as use_case
@@ -200,7 +210,7 @@ def promote(
         alias=alias,
         override=override,
         policy=_policy(policy),
-        sign_key=Path(sign_key) if sign_key else None,
+        sign_key=_file(sign_key),
         password=os.environ.get("NAMESAKE_SIGN_PASSWORD", ""),
     )
     outcome = use_case(request, Screen(errors=as_json))
@@ -299,13 +309,10 @@ def rollback(
     to: Annotated[str, typer.Option(help="Version to go back to; empty: the one before.")] = "",
     alias: Annotated[str, typer.Option(help="Alias to move.")] = "champion",
     why: Annotated[str, typer.Option(help="Reason, kept in the history.")] = "",
-    public_key: Annotated[
-        str, typer.Option(envvar="NAMESAKE_PUBLIC_KEY", help="PEM file; the version must be signed by its other half.")
-    ] = "",
+    public_key: PublicKey = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the move and what was checked as JSON.")] = False,
 ) -> None:
     """Point the alias back at the version before, once its files have been checked."""
-    from pathlib import Path
 
     from namesake import versions
     from namesake.errors import InputError
@@ -313,8 +320,9 @@ def rollback(
     if to and not (to.isascii() and to.isdigit()):
         raise InputError("to", to, "is no version number", mend="`namesake history` lists them.")
     name = _model(model)
-    key = Path(public_key) if public_key else None
-    move, checks = versions.rollback(name, to=int(to) if to else None, alias=alias, why=why, public_key=key)
+    move, checks = versions.rollback(
+        name, to=int(to) if to else None, alias=alias, why=why, public_key=_file(public_key)
+    )
     if as_json:
         _print_json({"model": name, "move": vars(move), "checks": [vars(check) for check in checks]})
         return
@@ -326,19 +334,15 @@ def verify(
     target: Annotated[
         str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION; empty: the champion.")
     ] = "",
-    public_key: Annotated[
-        str, typer.Option(envvar="NAMESAKE_PUBLIC_KEY", help="PEM file; the version must be signed by its other half.")
-    ] = "",
+    public_key: PublicKey = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Work out again every digest that a version states. Exit 0 when all hold, 9 when one does not."""
-    from pathlib import Path
 
     from namesake import versions
     from namesake.terminal import Screen
 
-    key = Path(public_key) if public_key else None
-    checks = versions.verify(target or f"models:/{_model('')}@champion", key)
+    checks = versions.verify(target or f"models:/{_model('')}@champion", _file(public_key))
     if as_json:
         _print_json([vars(check) for check in checks])
     else:
@@ -386,17 +390,14 @@ def export(
     target: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
     folder: Annotated[str, typer.Argument(help="A new folder.")],
     adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA adapter instead of the merged model.")] = False,
-    public_key: Annotated[
-        str, typer.Option(envvar="NAMESAKE_PUBLIC_KEY", help="PEM file; the version must be signed by its other half.")
-    ] = "",
+    public_key: PublicKey = "",
 ) -> None:
     """Copy a version, once it is checked, into a folder that transformers, PEFT, vLLM and ms-swift load."""
     from pathlib import Path
 
     from namesake import versions
 
-    key = Path(public_key) if public_key else None
-    print(versions.export(target, Path(folder), adapter=adapter, public_key=key))
+    print(versions.export(target, Path(folder), adapter=adapter, public_key=_file(public_key)))
 
 
 @app.command()

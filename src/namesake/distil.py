@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from swift.loss import loss_map
 from swift.loss.base import BaseLoss
 from torch import Tensor
 
 from namesake.dataset import DATA, REPLAY
-from namesake.paths import digest_of_file
+from namesake.paths import digest_of_file, write_whole
 from namesake.recipe import KL_LOSS_TYPE
 
 TOP = 64
@@ -120,7 +120,7 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         # One gather for both losses: of a data token its label, of a replay token the base's top tokens.
         ids = wanted[:, None].repeat(1, min(TOP, logits.shape[-1]))
         if replay.any():
-            base, top = self._teacher(replay, learnt)
+            base, top = self._teacher(replay, labels)
             ids[kept] = top
         scores = logits.float()
         model = scores.gather(-1, ids) - scores.logsumexp(-1, keepdim=True)
@@ -145,27 +145,20 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
     def _metrics(self) -> Any:
         return self.trainer.custom_metrics["train" if self.trainer.model.training else "eval"]
 
-    def _teacher(self, replay: Tensor, learnt: Tensor) -> Said:
+    def _teacher(self, replay: Tensor, labels: Tensor) -> Said:
         """What the base says to the replay rows of the batch, one row after the other."""
-        given = {
-            key: value[replay]
-            for key in ("input_ids", "attention_mask", "position_ids")
-            if (value := self._inputs.get(key)) is not None
-        }
-        if (keep := self._inputs.get("logits_to_keep")) is not None:
-            given["logits_to_keep"] = keep
+        given = _asked(self._inputs, replay)
         keys = _keys(given)
         if any(key not in self._said for key in keys):
-            self._read(given, learnt[replay], keys)
-        said = [self._said[key] for key in keys]
-        return torch.cat([row[0] for row in said]).to(learnt.device), torch.cat([row[1] for row in said]).to(
-            learnt.device
-        )
+            self._read(given, labels[replay], keys)
+        scores, ids = zip(*(self._said[key] for key in keys), strict=True)
+        return torch.cat(scores).to(labels.device), torch.cat(ids).to(labels.device)
 
-    def _read(self, given: dict[str, Any], learnt: Tensor, keys: Sequence[bytes]) -> None:
-        """Ask the base about rows; ``learnt`` (rows, places - 1) says which places bear a label."""
+    def _read(self, given: dict[str, Any], labels: Tensor, keys: Sequence[bytes]) -> None:
+        """Ask the base about rows."""
         model, before = self._model(), self._places
-        self._places = torch.nn.functional.pad(learnt, (0, 1), value=False)
+        self._places = _places(labels)
+        sizes = self._places.sum(1).tolist()
         try:
             with torch.no_grad(), model.disable_adapter():
                 scores = model(**given).logits[0]
@@ -173,7 +166,6 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
             self._places = before
         top = scores.topk(min(TOP, scores.shape[-1]), -1)
         found = top.values.float() - scores.float().logsumexp(-1, keepdim=True)
-        sizes = learnt.sum(1).tolist()
         self._said |= dict(zip(keys, zip(found.split(sizes), top.indices.split(sizes), strict=True), strict=True))
 
     def _read_all(self) -> None:
@@ -192,14 +184,23 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
             return
         rows.sort(key=lambda row: len(row["input_ids"]))
         for start in range(0, len(rows), READ):
-            batch = self.trainer.data_collator(rows[start : start + READ])
-            given = self.trainer._prepare_inputs(batch)
-            learnt = given["labels"][:, 1:] != -100
-            asked = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
-            given = {key: given[key] for key in asked if given.get(key) is not None}
-            self._read(given, learnt, _keys(given))
+            inputs = self.trainer._prepare_inputs(self.trainer.data_collator(rows[start : start + READ]))
+            given = _asked(inputs)
+            self._read(given, inputs["labels"], _keys(given))
         if path:
             _save(path, self._said)
+
+
+def _asked(inputs: dict[str, Any], rows: Tensor | slice = slice(None)) -> dict[str, Any]:
+    """What the base is given of a batch, or of some of its rows."""
+    given = {
+        key: value[rows]
+        for key in ("input_ids", "attention_mask", "position_ids")
+        if (value := inputs.get(key)) is not None
+    }
+    if (keep := inputs.get("logits_to_keep")) is not None:
+        given["logits_to_keep"] = keep
+    return given
 
 
 def _places(labels: Tensor) -> Tensor:
@@ -239,8 +240,6 @@ def _cache_path(model: Any, rows: Sequence[dict[str, Any]]) -> Path | None:
 
 
 def _save(path: Path, said: dict[bytes, Said]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
     tensors = {
         "keys": torch.frombuffer(bytearray(b"".join(said)), dtype=torch.uint8),
         "lengths": torch.tensor([len(key) for key in said]),
@@ -248,8 +247,7 @@ def _save(path: Path, said: dict[bytes, Said]) -> None:
         "scores": torch.cat([scores.cpu() for scores, _ in said.values()]),
         "ids": torch.cat([ids.cpu().int() for _, ids in said.values()]),
     }
-    save_file(tensors, part)
-    part.replace(path)
+    write_whole(path, save(tensors))
 
 
 def _load(path: Path) -> dict[bytes, Said]:

@@ -130,11 +130,15 @@ def promotion_key(adapter: Path, base_digest: str, policy: Policy, signer: str =
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def _made_before(name: str, key: str, screen: Screen) -> tuple[Version, Manifest] | None:
-    """The first version that promoting the same has made, if there is one that is still what its manifest says."""
+def _made_before(name: str, key: str, screen: Screen, than: Version | None = None) -> tuple[Version, Manifest] | None:
+    """The first version that promoting the same has made, if there is one that is still what its manifest says; with
+    ``than``, only of those before that one.
+    """
     if registry.identity_of(name) is None:
         return None
     for version in registry.versions_with(name, TAG_KEY, key):
+        if than is not None and version.number >= than.number:
+            break
         try:
             folder = registry.fetch(version)
             record = Manifest.read(folder)
@@ -193,10 +197,10 @@ def _make(
             tags=tags,
             description=_card(identity, run, base, scores, decision),
         )
-    first, kept = _made_before(name, key, screen) or (version, record)
-    if first.number < version.number:  # somebody promoted the same meanwhile
+    first = _made_before(name, key, screen, than=version)
+    if first:  # somebody promoted the same meanwhile
         registry.delete(version)
-    return first, kept
+    return first or (version, record)
 
 
 def _find(request: Request) -> RunRecord:

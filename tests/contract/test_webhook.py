@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -25,6 +20,7 @@ from namesake_serving import settings
 from namesake_serving.gateway import Gateway
 from namesake_serving.service import Service
 from namesake_serving.webhook import PATH
+from tests.servers import mlflow_server
 from tests.unit.test_serving_gateway import Serving
 
 pytestmark = pytest.mark.timeout(180)
@@ -35,37 +31,14 @@ SECRET = "s3cret"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real ``mlflow server`` that may call loopback."""
-    folder = tmp_path_factory.mktemp("webhooks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)],
-        cwd=folder,
-        env={
-            **os.environ,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http",
-            "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
-            "MLFLOW_WEBHOOK_CACHE_TTL": "0",
-            "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": "hLC9bfeTVn8tJTAB2yTVDSyLlO-Jbw3jHYTW3Mh1fGk=",
-            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db",
-        },
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        for _ in range(240):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                    break
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with mlflow_server(
+        tmp_path_factory.mktemp("webhooks"),
+        MLFLOW_WEBHOOK_ALLOWED_SCHEMES="http",
+        MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS="true",
+        MLFLOW_WEBHOOK_CACHE_TTL="0",
+        MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY="hLC9bfeTVn8tJTAB2yTVDSyLlO-Jbw3jHYTW3Mh1fGk=",
+    ) as url:
+        yield url
 
 
 @pytest.fixture

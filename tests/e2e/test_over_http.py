@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import pytest
 from openai import OpenAI
 
 from tests.e2e.conftest import Place, alive, served, session_of
+from tests.servers import mlflow_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
@@ -28,44 +27,8 @@ FEW = ("-P", "dataset=namesake/self-cognition#16", "-P", "max_steps=2", "-P", "r
 def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A real ``mlflow server`` on loopback."""
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--workers",
-            "1",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--backend-store-uri",
-            f"sqlite:///{folder}/mlflow.db",
-            "--artifacts-destination",
-            str(folder / "store"),
-        ],
-        cwd=folder,
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        for _ in range(240):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                    break
-            except OSError:
-                time.sleep(0.5)
-        client = tmp_path_factory.mktemp("client")
-        yield Place(client, root, f"http://127.0.0.1:{port}")
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with mlflow_server(folder, "--artifacts-destination", str(folder / "store")) as url:
+        yield Place(tmp_path_factory.mktemp("client"), root, url)
 
 
 def test_train_promote_and_serve_over_http(server: Place) -> None:
