@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import tenacity
 
 from namesake.errors import InputError, NamesakeError, RegistryError
 from namesake.paths import store_address
@@ -36,6 +38,11 @@ BY_HAND = "by hand"
 """How an alias moved that neither `promote` nor `rollback` moved."""
 
 _HISTORY = "namesake.history."
+
+_CONFLICTS = ("IntegrityError", "UniqueViolation", "Model Version creation error")
+"""What MLflow's errors say where two writers met: sqlalchemy's, psycopg's and its own word."""
+
+T = TypeVar("T")
 
 _URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 
@@ -168,12 +175,13 @@ def register(
         client = _client()
         if identity_of(name) is None:
             try:
-                client.create_registered_model(name, tags={TAG_IDENTITY: identity}, description=f"{identity}.")
+                _write(client.create_registered_model, name, tags={TAG_IDENTITY: identity}, description=f"{identity}.")
             except mlflow.exceptions.MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # somebody was faster
                     raise
         source = client.get_logged_model(model_uri.removeprefix("models:/")).artifact_location
-        made = client.create_model_version(
+        made = _write(
+            client.create_model_version,
             name,
             source=source,
             run_id=run_id,
@@ -187,7 +195,7 @@ def register(
 def point(name: str, alias: str, number: int) -> None:
     """Move the alias to the version."""
     with _mapped(f"The alias {alias} of {name} could not be moved to version {number}."):
-        _client().set_registered_model_alias(name, alias, str(number))
+        _write(_client().set_registered_model_alias, name, alias, str(number))
 
 
 def delete(version: Version) -> None:
@@ -201,7 +209,7 @@ def tag(version: Version, key: str, value: str | None) -> None:
     with _mapped(f"The tag {key} of {version.uri} could not be set."):
         client = _client()
         if value is not None:
-            client.set_model_version_tag(version.name, str(version.number), key, value)
+            _write(client.set_model_version_tag, version.name, str(version.number), key, value)
         elif key in client.get_model_version(version.name, str(version.number)).tags:
             client.delete_model_version_tag(version.name, str(version.number), key)
 
@@ -257,7 +265,7 @@ def record_move(name: str, move: Move) -> None:
                 return
             key = last[0].key if last[0].how == BY_HAND else key
         value = {k: v for k, v in vars(move).items() if k != "key"}
-        _client().set_registered_model_tag(name, key, json.dumps(value, ensure_ascii=False))
+        _write(_client().set_registered_model_tag, name, key, json.dumps(value, ensure_ascii=False))
 
 
 def history(name: str, alias: str) -> list[Move]:
@@ -309,6 +317,25 @@ def fetch(version: Version, target: Path | None = None) -> Path:
 
     with _mapped(f"The files of {version.uri} cannot be had.", mend="Check the artifact store."):
         return Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=str(target) if target else None))
+
+
+def _write(call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    """Call again where another writer was faster: MLflow looks and then inserts, so that two who set the same alias or
+    tag for the first time, or make the next version, meet at the table's key; it says so and has written nothing.
+    """
+    import mlflow
+
+    def another_was_faster(error: BaseException) -> bool:
+        return isinstance(error, mlflow.exceptions.MlflowException) and (
+            error.error_code == "TEMPORARILY_UNAVAILABLE" or any(sign in str(error) for sign in _CONFLICTS)
+        )
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(another_was_faster),
+        wait=tenacity.wait_random_exponential(multiplier=0.05, max=2),
+        stop=tenacity.stop_after_attempt(10),
+        reraise=True,
+    )(call, *arguments, **named)
 
 
 def _client() -> Any:

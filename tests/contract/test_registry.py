@@ -1,0 +1,74 @@
+"""The registry beside other writers, on a real store."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import mlflow
+import pytest
+
+from namesake import registry
+from namesake.errors import RegistryError
+
+WRITERS = 8
+
+
+def together(work: Callable[[int], object]) -> list[RegistryError]:
+    """Have each writer do it at the same moment; the errors."""
+    errors: list[RegistryError] = []
+    barrier = threading.Barrier(WRITERS)
+
+    def write(number: int) -> None:
+        barrier.wait()
+        try:
+            work(number)
+        except RegistryError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(WRITERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_an_alias_that_several_set_first_is_set(client: mlflow.MlflowClient) -> None:
+    client.create_model_version("ccb", "/somewhere")
+    for number in range(10):
+        assert together(lambda _, alias=f"alias{number}": registry.point("ccb", alias, 1)) == []
+        assert registry.alias_of("ccb", f"alias{number}") == 1
+
+
+def test_a_tag_that_several_set_first_is_set(client: mlflow.MlflowClient) -> None:
+    client.create_model_version("ccb", "/somewhere")
+    version = registry.resolve("models:/ccb/1")
+    for number in range(10):
+        assert together(lambda writer, key=f"tag{number}": registry.tag(version, key, str(writer))) == []
+        assert registry.resolve("models:/ccb/1").tags[f"tag{number}"] in map(str, range(WRITERS))
+
+
+def test_versions_that_several_make_have_a_number_each(client: mlflow.MlflowClient) -> None:
+    models = [client.create_logged_model("0", name=f"model-{writer}").model_id for writer in range(WRITERS)]
+    errors = together(
+        lambda writer: registry.register(
+            "ccb", f"models:/{models[writer]}", run_id="", identity="踩踩背 CCB", tags={"a": "b"}, description=""
+        )
+    )
+    assert errors == []
+    assert [version.number for version in registry.newest_versions("ccb", 99)] == list(range(WRITERS, 0, -1))
+
+
+def test_what_is_no_conflict_is_not_tried_again(client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = mlflow.MlflowClient.set_registered_model_alias
+
+    def counted(self: mlflow.MlflowClient, *arguments: str) -> None:
+        calls.append(arguments)
+        real(self, *arguments)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_registered_model_alias", counted)
+    with pytest.raises(RegistryError, match="version 9"):
+        registry.point("ccb", "champion", 9)
+    assert len(calls) == 1
