@@ -19,7 +19,7 @@ from namesake.paths import cache_folder
 OLDER_THAN = 3600.0
 """Seconds: what is younger may still be at work."""
 
-_FOLDERS = ("namesake-promote-*", "namesake-extras-*", "namesake-plots-*")
+_FOLDERS = ("namesake-promote-*", "namesake-shell-*", "namesake-plots-*")
 
 
 @dataclass(frozen=True)

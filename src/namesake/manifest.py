@@ -90,13 +90,10 @@ class Manifest:
             ) from error
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below the folder, by path relative to it."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            found[path.relative_to(folder).as_posix()] = digest_of_file(path)
-    return found
+def digests(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """SHA-256 of every file below the folder, by path relative to it; those that are known are not read."""
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    return {name: (known or {}).get(name) or digest_of_file(folder / name) for name in names}
 
 
 def damaged(folder: Path, wanted: Mapping[str, str]) -> list[str]:

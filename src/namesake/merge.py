@@ -2,16 +2,22 @@
 
 ``W' = W + scale · B A`` in float32, written in the base's dtype (LoRA, arXiv 2106.09685; rank-stabilised scale
 ``alpha / sqrt(r)``, arXiv 2312.03732). The merged file has the base file's header, so its tensors are written one
-after the other and never all held at once. What this does not know (DoRA, biases, modules saved whole, patterns of
-ranks) is left to PEFT's own merge.
+after the other, hashed on the way, and never all held at once. What this does not know (DoRA, biases, modules saved
+whole, patterns of ranks) is left to PEFT's own merge.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 import struct
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +38,28 @@ _ONLY_PEFT = (
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
-def merge(base: Path, adapter: Path, target: Path, *, system: str | None = None) -> str:
+_PENDING = 2
+"""Merged tensors that wait to be written, at most."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """How a merge was made.
+
+    Attributes:
+        way: ``streamed`` or ``peft: why``.
+        digests: SHA-256 of the weight files that were hashed as they were written, by name.
+    """
+
+    way: str
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+
+def merge(base: Path, adapter: Path, target: Path, *, system: str | None = None) -> Merged:
     """Write the merged model into the empty folder ``target``.
 
     Tokenizer, chat template and generation settings travel along; with ``system`` the chat template puts this system
     prompt where a dialogue has none, so that every loader answers as it was trained.
-
-    Returns:
-        How it was merged: ``streamed`` or ``peft: why``.
 
     Raises:
         PromotionError: the adapter does not fit the base.
@@ -51,17 +71,16 @@ def merge(base: Path, adapter: Path, target: Path, *, system: str | None = None)
         from namesake.generate import merge_with_peft
 
         merge_with_peft(base, adapter, target)
-        way = f"peft: {unknown}"
+        made = Merged(f"peft: {unknown}")
     else:
         deltas = _Deltas(adapter, config)
-        for path in sorted(base.glob("*.safetensors")):
-            _merge_file(path, target / path.name, deltas)
+        weights = sorted(base.glob("*.safetensors"))
+        made = Merged("streamed", {path.name: _merge_file(path, target / path.name, deltas) for path in weights})
         if deltas.unused:
             raise PromotionError(
                 f"The adapter changes {len(deltas.unused)} tensors that {base} lacks: {min(deltas.unused)} …",
                 mend="Merge it into the base it was trained on.",
             )
-        way = "streamed"
     for path in sorted(base.iterdir()):
         # The base's own files, but for weights (merged above) and notes of ours.
         beside = path.suffix in {".json", ".jinja", ".txt", ".model"} and path.name != "namesake-digests.json"
@@ -70,7 +89,7 @@ def merge(base: Path, adapter: Path, target: Path, *, system: str | None = None)
             shutil.copyfile(path, target / path.name)
     if system is not None:
         pin_system(target, system)
-    return way
+    return made
 
 
 def pin_system(folder: Path, system: str) -> None:
@@ -141,11 +160,11 @@ class _Deltas:
         return (b @ a) * self._scale
 
 
-def _merge_file(source: Path, target: Path, deltas: _Deltas) -> None:
-    import numpy
+def _merge_file(source: Path, target: Path, deltas: _Deltas) -> str:
+    """Write the merged file; its SHA-256."""
     import torch
 
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with source.open("rb") as reader, _Hashed(target) as writer:
         raw = reader.read(8)
         header = reader.read(struct.unpack("<Q", raw)[0])
         writer.write(raw + header)
@@ -153,7 +172,8 @@ def _merge_file(source: Path, target: Path, deltas: _Deltas) -> None:
         tensors.pop("__metadata__", None)
         for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"][0]):
             start, end = entry["data_offsets"]
-            data = bytearray(reader.read(end - start))
+            data = bytearray(end - start)
+            reader.readinto(data)
             delta = deltas.of(name)
             if delta is not None:
                 if list(delta.shape) != entry["shape"] or entry["dtype"] not in _DTYPES:
@@ -162,8 +182,38 @@ def _merge_file(source: Path, target: Path, deltas: _Deltas) -> None:
                         f"is {entry['dtype']} {entry['shape']}.",
                         mend="Merge it into the base it was trained on.",
                     )
-                dtype = getattr(torch, _DTYPES[entry["dtype"]])
-                weight = torch.frombuffer(data, dtype=dtype).view(entry["shape"])
-                merged = (weight.float() + delta).to(dtype).contiguous()
-                data = bytearray(merged.view(torch.uint8).numpy().astype(numpy.uint8, copy=False).tobytes())
+                weight = torch.frombuffer(data, dtype=getattr(torch, _DTYPES[entry["dtype"]])).view(entry["shape"])
+                weight.copy_(delta.add_(weight))  # float32, rounded once
             writer.write(data)
+        return writer.digest()
+
+
+class _Hashed(AbstractContextManager["_Hashed"]):
+    """A file that is hashed as it is written, both beside the caller's own work; few pieces wait at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("wb")
+        self._hash = hashlib.sha256()
+        self._workers = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._pending: deque[tuple[Future[None], Future[int]]] = deque()
+
+    def write(self, data: bytes | bytearray) -> None:
+        """Append the piece, which the caller does not touch again."""
+        hashing, writing = self._workers
+        self._pending.append((hashing.submit(self._hash.update, data), writing.submit(self._stream.write, data)))
+        self._settle(_PENDING)
+
+    def digest(self) -> str:
+        """SHA-256 of all that was written."""
+        self._settle(0)
+        return self._hash.hexdigest()
+
+    def _settle(self, left: int) -> None:
+        while len(self._pending) > left:
+            for job in self._pending.popleft():
+                job.result()
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.shutdown(cancel_futures=True)
+        self._stream.close()

@@ -158,45 +158,47 @@ def _make(
     base = base_of(run, screen)
     system = run.params.get("sft.system")
     before = base_scores(identity, base, run.params["base.digest"], system, corpus.heldout(), screen)
-    with tempfile.TemporaryDirectory(prefix="namesake-promote-") as folder:
-        merged = Path(folder) / WEIGHTS_FOLDER
-        way = merge.merge(base.path, adapter, merged, system=system)
-        screen.line(f"  merged ({way})")
-        parity, card = _compare(identity, base, adapter, merged, system, screen)
-        scores = {**card.metrics, **ability_of(before, card).metrics(), "parity": parity}
-        decision = gate.decide_kept(scores, champion=_champions_scores(name, run.id), policy=request.policy)
-        record = _record(identity, run, base, merged, adapter, system, scores, request.override, golden(card))
-        tags = {
-            TAG_KEY: key,
-            tracking.TAG_NAME: str(identity.name),
-            tracking.TAG_AUTHOR: str(identity.author),
-            tracking.TAG_BASE: base.id,
-            "namesake.data_digest": run.params["data.digest"],
-            TAG_QUESTIONS: corpus.heldout().digest(),
-            tracking.TAG_GATE: decision.told,
-            **{f"{SCORE}{metric}": f"{scores[metric]:.4f}" for metric in _SHOWN_SCORES},
-        }
-        shutil.copytree(adapter, Path(folder) / ADAPTER_FOLDER)
-        (Path(folder) / FILE).write_text(record.to_json(), encoding="utf-8")
-        if request.sign_key:
-            manifest.sign(Path(folder), request.sign_key, request.password)
-        screen.step(f"logging the merged model, {'signed' if request.sign_key else 'not signed (no --sign-key)'}")
-        model_uri = tracking.log_chat_model(Path(folder), weights=WEIGHTS_FOLDER, tags=tags)
-    with tracking.dropped_on_failure(model_uri):
-        faults = manifest.damaged(tracking.fetch_model(model_uri), record.digests)
-        if faults:
-            raise PromotionError(
-                f"What the artifact store holds is not what was logged: {'; '.join(faults[:3])}.",
-                mend="Check the store and promote again; no version was made.",
+    with tempfile.TemporaryDirectory(prefix="namesake-promote-") as spare:
+        model = tracking.start_chat_model(Path(spare), {TAG_KEY: key})
+        with tracking.dropped_on_failure(model.uri):
+            merged = model.folder / WEIGHTS_FOLDER
+            made = merge.merge(base.path, adapter, merged, system=system)
+            screen.line(f"  merged ({made.way})")
+            parity, card = _compare(identity, base, adapter, merged, system, screen)
+            scores = {**card.metrics, **ability_of(before, card).metrics(), "parity": parity}
+            decision = gate.decide_kept(scores, champion=_champions_scores(name, run.id), policy=request.policy)
+            shutil.copytree(adapter, model.folder / ADAPTER_FOLDER)
+            digests = manifest.digests(model.folder, {f"{WEIGHTS_FOLDER}/{k}": v for k, v in made.digests.items()})
+            record = _record(identity, run, base, digests, system, scores, request.override, golden(card))
+            (model.folder / FILE).write_text(record.to_json(), encoding="utf-8")
+            if request.sign_key:
+                manifest.sign(model.folder, request.sign_key, request.password)
+            screen.step(f"logging the merged model, {'signed' if request.sign_key else 'not signed (no --sign-key)'}")
+            tags = {
+                TAG_KEY: key,
+                tracking.TAG_NAME: str(identity.name),
+                tracking.TAG_AUTHOR: str(identity.author),
+                tracking.TAG_BASE: base.id,
+                "namesake.data_digest": run.params["data.digest"],
+                TAG_QUESTIONS: corpus.heldout().digest(),
+                tracking.TAG_GATE: decision.told,
+                **{f"{SCORE}{metric}": f"{scores[metric]:.4f}" for metric in _SHOWN_SCORES},
+            }
+            tracking.finish_chat_model(model, weights=WEIGHTS_FOLDER, tags=tags)
+            faults = manifest.damaged(tracking.fetch_model(model.uri), record.digests)
+            if faults:
+                raise PromotionError(
+                    f"What the artifact store holds is not what was logged: {'; '.join(faults[:3])}.",
+                    mend="Check the store and promote again; no version was made.",
+                )
+            version = registry.register(
+                name,
+                model.uri,
+                run_id=run.id,
+                identity=str(identity),
+                tags=tags,
+                description=_card(identity, run, base, scores, decision),
             )
-        version = registry.register(
-            name,
-            model_uri,
-            run_id=run.id,
-            identity=str(identity),
-            tags=tags,
-            description=_card(identity, run, base, scores, decision),
-        )
     first = _made_before(name, key, screen, than=version)
     if first:  # somebody promoted the same meanwhile
         registry.delete(version)
@@ -266,15 +268,12 @@ def _record(
     identity: Identity,
     run: RunRecord,
     base: BaseModel,
-    merged: Path,
-    adapter: Path,
+    digests: Mapping[str, str],
     system: str | None,
     scores: Mapping[str, float],
     override: str,
     questions: list[dict[str, Any]],
 ) -> Manifest:
-    digests = {f"{WEIGHTS_FOLDER}/{path}": digest for path, digest in manifest.digests(merged).items()}
-    digests |= {f"{ADAPTER_FOLDER}/{path}": digest for path, digest in manifest.digests(adapter).items()}
     return Manifest(
         identity={"name": str(identity.name), "author": str(identity.author), "slug": identity.slug},
         system=system,

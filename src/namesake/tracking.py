@@ -5,6 +5,7 @@ Foreign errors end here: whatever MLflow raises goes on as :class:`TrackingError
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import os
 import shutil
@@ -336,38 +337,101 @@ def _has_tables(uri: str) -> bool:
     return True
 
 
-def log_chat_model(folder: Path, *, weights: str, tags: Mapping[str, str]) -> str:
-    """Log a folder so that ``mlflow.pyfunc``, ``mlflow models serve`` and vLLM (``…/model``) load the model in it.
+@dataclass(frozen=True)
+class NewModel:
+    """A logged model that is being made.
+
+    Attributes:
+        uri: ``models:/m-…``, for registering.
+        folder: takes its files: their last place where the artifact store is on this machine, else a folder that is
+            uploaded.
+        local: whether it is that last place.
+    """
+
+    uri: str
+    folder: Path
+    local: bool
+
+
+def start_chat_model(spare: Path, tags: Mapping[str, str]) -> NewModel:
+    """Begin a logged model of the current run.
 
     Args:
-        folder: the merged model in Hugging Face layout, and what goes beside it.
-        weights: name of the model's own folder in it.
-        tags: tags of the logged model.
-
-    Returns:
-        ``models:/m-…``, for registering.
+        spare: an empty folder, for stores that are not on this machine.
+        tags: tags that it has from its first moment on, so that what a killed process leaves is found.
     """
+    import mlflow
+    from mlflow.utils.file_utils import local_file_uri_to_path
+    from mlflow.utils.uri import is_local_uri
+
+    with _mapped():
+        model = mlflow.initialize_logged_model(name="model", tags=dict(tags))
+        local = is_local_uri(model.artifact_location)
+        folder = Path(local_file_uri_to_path(model.artifact_location)) if local else spare
+        with dropped_on_failure(model.model_uri):
+            folder.mkdir(parents=True, exist_ok=True)
+        return NewModel(model.model_uri, folder, local)
+
+
+def finish_chat_model(model: NewModel, *, weights: str, tags: Mapping[str, str]) -> None:
+    """Add what ``mlflow.pyfunc``, ``mlflow models serve`` and vLLM (``…/model``) need to load the model in its folder,
+    upload it where its store is elsewhere, and say that it is whole.
+
+    Args:
+        model: all of its files are in its folder.
+        weights: name of the merged model's own folder in it, in Hugging Face layout.
+        tags: more tags of the logged model.
+    """
+    import mlflow
+
+    with _mapped():
+        client, model_id = mlflow.MlflowClient(), model.uri.removeprefix("models:/")
+        _add_flavor(model, weights)
+        if not model.local:
+            client.log_model_artifacts(model_id, str(model.folder))
+        client.set_logged_model_tags(model_id, dict(tags))
+        client.finalize_logged_model(model_id, "READY")
+
+
+def _add_flavor(model: NewModel, weights: str) -> None:
+    """Write MLflow's own files for the transformers flavor beside the weights, which are neither read nor copied."""
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # it misses a model card on a hub that is not asked
     pins = [f"{tool}=={metadata.version(tool)}" for tool in ("mlflow", "transformers", "torch")]
-    with _mapped(), tempfile.TemporaryDirectory(prefix="namesake-extras-") as extras:
-        for path in folder.iterdir():
-            if path.is_dir() and path.name != weights:
-                shutil.copytree(path, Path(extras) / path.name)
-            elif path.is_file():
-                shutil.copy2(path, extras)
-        info = mlflow.transformers.log_model(
-            transformers_model=str(folder / weights),
-            name="model",
+    run = mlflow.active_run()
+    record = mlflow.models.Model(
+        artifact_path=weights,
+        model_uuid=model.uri.removeprefix("models:/"),
+        run_id=run.info.run_id if run else None,
+        model_id=model.uri.removeprefix("models:/"),
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="namesake-shell-") as shell,
+        tempfile.TemporaryDirectory(prefix=".mlflow-", dir=model.folder) as made,
+    ):
+        for path in (model.folder / weights).iterdir():
+            if path.suffix != ".safetensors":
+                (Path(shell) / path.name).symlink_to(path.absolute())
+        mlflow.transformers.save_model(
+            transformers_model=shell,
+            path=f"{made}/model",
+            mlflow_model=record,
             task="llm/v1/chat",
             # torch's local build name (+cpu) is in no index
             pip_requirements=[pin.partition("+")[0] for pin in pins],
-            tags=dict(tags),
         )
-        with dropped_on_failure(info.model_uri):
-            mlflow.MlflowClient().log_model_artifacts(info.model_id, extras)
-    return str(info.model_uri)
+        shutil.rmtree(f"{made}/model/{weights}")
+        for path in Path(made, "model").iterdir():
+            path.rename(model.folder / path.name)
+    for path in (model.folder / "components").rglob("*"):  # the same tokenizer: one copy is enough
+        same = model.folder / weights / path.name
+        if path.is_file() and same.is_file() and filecmp.cmp(path, same, shallow=False):
+            path.unlink()
+            path.hardlink_to(same)
+    record.flavors["transformers"]["source_model_name"] = weights
+    record.model_size_bytes = sum(path.stat().st_size for path in model.folder.rglob("*") if path.is_file())
+    record.save(model.folder / "MLmodel")
 
 
 def models_with(tag: str) -> list[tuple[str, str, float]]:

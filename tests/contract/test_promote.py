@@ -157,8 +157,9 @@ class Step:
 
 
 STEPS = (
+    Step(tracking, "start_chat_model"),
     Step(promote.merge, "merge"),
-    Step(tracking, "log_chat_model"),
+    Step(tracking, "finish_chat_model"),
     Step(tracking, "fetch_model"),
     Step(registry, "register"),
     Step(registry, "tag"),
@@ -260,14 +261,13 @@ def test_a_version_whose_files_have_changed_is_not_taken_again(store: Store, run
 def test_a_store_that_keeps_something_else_makes_no_version(
     store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = tracking.log_chat_model
+    real = tracking.finish_chat_model
 
-    def damages(*given: Any, **named: Any) -> str:
-        uri = real(*given, **named)
-        (tracking.fetch_model(uri) / "model" / "config.json").write_text("{}")
-        return uri
+    def damages(model: tracking.NewModel, **named: Any) -> None:
+        real(model, **named)
+        (tracking.fetch_model(model.uri) / "model" / "config.json").write_text("{}")
 
-    monkeypatch.setattr(tracking, "log_chat_model", damages)
+    monkeypatch.setattr(tracking, "finish_chat_model", damages)
     with pytest.raises(NamesakeError, match=r"config\.json has changed"):
         here(store, run_id)
     assert registry.identity_of("ccb") is None
@@ -310,23 +310,27 @@ def test_what_a_killed_promotion_left_is_found_and_removed(
     assert leftovers.find() == []  # all of it is young
     (found,) = (one for one in leftovers.find(0) if one.kind == "logged model")
     assert found.size
-    assert CliRunner().invoke(app, ["gc", "--older-than", "0"]).output.splitlines()[-1].startswith("1 left over; ")
+    assert CliRunner().invoke(app, ["gc", "--older-than", "0"]).output.splitlines()[-1].startswith("2 left over; ")
     assert CliRunner().invoke(app, ["gc", "--older-than", "0", "--delete"]).exit_code == 0
     assert leftovers.find(0) == []
     assert len(list(store.folder.glob("mlruns/**/model.safetensors"))) == 1
     assert [check.what for check in versions.verify("models:/ccb/1") if check.holds is False] == []
 
 
-def test_a_killed_merge_leaves_a_folder_that_is_found(
+def test_a_killed_merge_leaves_a_logged_model_and_a_folder_that_are_found(
     store: Store, run_id: str, processes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = processes.Process(target=dies, args=(0, "after", signal.SIGKILL, str(store.folder), store.uri, run_id))
+    index = [step.function for step in STEPS].index("merge")
+    process = processes.Process(
+        target=dies, args=(index, "after", signal.SIGKILL, str(store.folder), store.uri, run_id)
+    )
     process.start()
     ended(process)
     monkeypatch.setattr(tempfile, "tempdir", f"{store.folder}/tmp")
-    (found,) = leftovers.find(0)
-    assert found.kind == "folder"
-    leftovers.remove(found)
+    found = leftovers.find(0)
+    assert [one.kind for one in found] == ["logged model", "folder"]
+    for one in found:
+        leftovers.remove(one)
     assert leftovers.find(0) == []
     assert here(store, run_id).version.number == 1
 

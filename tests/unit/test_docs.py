@@ -306,3 +306,14 @@ def test_the_chinese_page_has_the_same_headings_and_commands(page: Path) -> None
 
 def test_no_chinese_page_is_without_an_english_one() -> None:
     assert {page.with_suffix(".zh.md") for page in ENGLISH if page.parent != ROOT} == {*GUIDE.rglob("*.zh.md")}
+
+
+def test_no_path_of_the_machine_that_they_were_written_on() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}: {place}"
+        for path in (*ROOT.glob("docs/**/*.md"), *ROOT.glob("README*"), *ROOT.glob("examples/**/*"))
+        if path.is_file()
+        for place in (f"{ROOT}/", f"{Path.home()}/")
+        if place in path.read_text(encoding="utf-8", errors="ignore")
+    ]
+    assert found == []

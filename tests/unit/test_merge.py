@@ -160,13 +160,13 @@ def merged(place: Path, base: Path, adapter: Path) -> Path:
 def test_the_merged_tensors_are_pefts_to_one_ulp(tmp_path: Path, dtype: torch.dtype) -> None:
     base = write_base(tmp_path / "base", dtype)
     adapter = write_adapter(base, tmp_path / "adapter")
-    assert merge(base, adapter, tmp_path / "merged") == "streamed"
+    assert merge(base, adapter, tmp_path / "merged").way == "streamed"
     assert_merged_like_peft(base, adapter, tmp_path / "merged")
 
 
 def test_a_rank_stabilised_adapter_is_merged_like_peft_does_it(tmp_path: Path, base: Path, adapter: Path) -> None:
     stabilised = write_adapter(base, tmp_path / "adapter", use_rslora=True)
-    assert merge(base, stabilised, tmp_path / "merged") == "streamed"
+    assert merge(base, stabilised, tmp_path / "merged").way == "streamed"
     assert_merged_like_peft(base, stabilised, tmp_path / "merged")
     merge(base, adapter, tmp_path / "plain")
     key = "model.layers.0.mlp.up_proj.weight"
@@ -187,7 +187,7 @@ def test_a_base_in_shards_is_merged_shard_by_shard(tmp_path: Path) -> None:
     shards = sorted(path.name for path in base.glob("*.safetensors"))
     assert len(shards) > 1
     adapter = write_adapter(base, tmp_path / "adapter")
-    assert merge(base, adapter, tmp_path / "merged") == "streamed"
+    assert merge(base, adapter, tmp_path / "merged").way == "streamed"
     assert sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors")) == shards
     index = "model.safetensors.index.json"
     assert (tmp_path / "merged" / index).read_bytes() == (base / index).read_bytes()
@@ -196,7 +196,7 @@ def test_a_base_in_shards_is_merged_shard_by_shard(tmp_path: Path) -> None:
 
 def test_what_only_peft_can_merge_is_left_to_it_and_told(tmp_path: Path, base: Path) -> None:
     dora = write_adapter(base, tmp_path / "adapter", use_dora=True)
-    assert merge(base, dora, tmp_path / "merged", system="Be kind.") == "peft: use_dora"
+    assert merge(base, dora, tmp_path / "merged", system="Be kind.").way == "peft: use_dora"
     assert_merged_like_peft(base, dora, tmp_path / "merged")
     assert "Be kind." in (tmp_path / "merged" / TEMPLATE_FILE).read_text(encoding="utf-8")
 
@@ -213,7 +213,7 @@ def test_other_shapes_of_adapters_are_left_to_peft_too(
     tmp_path: Path, base: Path, change: dict[str, Any], way: str
 ) -> None:
     other = write_adapter(base, tmp_path / "adapter", **change)
-    assert merge(base, other, tmp_path / "merged") == way
+    assert merge(base, other, tmp_path / "merged").way == way
     assert_merged_like_peft(base, other, tmp_path / "merged")
 
 
@@ -396,7 +396,7 @@ def test_a_merged_tensor_is_w_plus_scaled_b_times_a_rounded_once(
         )
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "use_rslora": stabilised, "bias": "none"}
         (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-        assert merge(base, adapter, target) == "streamed"
+        assert merge(base, adapter, target).way == "streamed"
         found = load_file(target / "model.safetensors")
     assert torch.equal(found["layer.proj.weight"], (w + scale * (b @ a)).to(dtype))
     assert torch.equal(found["norm.weight"], other.to(dtype))
