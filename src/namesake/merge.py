@@ -139,9 +139,11 @@ class _Deltas:
     """The adapter's weight changes by the base's tensor name."""
 
     def __init__(self, adapter: Path, config: dict[str, Any]) -> None:
+        import torch
         from safetensors.torch import load_file
 
         self._weights = load_file(adapter / "adapter_model.safetensors")
+        self._room = torch.empty(0)
         rank, alpha = config["r"], config["lora_alpha"]
         self._scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         self.unused = {
@@ -150,14 +152,25 @@ class _Deltas:
             if key.endswith(".lora_A.weight")
         }
 
-    def of(self, name: str) -> Any | None:
-        """The float32 change of a tensor, or none."""
-        if name not in self.unused:
-            return None
+    def shape(self, name: str) -> list[int]:
+        """Of the tensor's change."""
+        a, b = self._pair(name)
+        return [b.shape[0], a.shape[1]]
+
+    def add(self, name: str, weight: Any) -> None:
+        """Add the tensor's change in float32, rounded once."""
+        import torch
+
         self.unused.discard(name)
+        a, b = self._pair(name)
+        if self._room.numel() < weight.numel():  # kept from tensor to tensor: fresh memory costs more than the sums
+            self._room = torch.empty(weight.numel(), dtype=torch.float32)
+        whole = self._room[: weight.numel()].view(weight.shape).copy_(weight)
+        weight.copy_(torch.addmm(whole, b.float(), a.float(), alpha=self._scale, out=whole))
+
+    def _pair(self, name: str) -> tuple[Any, Any]:
         stem = "base_model.model." + name.removesuffix(".weight")
-        a, b = (self._weights[f"{stem}.lora_{side}.weight"].float() for side in "AB")
-        return (b @ a) * self._scale
+        return self._weights[f"{stem}.lora_A.weight"], self._weights[f"{stem}.lora_B.weight"]
 
 
 def _merge_file(source: Path, target: Path, deltas: _Deltas) -> str:
@@ -174,16 +187,15 @@ def _merge_file(source: Path, target: Path, deltas: _Deltas) -> str:
             start, end = entry["data_offsets"]
             data = bytearray(end - start)
             reader.readinto(data)
-            delta = deltas.of(name)
-            if delta is not None:
-                if list(delta.shape) != entry["shape"] or entry["dtype"] not in _DTYPES:
+            if name in deltas.unused:
+                if deltas.shape(name) != entry["shape"] or entry["dtype"] not in _DTYPES:
                     raise PromotionError(
-                        f"The adapter's change of {name} has the shape {list(delta.shape)}, the base's tensor "
+                        f"The adapter's change of {name} has the shape {deltas.shape(name)}, the base's tensor "
                         f"is {entry['dtype']} {entry['shape']}.",
                         mend="Merge it into the base it was trained on.",
                     )
-                weight = torch.frombuffer(data, dtype=getattr(torch, _DTYPES[entry["dtype"]])).view(entry["shape"])
-                weight.copy_(delta.add_(weight))  # float32, rounded once
+                dtype = getattr(torch, _DTYPES[entry["dtype"]])
+                deltas.add(name, torch.frombuffer(data, dtype=dtype).view(entry["shape"]))
             writer.write(data)
         return writer.digest()
 

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from namesake.errors import PromotionError
 from namesake.merge import TEMPLATE_FILE, merge, pin_system
+from namesake.paths import digest_of_file
 
 TEMPLATE = (
     "{%- if messages and messages[0]['role'] != 'system' -%}<system>I am the old one<end>{%- endif -%}"
@@ -160,7 +161,9 @@ def merged(place: Path, base: Path, adapter: Path) -> Path:
 def test_the_merged_tensors_are_pefts_to_one_ulp(tmp_path: Path, dtype: torch.dtype) -> None:
     base = write_base(tmp_path / "base", dtype)
     adapter = write_adapter(base, tmp_path / "adapter")
-    assert merge(base, adapter, tmp_path / "merged").way == "streamed"
+    made = merge(base, adapter, tmp_path / "merged")
+    assert made.way == "streamed"
+    assert made.digests == {path.name: digest_of_file(path) for path in (tmp_path / "merged").glob("*.safetensors")}
     assert_merged_like_peft(base, adapter, tmp_path / "merged")
 
 
