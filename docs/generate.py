@@ -27,6 +27,9 @@ from namesake_serving import gateway, page, requests, service, webhook
 from namesake_serving.metrics import Metrics
 from namesake_serving.settings import Settings
 
+sys.path.insert(0, str(Path(__file__).parent))
+from schemas import attributes, plain
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "guide" / "reference"
 TRANSLATIONS = ROOT / "docs" / "reference.zh.yaml"
@@ -92,7 +95,7 @@ class Words:
 
     def code(self, text: str) -> str:
         """A text of the code, as Markdown on one line."""
-        text = " ".join(re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`").split())
+        text = " ".join(plain(text).split())
         if self.language == "en":
             return text
         if text not in self._translations:
@@ -121,23 +124,6 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> Iterator
     for row in rows:
         yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
     yield ""
-
-
-def attributes(documented: type) -> dict[str, str]:
-    """The ``Attributes:`` of a docstring by name; several that share a line share its text."""
-    found: dict[str, str] = {}
-    names: list[str] = []
-    _, _, section = inspect.cleandoc(documented.__doc__ or "").partition("Attributes:\n")
-    for line in section.splitlines():
-        match = re.match(r"    (\w+(?:, \w+)*): (.*)", line)
-        if match:
-            names = match[1].split(", ")
-            found |= dict.fromkeys(names, match[2])
-        elif line.startswith("        "):
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
-        else:
-            break
-    return found
 
 
 def help_of(app: typer.Typer, words: list[str], name: str) -> str:

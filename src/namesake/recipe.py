@@ -227,6 +227,9 @@ def _read(name_or_path: str) -> Recipe:
             mend="See recipes/default.yaml.",
         )
     dataset = data.get("dataset") or []
+    datasets = dataset if isinstance(dataset, list) else [dataset]
+    if not all(isinstance(one, str) for one in datasets):
+        raise RecipeError("recipe", str(path), f"dataset: {dataset!r} is no name", mend="Write one as text, or a list.")
     try:
         replay = Replay(**(data.get("replay") or {}))
     except TypeError as error:
@@ -252,7 +255,7 @@ def _read(name_or_path: str) -> Recipe:
     return Recipe(
         name=path.stem,
         about=str(data.get("about", "")),
-        dataset=tuple(dataset if isinstance(dataset, list) else str(dataset).split()),
+        dataset=tuple(dataset if isinstance(dataset, list) else dataset.split()),
         replay=replay,
         other_systems=other_systems,
         sft={OLD_SPELLINGS.get(str(k), str(k)): v for k, v in (data.get("sft") or {}).items() if v is not None},

@@ -1,0 +1,187 @@
+"""Makes the JSON schemas by which editors complete and check recipes and policies: ``python docs/schemas.py``.
+
+Fields, types, defaults and meanings come from the code that reads the files (:mod:`namesake.recipe`,
+:mod:`namesake.gate`). A unit test compares the committed files with what this makes, and what the schemas refuse with
+what the code refuses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from namesake import gate, recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+
+Schema = dict[str, Any]
+
+_INTEGER = r"^\s*[+-]?\d+(_\d+)*\s*$"
+_NUMBER = r"^\s*[+-]?(\d+(_\d+)*(\.(\d+(_\d+)*)?)?|\.\d+(_\d+)*)([eE][+-]?\d+(_\d+)*)?\s*$"
+_SCALARS = ["string", "number", "boolean"]
+
+# A value in quotes is read as one on the command line, so text is right where it reads as what is wanted: YAML 1.1, which
+# PyYAML speaks, takes 1e-3 for text.
+_KINDS: dict[str, Schema] = {
+    "int": {"anyOf": [{"type": ["integer", "null"]}, {"type": "string", "pattern": _INTEGER}]},
+    "float": {"anyOf": [{"type": ["number", "null"]}, {"type": "string", "pattern": _NUMBER}]},
+    "bool": {
+        "anyOf": [
+            {"type": ["boolean", "null"]},
+            {"type": "string", "pattern": r"^\s*([Tt][Rr][Uu][Ee]|[Ff][Aa][Ll][Ss][Ee])\s*$"},
+        ]
+    },
+    "str": {"type": [*_SCALARS, "null"]},
+    "list": {"anyOf": [{"type": [*_SCALARS, "null"]}, {"type": "array", "items": {"type": _SCALARS}}]},
+}
+"""What ``sft`` takes for each type of ms-swift's arguments; nothing (null) leaves an argument out."""
+
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "one or several values",
+}
+
+
+def attributes(documented: type) -> dict[str, str]:
+    """The ``Attributes:`` of a docstring by name; several that share a line share its text."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    _, _, section = inspect.cleandoc(documented.__doc__ or "").partition("Attributes:\n")
+    for line in section.splitlines():
+        match = re.match(r"    (\w+(?:, \w+)*): (.*)", line)
+        if match:
+            names = match[1].split(", ")
+            found |= dict.fromkeys(names, match[2])
+        elif line.startswith("        "):
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+        else:
+            break
+    return found
+
+
+def plain(text: str) -> str:
+    """A docstring's text as editors show it: no roles of Sphinx."""
+    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
+
+
+def recipe_schema() -> Schema:
+    """Of ``recipes/*.yaml``."""
+    told, replay = attributes(recipe.Recipe), attributes(recipe.Replay)
+    fields: Schema = {}
+    for field in dataclasses.fields(recipe.Replay):
+        bounds: dict[str, Schema] = {
+            "int": {"type": "integer", "minimum": 0},
+            "float": {"type": "number", "exclusiveMinimum": 0},
+            "str": {"enum": [*recipe.REPLAY_LOSSES]},
+        }
+        fields[field.name] = {
+            **bounds[str(field.type)],
+            "default": field.default,
+            "description": plain(replay[field.name]),
+        }
+    return {
+        "$schema": DRAFT,
+        "title": "Namesake recipe",
+        "description": "How to train: namesake run --recipe FILE. Made by docs/schemas.py.",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "about": {"type": [*_SCALARS, "null"], "description": plain(told["about"])},
+            "dataset": {
+                "anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": {"type": "string"}}],
+                "description": plain(told["dataset"]),
+                "examples": ["namesake/self-cognition#640", ["swift/self-cognition#500", "my.jsonl"]],
+            },
+            "replay": {
+                "type": ["object", "null"],
+                "additionalProperties": False,
+                "properties": fields,
+                "description": plain(told["replay"]),
+            },
+            "other_systems": {
+                "type": "integer",
+                "minimum": 0,
+                "default": 0,
+                "description": plain(told["other_systems"]),
+            },
+            "sft": {
+                "type": ["object", "null"],
+                "additionalProperties": False,
+                "properties": _arguments(),
+                "description": plain(told["sft"]),
+            },
+        },
+        # What recipe.load refuses: the loss of namesake.distil compares with the model without its adapter.
+        "if": {
+            "required": ["replay"],
+            "properties": {
+                "replay": {
+                    "type": "object",
+                    "required": ["prompts"],
+                    "properties": {"prompts": {"exclusiveMinimum": 0}, "loss": {"const": "kl"}},
+                }
+            },
+        },
+        "then": {"properties": {"sft": {"properties": {"loss_type": {"type": "null"}, **_no_full_tuning()}}}},
+    }
+
+
+def _no_full_tuning() -> Schema:
+    names = ["tuner_type", *(old for old, new in recipe.OLD_SPELLINGS.items() if new == "tuner_type")]
+    return {name: {"not": {"const": "full"}} for name in names}
+
+
+def _arguments() -> Schema:
+    known = recipe.known_arguments()
+    made: Schema = {
+        name: {"description": f"ms-swift: {_WORDS[kind]}.", **_KINDS[kind]}
+        for name, kind in known.items()
+        if name not in recipe.OURS
+    }
+    for old, new in recipe.OLD_SPELLINGS.items():
+        made[old] = {"description": f"Older spelling of {new}.", "deprecated": True, **_KINDS[known[new]]}
+    return dict(sorted(made.items()))
+
+
+def policy_schema() -> Schema:
+    """Of ``policies/*.yaml``."""
+    told = attributes(gate.Policy)
+    return {
+        "$schema": DRAFT,
+        "title": "Namesake policy",
+        "description": "Bounds of the gate: namesake promote --policy FILE. Made by docs/schemas.py.",
+        "type": ["object", "null"],
+        "additionalProperties": False,
+        "properties": {
+            field.name: {
+                "type": "number",
+                "minimum": 0,
+                "maximum": 1,
+                "default": field.default,
+                "description": plain(told[field.name].replace("the same without", "least share right without")),
+            }
+            for field in dataclasses.fields(gate.Policy)
+        },
+    }
+
+
+def schemas() -> dict[Path, str]:
+    """The text of each schema by its path."""
+    made = {
+        ROOT / "recipes" / "recipe.schema.json": recipe_schema(),
+        ROOT / "policies" / "policy.schema.json": policy_schema(),
+    }
+    return {path: json.dumps(schema, indent=1, ensure_ascii=False) + "\n" for path, schema in made.items()}
+
+
+if __name__ == "__main__":
+    for path, text in schemas().items():
+        path.write_text(text, encoding="utf-8")

@@ -1,0 +1,212 @@
+"""The schemas by which editors check recipes and policies: up to date, and of one mind with the code that reads the files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from namesake import recipe
+from namesake.errors import InputError
+from namesake.gate import load_policy
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = [*sorted((ROOT / "recipes").glob("*.yaml")), *sorted((ROOT / "policies").glob("*.yaml"))]
+
+
+@cache
+def made() -> ModuleType:
+    """``docs/schemas.py``."""
+    spec = importlib.util.spec_from_file_location("schemas", ROOT / "docs" / "schemas.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def checker(kind: str) -> Draft202012Validator:
+    """What checks by a committed schema."""
+    path = next(path for path in made().schemas() if path.name == f"{kind}.schema.json")
+    return Draft202012Validator(json.loads(path.read_text(encoding="utf-8")))
+
+
+def reader(kind: str) -> Callable[[Path], object]:
+    """The code that reads such a file."""
+    return load_policy if kind == "policy" else lambda path: recipe.load(str(path))
+
+
+def read(kind: str, text: str, folder: Path) -> bool:
+    """Whether the code takes it."""
+    path = folder / "own.yaml"
+    path.write_text(text, encoding="utf-8")
+    try:
+        reader(kind)(path)
+    except InputError:
+        return False
+    return True
+
+
+def test_the_committed_schemas_are_what_the_code_says() -> None:
+    stale = [path.name for path, text in made().schemas().items() if path.read_text(encoding="utf-8") != text]
+    assert not stale, f"run `make generate` and commit: {', '.join(stale)}"
+
+
+@pytest.mark.parametrize("kind", ["recipe", "policy"])
+def test_a_schema_keeps_to_the_draft_it_names_and_says_what_each_field_is(kind: str) -> None:
+    schema = checker(kind).schema
+    assert schema["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
+    Draft202012Validator.check_schema(schema)
+
+    def undescribed(properties: dict[str, Any]) -> Iterator[str]:
+        for name, field in properties.items():
+            if not field.get("description"):
+                yield name
+            yield from undescribed(field.get("properties", {}))
+
+    assert not [*undescribed(schema["properties"])]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_shipped_file_names_its_schema_and_keeps_to_it(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    named = re.match(r"# yaml-language-server: \$schema=(\S+)\n", text)
+    assert named, "an editor finds the schema by this first line"
+    schema = json.loads((path.parent / named[1]).read_text(encoding="utf-8"))
+    Draft202012Validator(schema).validate(yaml.safe_load(text))
+
+
+def test_the_examples_of_the_guide_keep_to_the_schemas(tmp_path: Path) -> None:
+    found: dict[str, int] = {"recipe": 0, "policy": 0}
+    for page in sorted((ROOT / "docs" / "guide").rglob("*.md")):
+        for body in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            data = yaml.safe_load(body)
+            kinds = [
+                kind for kind in found if isinstance(data, dict) and set(data) & set(checker(kind).schema["properties"])
+            ]
+            for kind in kinds:
+                checker(kind).validate(data)
+                assert read(kind, body, tmp_path), page
+                found[kind] += 1
+    assert min(found.values()) >= 2
+
+
+# Not infinity and what is not a number: JSON knows neither, so no schema can tell them from numbers.
+BAD = {
+    "recipe": [
+        "",
+        "- a\n- b\n",
+        "just text",
+        "extra: 1",
+        "dataset: [1]",
+        "dataset: {a: 1}",
+        "replay: 200",
+        "replay: {promts: 3}",
+        "replay: {prompts: lots}",
+        "replay: {prompts: -3}",
+        "replay: {prompts: true}",
+        "replay: {max_new_tokens: 1.5}",
+        "replay: {loss: mse}",
+        *(
+            f"replay: {{{key}: {weight}}}"
+            for key in ("weight", "opening_weight")
+            for weight in ("0", "-1", "true", "much")
+        ),
+        "replay: {prompts: 5}\nsft: {tuner_type: full}",
+        "replay: {prompts: 5}\nsft: {train_type: full}",
+        "replay: {prompts: 5, loss: kl}\nsft: {loss_type: x}",
+        "other_systems: -1",
+        "other_systems: often",
+        "other_systems: true",
+        "sft: [a]",
+        "sft: text",
+        "sft: {nonsense: 1}",
+        "sft: {on: 1}",
+        "sft: {lora_rank: true}",
+        "sft: {lora_rank: eight}",
+        "sft: {lora_rank: 8.5}",
+        "sft: {lora_rank: '8.5'}",
+        "sft: {lora_rank: [1, 2]}",
+        "sft: {learning_rate: '.nan'}",
+        "sft: {learning_rate: fast}",
+        "sft: {packing: maybe}",
+        "sft: {packing: [true]}",
+        "sft: {system: [a]}",
+        *(f"sft: {{{name}: x}}" for name in recipe.OURS),
+    ],
+    "policy": ["- 1", "text", "leek: 0.1", "leak: 2", "leak: -0.1", "leak: true", "leak: a", "leak:"],
+}
+
+
+@pytest.mark.parametrize(("kind", "text"), [(kind, text) for kind, texts in BAD.items() for text in texts])
+def test_what_the_code_refuses_for_its_shape_the_schema_refuses(kind: str, text: str, tmp_path: Path) -> None:
+    assert not read(kind, text, tmp_path)
+    assert not checker(kind).is_valid(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("policy", ""),
+        ("policy", "leak: 1\nparity: 0"),
+        ("recipe", "{}"),
+        ("recipe", "dataset:\nreplay:\nsft:\nabout:\n"),
+        ("recipe", "dataset: a b#20"),
+        ("recipe", "dataset: [a, b.jsonl]"),
+        ("recipe", "sft: {learning_rate: 1e-3, lora_rank: '16', packing: 'True', system: }"),
+        ("recipe", "sft: {train_type: lora, target_modules: all-linear, lora_target_modules: [q_proj]}"),
+        ("recipe", "replay: {prompts: 0}\nsft: {tuner_type: full}"),
+        ("recipe", "replay: {prompts: 5, loss: cross_entropy}\nsft: {tuner_type: full, loss_type: x}"),
+    ],
+)
+def test_what_the_code_takes_the_schema_takes(kind: str, text: str, tmp_path: Path) -> None:
+    assert read(kind, text, tmp_path)
+    checker(kind).validate(yaml.safe_load(text))
+
+
+VALUES = st.sampled_from(
+    [
+        *(None, True, False, 0, 1, -1, 8, 0.5, -0.5, 1e-4),
+        *("", " ", "8", "-8", "+8", "0.5", "1e-3", ".5", "5.", "1_000", "0x10", "٣"),
+        *("true", " TRUE ", "full", "kl", "cross_entropy", "a b"),
+        *([], ["a"], ["a", 1], [None], [["a"]], {}, {"a": 1}),
+    ]
+)
+"""Not 8.0, which JSON Schema takes for a whole number."""
+SFT = ["lora_rank", "learning_rate", "packing", "system", "target_modules", "tuner_type", "train_type", "loss_type"]
+RECIPES = st.fixed_dictionaries(
+    {},
+    optional={
+        "about": st.just("x"),
+        "dataset": st.sampled_from([None, "", "a b", ["a"], ["a", 1], []]),
+        "other_systems": VALUES,
+        "replay": VALUES
+        | st.dictionaries(st.sampled_from(["prompts", "max_new_tokens", "loss", "weight", "x"]), VALUES, max_size=2),
+        "sft": VALUES | st.dictionaries(st.sampled_from([*SFT, "x", "model"]), VALUES, max_size=3),
+    },
+)
+
+
+@given(RECIPES)
+def test_a_recipe_that_the_schema_takes_is_taken_by_the_code(
+    tmp_path_factory: pytest.TempPathFactory, made: Any
+) -> None:
+    if checker("recipe").is_valid(made):
+        assert read("recipe", yaml.safe_dump(made), tmp_path_factory.getbasetemp())
+
+
+@given(st.dictionaries(st.sampled_from(["leak", "parity", "leek"]), VALUES))
+def test_a_policy_is_taken_by_both_or_by_none(tmp_path_factory: pytest.TempPathFactory, made: Any) -> None:
+    assert checker("policy").is_valid(made) is read("policy", yaml.safe_dump(made), tmp_path_factory.getbasetemp())
