@@ -1,4 +1,4 @@
-"""The schemas by which editors check recipes and policies: up to date, and of one mind with the code that reads the files."""
+"""The schemas by which editors check recipes and policies: up to date, and of one mind with the code that reads those."""
 
 from __future__ import annotations
 
