@@ -19,6 +19,7 @@ def environment(store: Path) -> dict[str, str]:
         "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'serving'}",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "COLUMNS": "200",
+        "NAMESAKE_LANG": "en",
     }
 
 

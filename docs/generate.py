@@ -8,8 +8,11 @@ the committed pages with what this makes.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import inspect
+import io
+import os
 import re
 import sys
 import tempfile
@@ -19,9 +22,8 @@ from typing import Any
 
 import typer
 import yaml
-from typer.testing import CliRunner
 
-from namesake import cli, errors, gate, recipe
+from namesake import cli, errors, gate, helptext, messages, recipe
 from namesake_serving import __main__ as serving
 from namesake_serving import gateway, page, requests, service, webhook
 from namesake_serving.metrics import Metrics
@@ -77,6 +79,7 @@ VARIABLES = {
     "NAMESAKE_SIGN_PASSWORD": "What opens that key, where it is encrypted.",
     "NAMESAKE_PUBLIC_KEY": "`--public-key` of `namesake verify` and `namesake rollback`; of `namesake serve` it is "
     "`NAMESAKE_SERVE_PUBLIC_KEY`.",
+    "NAMESAKE_LANG": "Language of the terminal, `zh` or `en`; without it the locale's (`LC_ALL`, `LC_MESSAGES`, `LANG`, `LANGUAGE`).",
     "OPENAI_API_KEY": "The key that `namesake chat`, `namesake probe` and `namesake status` send.",
     "VLLM_PLUGINS": "Further plugins of vLLM, by commas; without it only the gateway's own is loaded.",
 }
@@ -98,9 +101,10 @@ class Words:
         text = " ".join(plain(text).split())
         if self.language == "en":
             return text
-        if text not in self._translations:
+        chinese = self._translations.get(text) or messages.chinese(text)  # the terminal says some of them, too
+        if chinese == text and text not in self._translations:
             self.missing.append(text)
-        return self._translations.get(text, text)
+        return chinese
 
 
 def pages() -> tuple[dict[Path, str], list[str]]:
@@ -126,12 +130,21 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> Iterator
     yield ""
 
 
-def help_of(app: typer.Typer, words: list[str], name: str) -> str:
+def help_of(app: typer.Typer, words: list[str], name: str, language: str) -> str:
     """What ``--help`` prints."""
-    done = CliRunner().invoke(
-        app, [*words, "--help"], prog_name=name, terminal_width=WIDTH, max_content_width=WIDTH, catch_exceptions=False
-    )
-    return "\n".join(line.rstrip() for line in done.output.strip().splitlines())
+    before = {key: os.environ.get(key) for key in ("NAMESAKE_LANG", "LANGUAGE")}
+    os.environ["NAMESAKE_LANG"] = language
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            helptext.command(app).main(
+                [*words, "--help"], name, standalone_mode=False, terminal_width=WIDTH, max_content_width=WIDTH
+            )
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, "")
+            os.environ.update({key: value} if value is not None else {})
+        messages.install()
+    return "\n".join(line.rstrip() for line in printed.getvalue().strip().splitlines())
 
 
 def commands() -> list[str]:
@@ -144,17 +157,17 @@ def write_cli(words: Words) -> Iterator[str]:
     yield from heading(words, "Command line", "命令行")
     yield words(
         "What each `--help` prints. `namesake run` takes every argument of `swift sft` besides.",
-        "以下是各命令 `--help` 打印的内容（英文原文）。`namesake run` 还接受 `swift sft` 的任何参数。",
+        "以下是各命令在中文环境下 `--help` 打印的内容。`namesake run` 还接受 `swift sft` 的任何参数。",
     )
     yield ""
-    yield from block("text", help_of(cli.app, [], "namesake"))
+    yield from block("text", help_of(cli.app, [], "namesake", words.language))
     for command in commands():
         yield f"## namesake {command}"
         yield ""
         if command == "serve":  # it hands everything on to the server's own command line
-            yield from block("text", help_of(serving.app, [], "namesake serve"))
+            yield from block("text", help_of(serving.app, [], "namesake serve", words.language))
         else:
-            yield from block("text", help_of(cli.app, [command], "namesake"))
+            yield from block("text", help_of(cli.app, [command], "namesake", words.language))
     yield "## mlflow run"
     yield ""
     yield words(

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ["NAMESAKE_LANG"] = "en"  # whatever the developer's locale
 
 
 @pytest.fixture(scope="session")

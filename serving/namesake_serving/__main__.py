@@ -19,8 +19,9 @@ import typer
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from namesake import registry
+from namesake import helptext, registry
 from namesake.errors import InputError, NamesakeError, RegistryError, ServingError
+from namesake.messages import tr, translated
 from namesake.paths import cache_folder
 from namesake.registry import CHAMPION, Version
 from namesake_serving import settings, store
@@ -131,7 +132,8 @@ def choose(uri: str) -> tuple[str, Version]:
         last = store.recall(cache_folder(), uri) if uri else None
         if last is None:
             raise
-        print(f"! {error.message} Serving {last.uri}, which was served last.", file=sys.stderr)
+        told = tr("! {error} Serving {uri}, which was served last.", error=error.message, uri=last.uri)
+        print(translated(told), file=sys.stderr)
         return uri, last
 
 
@@ -145,7 +147,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listening = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
-        raise InputError("host", host, f"is of no use here ({error.strerror})", mend="Give an IPv4 address.") from error
+        raise InputError(
+            "host", host, tr("is of no use here ({strerror})", strerror=error.strerror), mend="Give an IPv4 address."
+        ) from error
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
@@ -154,7 +158,10 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         raise InputError(
-            "port", port, f"cannot be listened on at {host} ({error.strerror})", mend="Give another one: --port 8001."
+            "port",
+            port,
+            tr("cannot be listened on at {host} ({strerror})", host=host, strerror=error.strerror),
+            mend="Give another one: --port 8001.",
         ) from error
     return listening
 
@@ -248,12 +255,17 @@ async def _follow(service: Service, first: Version, given: settings.Settings) ->
     live = service.traffic.live
     assert live is not None
     host = f"[{given.host}]" if ":" in given.host else given.host
-    print(
-        f"\r› {live.version.uri}  {live.manifest.identity['name']} by {live.manifest.identity['author']}\n"
-        f"  ready at http://{host}:{given.port}/v1  model {live.version.name}, follows {service.uri}\n"
-        f"  chat  http://{host}:{given.port}/    (Ctrl-C stops)",
-        flush=True,
+    told = tr(
+        "\r› {version}  {name} by {author}\n"
+        "  ready at {url}/v1  model {model}, follows {uri}\n"
+        "  chat  {url}/    (Ctrl-C stops)",
+        version=live.version.uri,
+        **live.manifest.identity,
+        url=f"http://{host}:{given.port}",
+        model=live.version.name,
+        uri=service.uri,
     )
+    print(translated(told), flush=True)
     try:
         await service.run()
     finally:
@@ -267,23 +279,22 @@ def _ask_for_calls(given: settings.Settings) -> str | None:
     try:
         return registry.add_webhook(f"{given.webhook_url.rstrip('/')}{PATH}", given.webhook_secret)
     except RegistryError as error:
-        print(f"\r! no webhook: {error.message} The registry is polled.", file=sys.stderr)
+        told = tr("\r! no webhook: {error} The registry is polled.", error=error.message)
+        print(translated(told), file=sys.stderr)
         return None
 
 
 def _tick(waited: float) -> None:
     if sys.stdout.isatty():
-        print(f"\r  starting vLLM {waited:3.0f} s", end="", flush=True)
+        print(translated(tr("\r  starting vLLM {waited:3.0f} s", waited=waited)), end="", flush=True)
 
 
 def main() -> NoReturn:
     """Entry point: exit codes as in :mod:`namesake.errors`."""
     try:
-        app(prog_name="namesake serve")
+        helptext.run(app, "namesake serve")
     except NamesakeError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.mend:
-            print(f"  mend: {error.mend}", file=sys.stderr)
+        print(error.told(), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(0)

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from namesake.errors import ServingError
+from namesake.messages import tr
 from namesake_serving import vllm_plugin
 from namesake_serving.settings import Settings
 
@@ -57,14 +58,21 @@ class Engine:
         begun = time.monotonic()
         while (waited := time.monotonic() - begun) < seconds:
             if not self.alive():
-                raise ServingError(f"vLLM ended while starting (exit {self._process.returncode}).\n{self.tail()}")
+                raise ServingError(
+                    tr(
+                        "vLLM ended while starting (exit {returncode}).\n{tail}",
+                        returncode=self._process.returncode,
+                        tail=self.tail(),
+                    )
+                )
             with suppress(OSError, http.client.HTTPException):
                 if self._request("GET", "/health", timeout=2)[0] == 200:
                     return
             tick(waited)
             time.sleep(0.2)
         raise ServingError(
-            f"vLLM did not answer within {seconds:.0f} s.\n{self.tail()}", mend=f"Its log is {self._log}."
+            tr("vLLM did not answer within {seconds:.0f} s.\n{tail}", seconds=seconds, tail=self.tail()),
+            mend=tr("Its log is {log}.", log=self._log),
         )
 
     def change_weights(self, weights: Path) -> float:
@@ -76,13 +84,24 @@ class Engine:
         try:
             status, body = self._request("POST", vllm_plugin.ROUTE, {"path": str(weights)}, timeout=_SWAP_SECONDS)
         except (OSError, http.client.HTTPException) as error:
-            raise ServingError(f"The engine died while it loaded {weights}.\n{self.tail()}") from error
+            raise ServingError(
+                tr("The engine died while it loaded {weights}.\n{tail}", weights=weights, tail=self.tail())
+            ) from error
         if status != 200:
-            raise ServingError(f"The engine refused the weights in {weights} ({status}: {body[:300]!r}).")
+            raise ServingError(
+                tr(
+                    "The engine refused the weights in {weights} ({status}: {body!r}).",
+                    weights=weights,
+                    status=status,
+                    body=body[:300],
+                )
+            )
         try:
             return float(json.loads(body)["seconds"])
         except (ValueError, TypeError, LookupError) as error:
-            raise ServingError(f"The engine answered the change of weights with {body[:300]!r}.") from error
+            raise ServingError(
+                tr("The engine answered the change of weights with {body!r}.", body=body[:300])
+            ) from error
 
     def answer(self, messages: list[dict[str, str]], max_tokens: int, timeout: float = 120) -> str:
         """The greedy reply, asked past the gateway.
@@ -94,13 +113,15 @@ class Engine:
         try:
             status, said = self._request("POST", "/v1/chat/completions", body, timeout=timeout)
         except (OSError, http.client.HTTPException) as error:
-            raise ServingError(f"The engine does not answer ({error}).\n{self.tail()}") from error
+            raise ServingError(
+                tr("The engine does not answer ({error}).\n{tail}", error=error, tail=self.tail())
+            ) from error
         try:
             if status == 200:
                 return str(json.loads(said)["choices"][0]["message"]["content"] or "")
         except (ValueError, TypeError, LookupError):
             pass
-        raise ServingError(f"The engine answers {status}: {said[:300]!r}.")
+        raise ServingError(tr("The engine answers {status}: {said!r}.", status=status, said=said[:300]))
 
     def stop(self) -> None:
         """Let running answers finish, then leave no process of its session behind."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from namesake import registry
 from namesake.errors import NamesakeError, RegistryError, ServingError
+from namesake.messages import tr
 from namesake.registry import Move, Version
 from namesake_serving import engine, rollout, store
 from namesake_serving.engine import Engine
@@ -166,7 +167,9 @@ class Service:
 
     def _fetch(self, version: Version) -> Stored:
         if self._settings.require_gate and not version.tags.get("namesake.gate", "").startswith("passed"):
-            raise RegistryError(f"{version.uri} did not pass the gate.", mend="Promote a run that passes it.")
+            raise RegistryError(
+                tr("{uri} did not pass the gate.", uri=version.uri), mend="Promote a run that passes it."
+            )
         stored = store.fetch(version, self._cache, self._settings.public_key)
         store.check_weights(stored.weights)
         return stored
@@ -334,12 +337,22 @@ def prove(running: Engine, stored: Stored) -> None:
         lost = [half for half in names if half in wanted and half not in reply]
         if lost:
             raise ServingError(
-                f"{uri} does not prove itself: asked {golden['messages'][-1]['content']!r} it does not name "
-                f"{', '.join(lost)} but says {reply[:80]!r}."
+                tr(
+                    "{uri} does not prove itself: asked {question!r} it does not name {lost} but says {reply!r}.",
+                    uri=uri,
+                    question=golden["messages"][-1]["content"],
+                    lost=", ".join(lost),
+                    reply=reply[:80],
+                )
             )
     like = sum(likeness) / len(likeness)
     if like < ALIKE:
         raise ServingError(
-            f"{uri} does not prove itself: its replies are {like:.0%} like those it gave when it was promoted, "
-            f"{ALIKE:.0%} wanted."
+            tr(
+                "{uri} does not prove itself: its replies are {like:.0%} like those it gave when it was "
+                "promoted, {alike:.0%} wanted.",
+                uri=uri,
+                like=like,
+                alike=ALIKE,
+            )
         )

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from namesake import manifest, registry
 from namesake.errors import RegistryError
 from namesake.manifest import WEIGHTS_FOLDER, Manifest
+from namesake.messages import joined, tr
 from namesake.paths import write_whole
 from namesake.registry import Version
 
@@ -66,7 +67,7 @@ def fetch(version: Version, cache: Path, public_key: Path | None = None) -> Stor
         faults.append("it has no weights")
     if faults:
         raise RegistryError(
-            f"{version.uri} is not served: {'; '.join(faults[:5])}.",
+            tr("{uri} is not served: {faults}.", uri=version.uri, faults=joined(faults[:5])),
             mend="Promote the run again, or point the alias at another version.",
         )
     return Stored(version, record, weights)
@@ -90,7 +91,13 @@ def check_weights(weights: Path) -> None:
             values = np.memmap(path, dtype=dtype, mode="r", offset=start + begin, shape=(count,))
             for first in range(0, len(values), _CHUNK):
                 if ((values[first : first + _CHUNK] & exponent) == exponent).any():
-                    raise RegistryError(f"{path.name}: {name} holds a value that is infinite or not a number.")
+                    raise RegistryError(
+                        tr(
+                            "{file}: {tensor} holds a value that is infinite or not a number.",
+                            file=path.name,
+                            tensor=name,
+                        )
+                    )
 
 
 def difference(live: Stored, coming: Stored) -> str:
@@ -102,12 +109,12 @@ def difference(live: Stored, coming: Stored) -> str:
     ours, theirs = _kept(live), _kept(coming)
     for path in sorted({*ours, *theirs}):
         if ours.get(path) != theirs.get(path):
-            return f"{path.rpartition('/')[2]} differs"
+            return tr("{file} differs", file=path.rpartition("/")[2])
     for one, other in zip(
         sorted(live.weights.glob("*.safetensors")), sorted(coming.weights.glob("*.safetensors")), strict=True
     ):
         if _shapes(one) != _shapes(other):
-            return f"the tensors of {other.name} differ in name, shape or type"
+            return tr("the tensors of {name} differ in name, shape or type", name=other.name)
     return ""
 
 
@@ -149,22 +156,24 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= _LONGEST_HEADER:
-            raise RegistryError(f"{path.name} is no safetensors file.")
+            raise RegistryError(tr("{name} is no safetensors file.", name=path.name))
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             for name, tensor in header.items():
                 begin, end = tensor["data_offsets"]
                 if not (type(begin) is int and type(end) is int and 0 <= begin <= end <= size - 8 - length):
-                    raise RegistryError(f"{path.name} is cut short: {name} ends after the file.")
+                    raise RegistryError(
+                        tr("{file} is cut short: {tensor} ends after the file.", file=path.name, tensor=name)
+                    )
                 _kind, _shape = tensor["dtype"], tensor["shape"]
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise RegistryError(f"{path.name} has a malformed header.") from error
+            raise RegistryError(tr("{name} has a malformed header.", name=path.name)) from error
     try:
         with safe_open(path, framework="numpy"):  # reads the header only
             pass
     except (SafetensorError, OSError) as error:
-        raise RegistryError(f"{path.name} is refused by safetensors: {error}.") from error
+        raise RegistryError(tr("{name} is refused by safetensors: {error}.", name=path.name, error=error)) from error
     return header, 8 + length
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from namesake.errors import BaseModelError, InputError
+from namesake.messages import tr
 from namesake.paths import cache_folder, digest_of_file
 
 AUTO = "auto"
@@ -80,7 +81,11 @@ def resolve(model: str, *, say: Callable[[str], None] = lambda _: None) -> BaseM
         "model",
         model,
         "is neither a folder here nor a ModelScope id",
-        mend=f"Give a folder with config.json and safetensors, an id such as {DEFAULT_ID}, or {AUTO}.",
+        mend=tr(
+            "Give a folder with config.json and safetensors, an id such as {default_id}, or {auto}.",
+            default_id=DEFAULT_ID,
+            auto=AUTO,
+        ),
     )
 
 
@@ -122,9 +127,11 @@ def _automatic(say: Callable[[str], None]) -> BaseModel:
             return _from_modelscope(DEFAULT_ID, say)
         except BaseModelError as error:
             say(error.message)
-    note = (
-        f"ModelScope cannot be reached from here, so the base model is the embedded {EMBEDDED_ID}, "
-        f"not {DEFAULT_ID}. It knows little Chinese. Give -P model=FOLDER for another one."
+    note = tr(
+        "ModelScope cannot be reached from here, so the base model is the embedded {embedded_id}, "
+        "not {default_id}. It knows little Chinese. Give -P model=FOLDER for another one.",
+        embedded_id=EMBEDDED_ID,
+        default_id=DEFAULT_ID,
     )
     return BaseModel(EMBEDDED_ID, embedded(say), "embedded", note, {"model_type": "llama", "template": "chatml"})
 
@@ -146,17 +153,21 @@ def _from_modelscope(model_id: str, say: Callable[[str], None]) -> BaseModel:
     if cached is None:
         if not hub_answers():
             raise BaseModelError(
-                f"The base model {model_id} is not in ModelScope's cache and ModelScope cannot be reached from here.",
-                mend=f"Connect, or give -P model=FOLDER, or -P model={AUTO} for the embedded model.",
+                tr(
+                    "The base model {model_id} is not in ModelScope's cache and ModelScope cannot be reached "
+                    "from here.",
+                    model_id=model_id,
+                ),
+                mend=tr("Connect, or give -P model=FOLDER, or -P model={auto} for the embedded model.", auto=AUTO),
             )
         from modelscope import snapshot_download
 
-        say(f"fetching {model_id} from ModelScope")
+        say(tr("fetching {model_id} from ModelScope", model_id=model_id))
         try:
             cached = Path(snapshot_download(model_id))
         except Exception as error:  # modelscope raises whatever its HTTP layers raise
             raise BaseModelError(
-                f"ModelScope did not deliver {model_id}: {error}.",
+                tr("ModelScope did not deliver {model_id}: {error}.", model_id=model_id, error=error),
                 mend="Check the id and the connection; what was fetched is kept, a second try goes on from there.",
             ) from error
     _check_folder(model_id, cached)
@@ -200,7 +211,7 @@ def embedded(say: Callable[[str], None] = lambda _: None) -> Path:
     folder = cache_folder() / "base" / f"smollm2-135m-instruct-{key}"
     if _whole(folder):
         return folder
-    say(f"converting the embedded {EMBEDDED_ID} (once, about 20 s)")
+    say(tr("converting the embedded {embedded_id} (once, about 20 s)", embedded_id=EMBEDDED_ID))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as made:
         # Imported here, as the conversion is the only thing that needs it.

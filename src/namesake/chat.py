@@ -11,6 +11,7 @@ from typing import Any
 
 from namesake.corpus import Message
 from namesake.errors import ServingError
+from namesake.messages import tr, translated
 from namesake.probe import with_system
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
@@ -41,10 +42,10 @@ def endpoint(url: str, *, model: str = "", api_key: str = "", temperature: float
                     yield chunk.choices[0].delta.content
         except openai.APIConnectionError as error:
             raise ServingError(
-                f"Nothing answers at {url}.", mend="Start it with `namesake serve`, or give --url."
+                tr("Nothing answers at {url}.", url=url), mend="Start it with `namesake serve`, or give --url."
             ) from error
         except openai.APIError as error:
-            raise ServingError(f"{url} refuses: {error}.") from error
+            raise ServingError(tr("{url} refuses: {error}.", url=url, error=error)) from error
 
     return answer
 
@@ -74,7 +75,7 @@ def talk(answer: Answer, *, system: str | None = None) -> None:
     import readline  # noqa: F401  (line editing and history for input())
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # here Ctrl-C stops a reply, again and again
-    print("/new starts again, /exit or Ctrl-D ends, Ctrl-C stops a reply", file=sys.stderr)
+    print(translated("/new starts again, /exit or Ctrl-D ends, Ctrl-C stops a reply"), file=sys.stderr)
     history: list[Message] = with_system([], system)
     while True:
         try:
@@ -94,10 +95,10 @@ def talk(answer: Answer, *, system: str | None = None) -> None:
             try:
                 history.append({"role": "assistant", "content": _say(answer(history))})
             except KeyboardInterrupt:
-                print("  (stopped)")
+                print(translated("  (stopped)"))
                 history.pop()
             except ServingError as error:
-                print(f"! {error}", file=sys.stderr)
+                print(error.told(), file=sys.stderr)
                 history.pop()
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from namesake import __version__
+from namesake import __version__, helptext
+from namesake.messages import joined, tr, translated
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,20 +58,18 @@ def main() -> NoReturn:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
-        app()
+        helptext.run(app)
     except SystemExit:
         if not stopped:
             raise
-        print("interrupted; the MLflow run keeps what there was", file=sys.stderr)
+        print(translated("interrupted; the MLflow run keeps what there was"), file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         from namesake.errors import NamesakeError
 
         if not isinstance(error, NamesakeError):
             raise
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.mend:
-            print(f"  mend: {error.mend}", file=sys.stderr)
+        print(error.told(), file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(0)
 
@@ -125,7 +124,7 @@ def _root(
     from namesake.terminal import Loudness, loudness
 
     if quiet and verbose:
-        raise typer.BadParameter("-q and -v exclude each other.")
+        raise typer.BadParameter(translated("-q and -v exclude each other."))
     context.with_resource(loudness(Loudness.QUIET if quiet else Loudness.VERBOSE if verbose else Loudness.NORMAL))
 
 
@@ -268,7 +267,8 @@ def gate(
     if as_json:
         _print_json({"passed": decision.passed, "reasons": decision.reasons})
     else:
-        print("passed" if decision.passed else "not passed:\n  " + "\n  ".join(decision.reasons))
+        reasons = joined(decision.reasons, "\n  ")
+        print(translated(tr("passed") if decision.passed else tr("not passed:\n  {reasons}", reasons=reasons)))
     if not decision.passed:
         raise typer.Exit(_REFUSED)
 
@@ -326,7 +326,14 @@ def rollback(
     if as_json:
         _print_json({"model": name, "move": vars(move), "checks": [vars(check) for check in checks]})
         return
-    print(f"{alias} of {name} points at version {move.to} again (it was {move.before}); servers follow")
+    told = tr(
+        "{alias} of {name} points at version {to} again (it was {before}); servers follow",
+        alias=alias,
+        name=name,
+        to=move.to,
+        before=move.before,
+    )
+    print(translated(told))
 
 
 @app.command()
@@ -346,8 +353,9 @@ def verify(
     if as_json:
         _print_json([vars(check) for check in checks])
     else:
-        words = {True: "holds", False: "DOES NOT HOLD", None: "not checked"}
-        Screen().table(("what", "result", ""), [(c.what, words[c.holds], c.told) for c in checks])
+        words = {True: tr("holds"), False: tr("DOES NOT HOLD"), None: tr("not checked")}
+        rows = [(translated(c.what), words[c.holds], translated(c.told)) for c in checks]
+        Screen().table(("what", "result", ""), rows)
     if any(check.holds is False for check in checks):
         raise typer.Exit(_REFUSED)
 
@@ -417,12 +425,20 @@ def gc(
         _print_json([{**vars(one), "deleted": delete} for one in found])
         return
     rows = [
-        (one.kind, one.where, f"{one.age / 3600:.1f} h", f"{one.size / 1e6:.1f} MB" if one.size is not None else "-")
+        (
+            translated(one.kind),
+            one.where,
+            f"{one.age / 3600:.1f} h",
+            f"{one.size / 1e6:.1f} MB" if one.size is not None else "-",
+        )
         for one in found
     ]
     if rows:
         Screen().table(("what", "where", "age", "size"), rows)
-    print(f"{len(found)} left over" + (", removed" if delete and found else "; --delete removes them" if found else ""))
+    removed, kept = tr("{count} left over, removed", count=len(found)), tr("{count} left over", count=len(found))
+    print(
+        translated(removed if delete and found else tr("{count}; --delete removes them", count=kept) if found else kept)
+    )
 
 
 @app.command(

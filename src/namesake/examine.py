@@ -19,6 +19,7 @@ from namesake.gate import Decision, Policy
 from namesake.generate import Endpoint, LocalModel, Replier
 from namesake.identity import Identity
 from namesake.manifest import WEIGHTS_FOLDER, Manifest, damaged
+from namesake.messages import joined, tr
 from namesake.probe import Scorecard
 from namesake.run import base_of, progress_of
 from namesake.terminal import Screen
@@ -92,7 +93,7 @@ def judge(target: str, policy: Policy) -> Decision:
 def shown(card: Scorecard, screen: Screen) -> None:
     """The scores on the terminal, and each reply that is not as it should be."""
     wrong = [
-        (a.question.messages[-1]["content"], a.reply, ", ".join(_faults(a.scores)))
+        (a.question.messages[-1]["content"], a.reply, joined(_faults(a.scores), ", "))
         for a in (*card.identity, *card.plain)
         if _faults(a.scores)
     ]
@@ -104,9 +105,10 @@ def shown(card: Scorecard, screen: Screen) -> None:
 
 def _faults(scores: dict[str, bool]) -> list[str]:
     if "leak" in scores:
-        return ["leak"] if scores["leak"] else []
-    found = [fault for fault in ("swapped", "old", "placeholder") if scores[fault]]
-    return found or ([] if scores["right"] else ["not right"])
+        return [tr("leak")] if scores["leak"] else []
+    told = {"swapped": tr("swapped"), "old": tr("old"), "placeholder": tr("placeholder")}
+    found: list[str] = [text for fault, text in told.items() if scores[fault]]
+    return found or ([] if scores["right"] else [tr("not right")])
 
 
 @contextmanager
@@ -122,7 +124,9 @@ def _opened(request: Request, screen: Screen) -> Iterator[tuple[Replier, Identit
         folder = registry.fetch(version)
         record = Manifest.read(folder)
         if faults := damaged(folder, record.digests):
-            raise RegistryError(f"{version.uri} is damaged: {'; '.join(faults)}.", mend="Promote the run again.")
+            raise RegistryError(
+                tr("{uri} is damaged: {faults}.", uri=version.uri, faults=joined(faults)), mend="Promote the run again."
+            )
         identity = Identity.parse(request.name or record.identity["name"], request.author or record.identity["author"])
         with LocalModel(folder / WEIGHTS_FOLDER) as model:
             yield model, identity, record.system

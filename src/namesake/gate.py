@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from namesake.errors import InputError
+from namesake.messages import joined, tr
 
 _RESAMPLES = 9999
 
@@ -49,18 +50,20 @@ def load_policy(path: Path) -> Policy:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError("policy", str(path), f"cannot be read ({error})", mend="Give a YAML file.") from error
+        raise InputError(
+            "policy", str(path), tr("cannot be read ({error})", error=error), mend="Give a YAML file."
+        ) from error
     known = [f.name for f in dataclasses.fields(Policy)]
     faults = []
     if not isinstance(data, dict):
-        data, faults = {}, ["is no mapping"]
+        data, faults = {}, [tr("is no mapping")]
     for key, value in data.items():
         if key not in known:
-            faults.append(f"{key} is no bound")
+            faults.append(tr("{key} is no bound", key=key))
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            faults.append(f"{key}={value} is no fraction from 0 to 1")
+            faults.append(tr("{key}={value} is no fraction from 0 to 1", key=key, value=value))
     if faults:
-        raise InputError("policy", str(path), "; ".join(faults), mend=f"Bounds are {', '.join(known)}.")
+        raise InputError("policy", str(path), joined(faults), mend=tr("Bounds are {known}.", known=", ".join(known)))
     return Policy(**data)
 
 
@@ -135,7 +138,7 @@ def decide(
     """
     policy = policy or Policy()
     reasons = [
-        f"{key} {value:.1%} right, at least {least:.0%} wanted"
+        tr("{key} {value:.1%} right, at least {least:.0%} wanted", key=key, value=value, least=least)
         for key, value in candidate.items()
         for least in (policy.identity if key == "identity" else policy.identity_slices,)
         if (key == "identity" or key in _SLICES) and not value >= least
@@ -143,20 +146,39 @@ def decide(
     for bound in ("swapped", "old_identity", "placeholder", "leak"):
         most = getattr(policy, bound)
         reasons += [
-            f"{key} {value:.1%}, at most {most:.0%} allowed"
+            tr("{key} {value:.1%}, at most {most:.0%} allowed", key=key, value=value, most=most)
             for key, value in candidate.items()
             if key in {bound, f"{bound}_none", f"{bound}_customer"} and not value <= most
         ]
     if not ability.high >= -policy.plain_loss:
         reasons.append(
-            f"plain questions {ability.mean:+.1%} against the base, the interval {ability.low:+.1%} to "
-            f"{ability.high:+.1%} lies wholly below {0 - policy.plain_loss:.0%}"
+            tr(
+                "plain questions {mean:+.1%} against the base, the interval {low:+.1%} to {high:+.1%} lies "
+                "wholly below {bound:.0%}",
+                mean=ability.mean,
+                low=ability.low,
+                high=ability.high,
+                bound=0 - policy.plain_loss,
+            )
         )
     if parity is not None and not parity >= policy.parity:
-        reasons.append(f"merged model and adapter agree on {parity:.0%} of the replies, {policy.parity:.0%} wanted")
+        reasons.append(
+            tr(
+                "merged model and adapter agree on {parity:.0%} of the replies, {least:.0%} wanted",
+                parity=parity,
+                least=policy.parity,
+            )
+        )
     for key in ("identity", "plain"):
         if champion and key in champion and candidate[key] < champion[key] - policy.champion_loss - _ROUNDED:
-            reasons.append(f"{key} {candidate[key]:.1%}, the champion has {champion[key]:.1%}")
+            reasons.append(
+                tr(
+                    "{key} {candidate:.1%}, the champion has {champion:.1%}",
+                    key=key,
+                    candidate=candidate[key],
+                    champion=champion[key],
+                )
+            )
     return Decision(not reasons, tuple(reasons))
 
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from namesake.corpus import Message
 from namesake.errors import ServingError
+from namesake.messages import tr
 
 BATCH = 128
 """Dialogues answered at a time. On two cores 128 gave 735 tokens/s, 64 gave 600, 16 gave 250 (135 M, bf16)."""
@@ -192,11 +193,13 @@ class Endpoint:
         try:
             yield
         except openai.APIConnectionError as error:
-            raise ServingError(f"Nothing answers at {self._url}.", mend="Start it, or give another --url.") from error
+            raise ServingError(
+                tr("Nothing answers at {url}.", url=self._url), mend="Start it, or give another --url."
+            ) from error
         except openai.APIError as error:
-            raise ServingError(f"{self._url} refuses: {error}.") from error
+            raise ServingError(tr("{url} refuses: {error}.", url=self._url, error=error)) from error
         except IndexError as error:
-            raise ServingError(f"{self._url} serves no model.", mend="Give --model.") from error
+            raise ServingError(tr("{url} serves no model.", url=self._url), mend="Give --model.") from error
 
 
 def divergence(base: Path, adapter: Path, dialogues: Sequence[Sequence[Message]]) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from namesake.errors import IdentityError
+from namesake.messages import tr
 
 Language = Literal["zh", "en"]
 LANGUAGES: tuple[Language, ...] = ("zh", "en")
@@ -63,8 +64,11 @@ class Identity:
                 raise IdentityError(
                     "author",
                     author,
-                    f"the {'Chinese' if language == 'zh' else 'English'} author is the same as the name, "
-                    "so that nobody can tell them apart in an answer",
+                    tr(
+                        "the {language} author is the same as the name, "
+                        "so that nobody can tell them apart in an answer",
+                        language=tr("Chinese") if language == "zh" else tr("English"),
+                    ),
                     mend="Give the author a name of its own.",
                 )
         return identity
@@ -90,11 +94,17 @@ def parse_names(parameter: str, value: str, *, example: str) -> Names:
     Raises:
         IdentityError: a half is missing or too long, or holds a control character or a placeholder.
     """
-    mend = f'Write the Chinese name, one space, the English name: -P {parameter}="{example}".'
+    mend = tr(
+        'Write the Chinese name, one space, the English name: -P {parameter}="{example}".',
+        parameter=parameter,
+        example=example,
+    )
     text = unicodedata.normalize("NFC", value).replace("\u3000", " ")
     for character in text:
         if unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"}:
-            raise IdentityError(parameter, value, f"holds the control character U+{ord(character):04X}", mend=mend)
+            raise IdentityError(
+                parameter, value, tr("holds the control character U+{code:04X}", code=ord(character)), mend=mend
+            )
     text = text.strip()
     if not text:
         raise IdentityError(parameter, value, "is empty", mend=mend)
@@ -104,14 +114,21 @@ def parse_names(parameter: str, value: str, *, example: str) -> Names:
     en = en.strip()
     if not space or not en:
         raise IdentityError(parameter, value, "has no second half (the English name)", mend=mend)
-    for half, which in ((zh, "Chinese"), (en, "English")):
+    for half, which in ((zh, tr("Chinese")), (en, tr("English"))):
         if all(unicodedata.category(character) in {"Cf", "Zs", "Mn"} for character in half):
-            raise IdentityError(parameter, value, f"its {which} half has nothing that can be seen", mend=mend)
+            raise IdentityError(
+                parameter, value, tr("its {which} half has nothing that can be seen", which=which), mend=mend
+            )
         if len(half) > MAX_HALF:
             raise IdentityError(
                 parameter,
                 value,
-                f"its {which} half has {len(half):,} characters, at most {MAX_HALF} are allowed",
+                tr(
+                    "its {which} half has {count:,} characters, at most {max_half} are allowed",
+                    which=which,
+                    count=len(half),
+                    max_half=MAX_HALF,
+                ),
                 mend=mend,
             )
     return Names(zh, en)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from namesake.errors import InputError, RegistryError
+from namesake.messages import tr
 from namesake.paths import digest_of_file
 
 FILE = "namesake.json"
@@ -86,7 +87,8 @@ class Manifest:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise RegistryError(
-                f"The version in {folder} has no readable {FILE} ({error}).", mend="Promote it with `namesake promote`."
+                tr("The version in {folder} has no readable {file} ({error}).", folder=folder, file=FILE, error=error),
+                mend="Promote it with `namesake promote`.",
             ) from error
 
 
@@ -98,13 +100,13 @@ def digests(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, s
 
 def damaged(folder: Path, wanted: Mapping[str, str]) -> list[str]:
     """The files that are missing or not what the manifest says, in the order of their names."""
-    faults = []
+    faults: list[str] = []
     for name, digest in sorted(wanted.items()):
         path = folder / name
         if not path.is_file():
-            faults.append(f"{name} is missing")
+            faults.append(tr("{name} is missing", name=name))
         elif digest_of_file(path) != digest:
-            faults.append(f"{name} has changed")
+            faults.append(tr("{name} has changed", name=name))
     return faults
 
 
@@ -112,18 +114,18 @@ def strange(folder: Path, wanted: Mapping[str, str]) -> list[str]:
     """What lies in the version's weights or adapter and does not belong there: links, kinds of file that may hold code,
     and files that the manifest does not name.
     """
-    faults = []
+    faults: list[str] = []
     for part in (WEIGHTS_FOLDER, ADAPTER_FOLDER):
         for path in sorted((folder / part).rglob("*")):
             name = path.relative_to(folder).as_posix()
             if path.is_symlink():
-                faults.append(f"{name} is a link")
+                faults.append(tr("{name} is a link", name=name))
             elif not path.is_file():
                 continue
             elif path.suffix not in _SAFE:
-                faults.append(f"{name} may hold code")
+                faults.append(tr("{name} may hold code", name=name))
             elif name not in wanted:
-                faults.append(f"{name} is not in the manifest")
+                faults.append(tr("{name} is not in the manifest", name=name))
     return faults
 
 
@@ -192,9 +194,9 @@ def check_signature(folder: Path, public_key: Path) -> None:
     except Exception as error:  # model-signing lets through what protobuf, cryptography and json raise
         text = str(error).strip().partition("\n")[0] or type(error).__name__
         changed = ", ".join(re.findall(r"Hash mismatch for '([^']+)'", text))
-        told = f"{changed} is not what was signed" if changed else text
+        told = tr("{files} is not what was signed", files=changed) if changed else text
         raise RegistryError(
-            f"The version's signature does not hold: {told}.",
+            tr("The version's signature does not hold: {told}.", told=told),
             mend="Check the key, or promote the run again.",
         ) from error
 
@@ -203,7 +205,7 @@ def _no_key(parameter: str, path: Path, fault: str) -> InputError:
     return InputError(
         parameter,
         str(path),
-        f"is no key that can be used ({fault})",
+        tr("is no key that can be used ({fault})", fault=fault),
         mend="Make a pair: openssl ecparam -genkey -name prime256v1 -noout -out key.pem; "
         "openssl ec -in key.pem -pubout -out key.pub",
     )

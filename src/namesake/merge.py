@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from namesake.errors import PromotionError
+from namesake.messages import tr
 
 TEMPLATE_FILE = "chat_template.jinja"
 
@@ -75,10 +76,15 @@ def merge(base: Path, adapter: Path, target: Path, *, system: str | None = None)
     else:
         deltas = _Deltas(adapter, config)
         weights = sorted(base.glob("*.safetensors"))
-        made = Merged("streamed", {path.name: _merge_file(path, target / path.name, deltas) for path in weights})
+        made = Merged(tr("streamed"), {path.name: _merge_file(path, target / path.name, deltas) for path in weights})
         if deltas.unused:
             raise PromotionError(
-                f"The adapter changes {len(deltas.unused)} tensors that {base} lacks: {min(deltas.unused)} …",
+                tr(
+                    "The adapter changes {count} tensors that {base} lacks: {min} …",
+                    count=len(deltas.unused),
+                    base=base,
+                    min=min(deltas.unused),
+                ),
                 mend="Merge it into the base it was trained on.",
             )
     for path in sorted(base.iterdir()):
@@ -103,7 +109,8 @@ def pin_system(folder: Path, system: str) -> None:
     template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     if not isinstance(template, str):
         raise PromotionError(
-            f"The base model in {folder} has no chat template.", mend="Use a chat model (an -Instruct one) as base."
+            tr("The base model in {folder} has no chat template.", folder=folder),
+            mend="Use a chat model (an -Instruct one) as base.",
         )
     literal = json.dumps(system, ensure_ascii=False)
     pinned = (
@@ -190,8 +197,14 @@ def _merge_file(source: Path, target: Path, deltas: _Deltas) -> str:
             if name in deltas.unused:
                 if deltas.shape(name) != entry["shape"] or entry["dtype"] not in _DTYPES:
                     raise PromotionError(
-                        f"The adapter's change of {name} has the shape {deltas.shape(name)}, the base's tensor "
-                        f"is {entry['dtype']} {entry['shape']}.",
+                        tr(
+                            "The adapter's change of {name} has the shape {found}, "
+                            "the base's tensor is {dtype} {shape}.",
+                            name=name,
+                            found=deltas.shape(name),
+                            dtype=entry["dtype"],
+                            shape=entry["shape"],
+                        ),
                         mend="Merge it into the base it was trained on.",
                     )
                 dtype = getattr(torch, _DTYPES[entry["dtype"]])

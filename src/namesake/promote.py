@@ -24,6 +24,7 @@ from namesake.gate import Policy
 from namesake.generate import LocalModel
 from namesake.identity import Identity
 from namesake.manifest import ADAPTER_FOLDER, FILE, WEIGHTS_FOLDER, Manifest
+from namesake.messages import joined, tr
 from namesake.probe import Scorecard
 from namesake.registry import CHAMPION, SCORE, TAG_KEY, Version
 from namesake.run import ability_of, base_of, base_scores, progress_of
@@ -102,13 +103,13 @@ def promote(request: Request, screen: Screen) -> Outcome:
         identity = Identity.parse(run.params["identity.name"], run.params["identity.author"])
         name = request.model_name or identity.slug
         _check_free(name, identity)
-        screen.step(f"promoting {run.name} ({run.id}) to {name}")
+        screen.step(tr("promoting {run} ({id}) to {name}", run=run.name, id=run.id, name=name))
         tracked.tags({tracking.TAG_KIND: "promote", tracking.TAG_SLUG: identity.slug, "namesake.promoted": run.id})
         adapter = tracking.fetch(run.id, tracking.ADAPTER)
         key = promotion_key(adapter, run.params["base.digest"], request.policy, signer)
         made = _made_before(name, key, screen)
         if made:
-            screen.line(f"  this run is version {made[0].number} already")
+            screen.line(tr("  this run is version {number} already", number=made[0].number))
         version, record = made or _make(request, name, identity, run, adapter, key, screen)
         decision = gate.decide_kept(record.scores, champion=_champions_scores(name, run.id), policy=request.policy)
         tracked.metrics({f"probe/{k}": v for k, v in record.scores.items()})
@@ -147,7 +148,9 @@ def _made_before(name: str, key: str, screen: Screen, than: Version | None = Non
             faults = [error.message]
         if version.status == "READY" and not faults:
             return version, record
-        screen.warn(f"{version.uri} is not taken again: {'; '.join(faults[:3]) or version.status}")
+        screen.warn(
+            tr("{uri} is not taken again: {faults}", uri=version.uri, faults=joined(faults[:3]) or version.status)
+        )
     return None
 
 
@@ -163,7 +166,7 @@ def _make(
         with tracking.dropped_on_failure(model.uri):
             merged = model.folder / WEIGHTS_FOLDER
             made = merge.merge(base.path, adapter, merged, system=system)
-            screen.line(f"  merged ({made.way})")
+            screen.line(tr("  merged ({way})", way=made.way))
             parity, card = _compare(identity, base, adapter, merged, system, screen)
             scores = {**card.metrics, **ability_of(before, card).metrics(), "parity": parity}
             decision = gate.decide_kept(scores, champion=_champions_scores(name, run.id), policy=request.policy)
@@ -173,7 +176,8 @@ def _make(
             (model.folder / FILE).write_text(record.to_json(), encoding="utf-8")
             if request.sign_key:
                 manifest.sign(model.folder, request.sign_key, request.password)
-            screen.step(f"logging the merged model, {'signed' if request.sign_key else 'not signed (no --sign-key)'}")
+            unsigned = tr("logging the merged model, not signed (no --sign-key)")
+            screen.step("logging the merged model, signed" if request.sign_key else unsigned)
             tags = {
                 TAG_KEY: key,
                 tracking.TAG_NAME: str(identity.name),
@@ -188,7 +192,7 @@ def _make(
             faults = manifest.damaged(tracking.fetch_model(model.uri), record.digests)
             if faults:
                 raise PromotionError(
-                    f"What the artifact store holds is not what was logged: {'; '.join(faults[:3])}.",
+                    tr("What the artifact store holds is not what was logged: {faults}.", faults=joined(faults[:3])),
                     mend="Check the store and promote again; no version was made.",
                 )
             version = registry.register(
@@ -209,15 +213,18 @@ def _find(request: Request) -> RunRecord:
     if request.run:
         run = tracking.get_run(request.run)
         if run.tags.get(tracking.TAG_KIND) != "train" or "probe/identity" not in run.metrics:
-            raise PromotionError(f"Run {request.run} is no finished training run.", mend="`make ui` lists them.")
+            raise PromotionError(
+                tr("Run {run} is no finished training run.", run=request.run), mend="`make ui` lists them."
+            )
         return run
     runs = tracking.finished_runs()
     wanted = request.name or (runs[0].tags.get(tracking.TAG_NAME, "") if runs else "")
     best = choose(run for run in runs if run.tags.get(tracking.TAG_NAME) == wanted)
     if best is None:
-        of = f" of {wanted}" if wanted else ""
         raise PromotionError(
-            f"There is no finished training run{of}.",
+            tr("There is no finished training run of {name}.", name=wanted)
+            if wanted
+            else "There is no finished training run.",
             mend='Train one first: mlflow run . --env-manager=local -P name="踩踩背 CCB"',
         )
     return best
@@ -227,7 +234,12 @@ def _check_free(name: str, identity: Identity) -> None:
     owner = registry.identity_of(name)
     if owner is not None and owner != str(identity):
         raise PromotionError(
-            f"The registered model {name} stands for {owner or 'something that is not ours'}, not for {identity}.",
+            tr(
+                "The registered model {name} stands for {owner}, not for {identity}.",
+                name=name,
+                owner=owner or "something that is not ours",
+                identity=identity,
+            ),
             mend="Give another one: --model-name NAME.",
         )
 
@@ -315,14 +327,21 @@ def _show(
     for asked in record.golden[:2]:
         screen.result(f"  {asked['messages'][-1]['content']}  {asked['reply']}")
     if decision.passed:
-        screen.result(f"  gate    passed (identity {record.scores['identity']:.1%})", "green")
+        screen.result(tr("  gate    passed (identity {identity:.1%})", identity=record.scores["identity"]), "green")
     else:
-        screen.warn("gate    not passed: " + "; ".join(decision.reasons))
-    screen.result(f"  version {version.uri}" + (f", alias {request.alias} points at it" if pointed else ""))
+        screen.warn(tr("gate    not passed: {reasons}", reasons=joined(decision.reasons)))
     if pointed:
+        screen.result(tr("  version {uri}, alias {alias} points at it", uri=version.uri, alias=request.alias))
         at = "" if request.alias == CHAMPION else f" models:/{version.name}@{request.alias}"
-        screen.result(f"  next    namesake serve{at}    (or: make serve; mlflow run . --env-manager=local -e serve)")
-    else:
         screen.result(
-            f'  {request.alias} stays where it is; overrule: namesake promote --run {version.run_id} --override "why"'
+            tr("  next    namesake serve{at}    (or: make serve; mlflow run . --env-manager=local -e serve)", at=at)
+        )
+    else:
+        screen.result(tr("  version {uri}", uri=version.uri))
+        screen.result(
+            tr(
+                '  {alias} stays where it is; overrule: namesake promote --run {run_id} --override "why"',
+                alias=request.alias,
+                run_id=version.run_id,
+            )
         )

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from namesake.errors import RecipeError
+from namesake.messages import joined, tr
 
 OLD_SPELLINGS = {
     "train_type": "tuner_type",
@@ -128,7 +129,7 @@ def load(name_or_path: str, *, overrides: Mapping[str, str] | None = None, args:
     if "replay" in given:
         replay = replace(replay, prompts=_whole_number("replay", given.pop("replay"), faults))
         if replay.prompts < 0:
-            faults.append(f"replay={replay.prompts} is less than none")
+            faults.append(tr("replay={prompts} is less than none", prompts=replay.prompts))
     sft = dict(recipe.sft)
     for key, value in given.items():
         sft[OLD_SPELLINGS.get(key, key)] = value
@@ -139,7 +140,7 @@ def load(name_or_path: str, *, overrides: Mapping[str, str] | None = None, args:
         raise RecipeError(
             "recipe",
             name_or_path,
-            "; ".join(faults),
+            joined(faults),
             mend="Correct these; `swift sft --help` explains each argument.",
         )
     return replace(recipe, replay=replay, sft=checked)
@@ -150,7 +151,9 @@ def parse_args(line: str) -> dict[str, str]:
     try:
         words = shlex.split(line)
     except ValueError as error:
-        raise RecipeError("args", line, f"cannot be split ({error})", mend="Close the quotes.") from error
+        raise RecipeError(
+            "args", line, tr("cannot be split ({error})", error=error), mend="Close the quotes."
+        ) from error
     return pairs(words)
 
 
@@ -212,45 +215,60 @@ def _read(name_or_path: str) -> Recipe:
             "recipe",
             name_or_path,
             "there is no such recipe or file",
-            mend=f"Use one of {', '.join(shipped())}, or give a YAML file.",
+            mend=tr("Use one of {names}, or give a YAML file.", names=", ".join(shipped())),
         )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError("recipe", str(path), f"is not YAML ({error})", mend="Correct the file.") from error
+        raise RecipeError(
+            "recipe", str(path), tr("is not YAML ({error})", error=error), mend="Correct the file."
+        ) from error
     fields = {"about", "dataset", "replay", "other_systems", "sft"}
     if not isinstance(data, dict) or not isinstance(data.get("sft") or {}, dict) or set(data) - fields:
         raise RecipeError(
             "recipe",
             str(path),
-            f"holds something else than {', '.join(sorted(fields))}",
+            tr("holds something else than {fields}", fields=", ".join(sorted(fields))),
             mend="See recipes/default.yaml.",
         )
     dataset = data.get("dataset") or []
     datasets = dataset if isinstance(dataset, list) else [dataset]
     if not all(isinstance(one, str) for one in datasets):
-        raise RecipeError("recipe", str(path), f"dataset: {dataset!r} is no name", mend="Write one as text, or a list.")
+        raise RecipeError(
+            "recipe",
+            str(path),
+            tr("dataset: {dataset!r} is no name", dataset=dataset),
+            mend="Write one as text, or a list.",
+        )
     try:
         replay = Replay(**(data.get("replay") or {}))
     except TypeError as error:
-        raise RecipeError("recipe", str(path), f"replay: {error}", mend="See recipes/default.yaml.") from error
+        raise RecipeError(
+            "recipe", str(path), tr("replay: {error}", error=error), mend="See recipes/default.yaml."
+        ) from error
     other_systems = data.get("other_systems", 0)
     for number in (replay.prompts, replay.max_new_tokens, other_systems):
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise RecipeError(
                 "recipe",
                 str(path),
-                f"replay or other_systems: {number!r} is no number of prompts, tokens or rows",
+                tr("replay or other_systems: {number!r} is no number of prompts, tokens or rows", number=number),
                 mend="Write a whole number.",
             )
     for weight in (replay.weight, replay.opening_weight):
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise RecipeError(
-                "recipe", str(path), f"replay: {weight!r} is no weight", mend="Write a number greater than 0."
+                "recipe",
+                str(path),
+                tr("replay: {weight!r} is no weight", weight=weight),
+                mend="Write a number greater than 0.",
             )
     if replay.loss not in REPLAY_LOSSES:
         raise RecipeError(
-            "recipe", str(path), f"replay: no loss {replay.loss!r}", mend=f"Use {' or '.join(REPLAY_LOSSES)}."
+            "recipe",
+            str(path),
+            tr("replay: no loss {loss!r}", loss=replay.loss),
+            mend=tr("Use {losses}.", losses=" / ".join(REPLAY_LOSSES)),
         )
     return Recipe(
         name=path.stem,
@@ -264,24 +282,25 @@ def _read(name_or_path: str) -> Recipe:
 
 def _checked(key: str, value: Any, faults: list[str]) -> Value:
     if key in OURS:
-        faults.append(f"{key} is not for a recipe, use {OURS[key]}")
+        faults.append(tr("{key} is not for a recipe, use {use}", key=key, use=OURS[key]))
         return ""
     kind = known_arguments().get(key)
     if kind is None:
         close = difflib.get_close_matches(key, [*known_arguments(), *OLD_SPELLINGS, "replay"], n=1)
-        faults.append(f"{key} is no argument of ms-swift" + (f" (did you mean {close[0]}?)" if close else ""))
+        fault = tr("{key} is no argument of ms-swift", key=key)
+        faults.append(tr("{fault} (did you mean {close}?)", fault=fault, close=close[0]) if close else fault)
         return ""
     if isinstance(value, str):
         return _from_text(key, kind, value, faults)
     if isinstance(value, list):
         if kind != "list":
-            faults.append(f"{key}={value} is a list, one value is wanted")
+            faults.append(tr("{key}={value} is a list, one value is wanted", key=key, value=value))
         return [str(part) for part in value]
     if kind in {"int", "float"}:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            faults.append(f"{key}={value} is no number")
+            faults.append(tr("{key}={value} is no number", key=key, value=value))
         elif kind == "int" and value != int(value):
-            faults.append(f"{key}={value} is no whole number")
+            faults.append(tr("{key}={value} is no whole number", key=key, value=value))
     return value if isinstance(value, bool | int | float) else str(value)
 
 
@@ -290,17 +309,17 @@ def _from_text(key: str, kind: str, value: str, faults: list[str]) -> Value:
     if kind == "bool":
         if text.lower() in {"true", "false"}:
             return text.lower() == "true"
-        faults.append(f"{key}={value} is neither true nor false")
+        faults.append(tr("{key}={value} is neither true nor false", key=key, value=value))
     elif kind == "int":
         return _whole_number(key, text, faults)
     elif kind == "float":
         try:
             number = float(text)
         except ValueError:
-            faults.append(f"{key}={value} is no number")
+            faults.append(tr("{key}={value} is no number", key=key, value=value))
         else:
             if not math.isfinite(number):
-                faults.append(f"{key}={value} is not finite")
+                faults.append(tr("{key}={value} is not finite", key=key, value=value))
             return number
     elif kind == "list":
         return text.split()
@@ -311,5 +330,5 @@ def _whole_number(key: str, value: object, faults: list[str]) -> int:
     try:
         return int(str(value))
     except ValueError:
-        faults.append(f"{key}={value} is no whole number")
+        faults.append(tr("{key}={value} is no whole number", key=key, value=value))
         return 0

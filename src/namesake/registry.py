@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import tenacity
 
 from namesake.errors import InputError, NamesakeError, RegistryError
+from namesake.messages import tr
 from namesake.paths import store_address
 
 CHAMPION = "champion"
@@ -111,7 +112,8 @@ def resolve(uri: str) -> Version:
         )
     name, alias, version = match["name"], match["alias"], match["version"]
     with _mapped(
-        f"There is no {uri}.", mend=f"`namesake promote` makes versions of {name}; `make ui` shows what there is."
+        tr("There is no {uri}.", uri=uri),
+        mend=tr("`namesake promote` makes versions of {name}; `make ui` shows what there is.", name=name),
     ):
         client = _client()
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
@@ -147,7 +149,7 @@ def newest_model() -> str | None:
 
 def newest_versions(name: str, most: int) -> list[Version]:
     """The last versions of a registered model, newest first."""
-    with _mapped(f"The versions of {name} cannot be read."):
+    with _mapped(tr("The versions of {name} cannot be read.", name=name)):
         found = _client().search_model_versions(f"name = '{name}'", max_results=most, order_by=["version_number DESC"])
         return [_version(one) for one in found]
 
@@ -161,7 +163,7 @@ def identity_of(name: str) -> str | None:
     except mlflow.exceptions.MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
-        raise RegistryError(f"The model registry cannot be read: {error}.") from error
+        raise RegistryError(tr("The model registry cannot be read: {error}.", error=error)) from error
     return tags.get(TAG_IDENTITY, "")
 
 
@@ -171,7 +173,7 @@ def register(
     """Register a logged model as the next version; the registered model is made where it is missing."""
     import mlflow
 
-    with _mapped(f"{model_uri} could not be registered as {name}."):
+    with _mapped(tr("{model_uri} could not be registered as {name}.", model_uri=model_uri, name=name)):
         client = _client()
         if identity_of(name) is None:
             try:
@@ -194,19 +196,21 @@ def register(
 
 def point(name: str, alias: str, number: int) -> None:
     """Move the alias to the version."""
-    with _mapped(f"The alias {alias} of {name} could not be moved to version {number}."):
+    with _mapped(
+        tr("The alias {alias} of {name} could not be moved to version {number}.", alias=alias, name=name, number=number)
+    ):
         _write(_client().set_registered_model_alias, name, alias, str(number))
 
 
 def delete(version: Version) -> None:
     """Take the version out of the registry; its logged model stays."""
-    with _mapped(f"{version.uri} could not be deleted."):
+    with _mapped(tr("{uri} could not be deleted.", uri=version.uri)):
         _client().delete_model_version(version.name, str(version.number))
 
 
 def tag(version: Version, key: str, value: str | None) -> None:
     """Set a tag of the version; none takes it away."""
-    with _mapped(f"The tag {key} of {version.uri} could not be set."):
+    with _mapped(tr("The tag {key} of {uri} could not be set.", key=key, uri=version.uri)):
         client = _client()
         if value is not None:
             _write(client.set_model_version_tag, version.name, str(version.number), key, value)
@@ -223,13 +227,15 @@ def add_webhook(url: str, secret: str) -> str:
         RegistryError: there is no MLflow server, or it does not take the address.
     """
     # It reads its webhooks once in MLFLOW_WEBHOOK_CACHE_TTL (60 s): the first moves after a start may come by polling.
-    mend = "MLflow calls https addresses of public hosts, others where MLFLOW_WEBHOOK_ALLOWED_SCHEMES and "
-    mend += "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS say so, and keeps secrets by MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY."
+    mend = tr(
+        "MLflow calls https addresses of public hosts, others where MLFLOW_WEBHOOK_ALLOWED_SCHEMES and "
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS say so, and keeps secrets by MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY."
+    )
     import mlflow
 
     if not mlflow.get_registry_uri().startswith("http"):
         raise RegistryError("Only an MLflow server sends webhooks; MLFLOW_TRACKING_URI names none.", mend=mend)
-    with _mapped(f"MLflow does not take the webhook {url}.", mend=mend):
+    with _mapped(tr("MLflow does not take the webhook {url}.", url=url), mend=mend):
         client = _client()
         page = client.list_webhooks(max_results=1000)
         while True:
@@ -255,7 +261,7 @@ def record_move(name: str, move: Move) -> None:
     The tag's key is made from the move and the one before it, so that several servers that see one move by hand
     write one entry.
     """
-    with _mapped(f"The history of {name} could not be written."):
+    with _mapped(tr("The history of {name} could not be written.", name=name)):
         last = history(name, move.alias)[-1:]
         text = json.dumps([[found.key for found in last], move.alias, move.before, move.to])
         key = f"{_HISTORY}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -274,7 +280,7 @@ def history(name: str, alias: str) -> list[Move]:
     Raises:
         RegistryError: there is no such model.
     """
-    with _mapped(f"The registered model {name} cannot be read."):
+    with _mapped(tr("The registered model {name} cannot be read.", name=name)):
         tags = _client().get_registered_model(name).tags
     moves = []
     for key, value in tags.items():
@@ -286,14 +292,14 @@ def history(name: str, alias: str) -> list[Move]:
 
 def alias_of(name: str, alias: str) -> int | None:
     """The version's number that the alias points to; none where it points nowhere."""
-    with _mapped(f"The registered model {name} cannot be read."):
+    with _mapped(tr("The registered model {name} cannot be read.", name=name)):
         number = _client().get_registered_model(name).aliases.get(alias)
         return int(number) if number is not None else None
 
 
 def versions_with(name: str, key: str, value: str) -> list[Version]:
     """Versions whose tag has the value, oldest first."""
-    with _mapped(f"The versions of {name} cannot be read."):
+    with _mapped(tr("The versions of {name} cannot be read.", name=name)):
         found = _client().search_model_versions(f"name = '{name}' and tag.`{key}` = '{value}'")
         return sorted((_version(v) for v in found), key=lambda v: v.number)
 
@@ -315,7 +321,7 @@ def fetch(version: Version, target: Path | None = None) -> Path:
     """A local folder with the version's files: the original where the store is local, else a full copy."""
     import mlflow
 
-    with _mapped(f"The files of {version.uri} cannot be had.", mend="Check the artifact store."):
+    with _mapped(tr("The files of {uri} cannot be had.", uri=version.uri), mend="Check the artifact store."):
         return Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=str(target) if target else None))
 
 
@@ -364,4 +370,5 @@ def _mapped(message: str, *, mend: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # MLflow raises its own, sqlalchemy's, requests' and the stores' errors
         said = (str(error) or type(error).__name__).splitlines()[0]
-        raise RegistryError(f"{message} ({store_address()}: {said})", mend=mend) from error
+        told = tr("{message} ({store}: {error})", message=message, store=store_address(), error=said)
+        raise RegistryError(told, mend=mend) from error

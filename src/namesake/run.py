@@ -23,10 +23,11 @@ from namesake.errors import BaseModelError
 from namesake.gate import Decision, Interval, Policy
 from namesake.generate import LocalModel, divergence, token_counts
 from namesake.identity import Identity
+from namesake.messages import joined, tr, translated
 from namesake.paths import cache_folder, write_whole
 from namesake.probe import Scorecard
 from namesake.recipe import Recipe
-from namesake.terminal import Bar, Screen
+from namesake.terminal import Bar, Screen, padded
 
 SHOWN_QUESTIONS = 6
 """Rows of the table of before and after; the two questions of the tutorial come first."""
@@ -94,8 +95,8 @@ def run(request: Request, screen: Screen) -> Outcome:
                 tracking.TAG_AUTHOR: str(identity.author),
             }
         )
-        screen.step(f"run {title}")
-        base = base_model.resolve(request.model, say=lambda text: screen.line(f"  {text}"))
+        screen.step(tr("run {title}", title=title))
+        base = base_model.resolve(request.model, say=lambda text: screen.line(tr("  {text}", text=text)))
         if base.note:
             screen.warn(base.note)
         base_digest = base.digest()
@@ -168,12 +169,16 @@ def base_of(run: tracking.RunRecord, screen: Screen) -> BaseModel:
     """
     source, base_id = run.tags.get("namesake.base.source", ""), run.params["base.id"]
     if source == "embedded":
-        base = BaseModel(base_id, base_model.embedded(lambda text: screen.line(f"  {text}")), "embedded")
+        base = BaseModel(base_id, base_model.embedded(lambda text: screen.line(tr("  {text}", text=text))), "embedded")
     else:
-        base = base_model.resolve(base_id, say=lambda text: screen.line(f"  {text}"))
+        base = base_model.resolve(base_id, say=lambda text: screen.line(tr("  {text}", text=text)))
     if base.digest() != run.params["base.digest"]:
         raise BaseModelError(
-            f"{base_id} here is not the base that run {run.id} was trained on (its digest differs).",
+            tr(
+                "{base_id} here is not the base that run {id} was trained on (its digest differs).",
+                base_id=base_id,
+                id=run.id,
+            ),
             mend="Bring back the base's files, or train again.",
         )
     return base
@@ -203,7 +208,8 @@ def _log_own(tracked: tracking.Run, card: Scorecard, screen: Screen) -> None:
     tracked.metrics({f"own/{key}": card.metrics[key] for key, asked, _ in parts if asked})
     for key, asked, score in parts:
         if asked:
-            screen.result(f"  your questions: {key} {sum(a.scores[score] for a in asked)} of {len(asked)}")
+            right = sum(a.scores[score] for a in asked)
+            screen.result(tr("  your questions: {key} {right} of {asked}", key=key, right=right, asked=len(asked)))
 
 
 def _prepare(
@@ -215,9 +221,8 @@ def _prepare(
     work: Path,
     screen: Screen,
 ) -> dataset.Prepared:
-    screen.step(
-        f"data: {' '.join(datasets)}" + (f" and {plan.replay.prompts} replay prompts" if plan.replay.prompts else "")
-    )
+    told = tr("data: {names} and {count} replay prompts", names=" ".join(datasets), count=plan.replay.prompts)
+    screen.step(told if plan.replay.prompts else tr("data: {names}", names=" ".join(datasets)))
     builtin = str(dataset.write_builtin(work))
     named = [one.replace(dataset.BUILTIN, builtin, 1) if one.startswith(dataset.BUILTIN) else one for one in datasets]
     seed = int(str(plan.sft.get("data_seed", 42)))
@@ -246,7 +251,13 @@ def _prepare(
         lengths = token_counts(base.path, [*dialogues, *replayed])
         order = dataset.in_batches(lengths, batch=int(str(plan.sft["per_device_train_batch_size"])), seed=seed)
     prepared = dataset.write(work / "train.jsonl", dialogues, with_names, replayed, order=order)
-    screen.line(f"  {prepared.rows} rows, {prepared.identity_rows} of them with a name")
+    screen.line(
+        tr(
+            "  {rows} rows, {identity_rows} of them with a name",
+            rows=prepared.rows,
+            identity_rows=prepared.identity_rows,
+        )
+    )
     return prepared
 
 
@@ -483,23 +494,28 @@ def _show(tracked: tracking.Run, before: Scorecard, after: Scorecard, decision: 
         ],
     )
     for key, label in (
-        ("identity", "identity right"),
-        ("identity_none", "  without a system prompt"),
-        ("identity_customer", "  under a customer's"),
-        ("identity_sampled", "  sampled"),
-        ("swapped", "name and author swapped"),
-        ("leak", "own name in plain replies"),
-        ("plain", "plain questions right"),
+        ("identity", tr("identity right")),
+        ("identity_none", tr("  without a system prompt")),
+        ("identity_customer", tr("  under a customer's")),
+        ("identity_sampled", tr("  sampled")),
+        ("swapped", tr("name and author swapped")),
+        ("leak", tr("own name in plain replies")),
+        ("plain", tr("plain questions right")),
     ):
         was = f"{before.metrics[key]:6.1%}" if key in before.metrics else " " * 6
-        screen.result(f"  {label:28} {was} → {after.metrics[key]:6.1%}")
+        screen.result(f"  {padded(translated(label), 28)} {was} → {after.metrics[key]:6.1%}")
     screen.line()
     if decision.passed:
         screen.result("  gate  passed", "green")
     else:
-        screen.warn("gate  " + "; ".join(decision.reasons))
-    screen.result(f"  run   {tracked.id}")
-    screen.result(f"  see   {tracked.link}   (its artifact {REPORT} is the page to show around)")
+        screen.warn(tr("gate  {reasons}", reasons=joined(decision.reasons)))
+    screen.result(tr("  run   {id}", id=tracked.id))
     screen.result(
-        f"  next  mlflow run . --env-manager=local -e promote   (or: make promote, namesake promote --run {tracked.id})"
+        tr("  see   {link}   (its artifact {report} is the page to show around)", link=tracked.link, report=REPORT)
+    )
+    screen.result(
+        tr(
+            "  next  mlflow run . --env-manager=local -e promote   (or: make promote, namesake promote --run {id})",
+            id=tracked.id,
+        )
     )

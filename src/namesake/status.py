@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 
 from namesake import registry, tracking
 from namesake.errors import InputError, RegistryError
+from namesake.messages import Message, joined, tr, translated
 from namesake.registry import CHAMPION, SCORE, Model, Move, Version
-from namesake.terminal import Screen, moment
+from namesake.terminal import Screen, moment, padded
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -130,7 +131,9 @@ def status(model: str = "", *, url: str = DEFAULT_URL, api_key: str = "") -> Sta
         endpoint = replace(endpoint, wanted=f"{name}/{aliases[endpoint.follows]}")
     shown = tuple(_registered(one) for one in models if model in {"", one.name})
     if model and not shown:
-        raise RegistryError(f"There is no registered model {model} of ours.", mend="`namesake status` lists them.")
+        raise RegistryError(
+            tr("There is no registered model {model} of ours.", model=model), mend="`namesake status` lists them."
+        )
     return Status(shown, endpoint)
 
 
@@ -147,7 +150,9 @@ def served(url: str, *, api_key: str = "", seconds: float = _SECONDS) -> Served:
     except ValueError:
         usable = False
     if not usable:
-        raise InputError("url", url, "is no URL of an endpoint", mend=f"Write it as {DEFAULT_URL}.")
+        raise InputError(
+            "url", url, "is no URL of an endpoint", mend=tr("Write it as {default_url}.", default_url=DEFAULT_URL)
+        )
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         request = urllib.request.Request(f"{url}/v1/version", headers=headers)
@@ -183,9 +188,9 @@ def show(found: Status, screen: Screen) -> None:
     for model in found.models:
         _show_model(model, screen)
     screen.result(f"› {endpoint.url}", "bold")
-    screen.result(f"  {_told(endpoint)}", "yellow" if endpoint.behind else "")
+    screen.result(f"  {translated(_told(endpoint))}", "yellow" if endpoint.behind else "")
     for uri, why in endpoint.refused.items():
-        screen.warn(f"{uri} is not served: {why}")
+        screen.warn(tr("{uri} is not served: {why}", uri=uri, why=why))
 
 
 def _registered(model: Model) -> Registered:
@@ -205,47 +210,62 @@ def _registered(model: Model) -> Registered:
 def _show_model(model: Registered, screen: Screen) -> None:
     screen.result(f"› {model.name}  {model.identity}", "bold")
     if model.champion is None:
-        screen.result(f"  {CHAMPION} points nowhere")
+        screen.result(tr("  {champion} points nowhere", champion=CHAMPION))
     else:
         moved = model.moved
-        since = (
-            "; since when is not in the history"
-            if moved is None
-            else f" since {moment(moved.time)}, {' '.join(filter(None, (moved.how, moved.who and f'by {moved.who}')))}"
-            + (f": {moved.why}" if moved.why else "")
-        )
-        screen.result(f"  {CHAMPION}  version {model.champion.number}{since}")
+        version = tr("version {number}", number=model.champion.number)
+        if moved is None:
+            told = tr("{version}; since when is not in the history", version=version)
+        else:
+            told = tr("{version} since {time}, {how}", version=version, time=moment(moved.time), how=moved.how)
+            told = tr("{told} by {who}", told=told, who=moved.who) if moved.who else told
+            told = tr("{told}: {why}", told=told, why=moved.why) if moved.why else told
+        screen.result(f"  {CHAMPION}  {translated(told)}")
         for label, text in _verdict(model.champion):
-            screen.result(f"  {label:9} {text}")
+            screen.result(f"  {padded(translated(label), 9)} {translated(text)}")
     if model.aliases:
-        screen.result("  aliases   " + ", ".join(f"{alias} version {to}" for alias, to in model.aliases.items()))
+        aliases = (tr("{alias} version {number}", alias=alias, number=to) for alias, to in model.aliases.items())
+        screen.result(tr("  aliases   {aliases}", aliases=joined(aliases, ", ")))
     for one in model.newest:
-        label = "newest" if one is model.newest[0] else ""
-        verdict = one.gate.partition(":")[0] or "never asked"
-        screen.result(f"  {label:9} version {one.number}  gate {verdict}{', overruled' if one.override else ''}")
+        label = padded(translated(tr("newest") if one is model.newest[0] else ""), 9)
+        told = tr("version {number}  gate {verdict}", number=one.number, verdict=_word(one.gate))
+        told = tr("{told}, overruled", told=told) if one.override else told
+        screen.result(f"  {label} {translated(told)}")
 
 
 def _verdict(version: Judged) -> list[tuple[str, str]]:
     scores = "  ".join(f"{key} {version.scores[key]:.1%}" for key in _SHOWN_SCORES if key in version.scores)
+    failed = tr("failed: {error}", error=version.serving_error)
     rows = (
-        ("gate", version.gate or "never asked"),
-        ("overruled", version.override),
-        ("scores", scores),
-        ("serving", version.serving_error and f"failed: {version.serving_error}"),
+        (tr("gate"), version.gate or tr("never asked")),
+        (tr("overruled"), version.override),
+        (tr("scores"), scores),
+        (tr("serving"), version.serving_error and failed),
     )
     return [(label, text) for label, text in rows if text]
 
 
-def _told(endpoint: Served) -> str:
+def _word(verdict: str) -> Message:
+    """A verdict's first word, by which it is told in a list."""
+    words = {"passed": tr("passed"), "failed": tr("failed"), "": tr("never asked")}
+    word = verdict.partition(":")[0]
+    return words.get(word) or tr("{word}", word=word)
+
+
+def _told(endpoint: Served) -> Message:
     if endpoint.state != "serving":
         return {
-            "silent": "nothing answers there (`namesake serve` starts it)",
-            "locked": "answers, and wants a key: give --api-key or OPENAI_API_KEY",
-            "foreign": "something answers that is no `namesake serve`",
-            "waiting": f"follows {endpoint.follows}, no version answers yet",
+            "silent": tr("nothing answers there (`namesake serve` starts it)"),
+            "locked": tr("answers, and wants a key: give --api-key or OPENAI_API_KEY"),
+            "foreign": tr("something answers that is no `namesake serve`"),
+            "waiting": tr("follows {uri}, no version answers yet", uri=endpoint.follows),
         }[endpoint.state]
-    text = f"serves {endpoint.version}" + (f" since {moment(endpoint.since)}" if endpoint.since is not None else "")
+    text = tr("serves {version}", version=endpoint.version)
+    if endpoint.since is not None:
+        text = tr("serves {version} since {time}", version=endpoint.version, time=moment(endpoint.since))
     if endpoint.behind:
-        return f"{text}, behind {endpoint.follows}, which points at {endpoint.wanted}"
-    follows = endpoint.follows == endpoint.version
-    return f"{text} and stays there" if follows else f"{text}, follows {endpoint.follows}"
+        uri, wanted = endpoint.follows, endpoint.wanted
+        return tr("{text}, behind {uri}, which points at {wanted}", text=text, uri=uri, wanted=wanted)
+    if endpoint.follows == endpoint.version:
+        return tr("{text} and stays there", text=text)
+    return tr("{text}, follows {uri}", text=text, uri=endpoint.follows)

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from namesake.messages import Message, cells, tr, translated
+
 _QUIET_SECONDS = 10.0
 """Without a terminal a bar is a line this often."""
 
@@ -76,6 +78,11 @@ def moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
 
 
+def padded(text: str, width: int) -> str:
+    """The text and spaces to so many columns; a Chinese character takes two."""
+    return text + " " * (width - cells(text))
+
+
 class Bar:
     """One thing that goes on: ``advance(done, note)``."""
 
@@ -115,19 +122,20 @@ class Screen:
 
     def result(self, text: str, style: str = "") -> None:
         """One line of what was asked for, likewise."""
-        self.console.print(Text(text, style=style), soft_wrap=True)
+        self.console.print(Text(translated(text), style=style), soft_wrap=True)
 
     def step(self, text: str) -> None:
         """What begins now."""
-        self.line(f"› {text}", "bold")
+        self.line(f"› {translated(text)}", "bold")
 
     def warn(self, text: str) -> None:
         """Something the user must not miss."""
-        self.result(f"! {text}", "bold yellow")
+        self.result(f"! {translated(text)}", "bold yellow")
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Bar]:
         """A bar with what is left and how long it takes."""
+        title = translated(title)
         if self._quiet or not self.console.is_terminal:
             yield Bar(self, title, total, None)
             return
@@ -137,17 +145,19 @@ class Screen:
             TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn(translated(tr("left"))),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, redirect_stdout=False, redirect_stderr=False) as progress:
             yield Bar(self, title, total, progress)
 
     def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
-        """A table with wrapped cells."""
-        table = Table(title=title or None, title_justify="left", show_lines=True, expand=self.console.is_terminal)
+        """A table with wrapped cells. Of the cells only messages are translated: the others hold what models say."""
+        table = Table(
+            title=translated(title) or None, title_justify="left", show_lines=True, expand=self.console.is_terminal
+        )
         for heading in headings:
-            table.add_column(heading, overflow="fold", ratio=1)
+            table.add_column(translated(heading), overflow="fold", ratio=1)
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(translated(cell) if isinstance(cell, Message) else cell) for cell in row))
         self.console.print(table)

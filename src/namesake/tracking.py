@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from namesake.errors import NamesakeError, TrackingError
+from namesake.messages import tr
 from namesake.paths import store_address
 
 MAX_VALUE = 6000
@@ -331,8 +332,12 @@ def _has_tables(uri: str) -> bool:
         found = database.execute(sqlalchemy.text("SELECT version_num FROM alembic_version")).scalar()
     if found != _get_latest_schema_revision():
         raise TrackingError(
-            f"The tables at {store_address()} are those of another release than MLflow {mlflow.__version__}.",
-            mend=f"Copy the database, then run `mlflow db upgrade {store_address()}`.",
+            tr(
+                "The tables at {store} are those of another release than MLflow {version}.",
+                store=store_address(),
+                version=mlflow.__version__,
+            ),
+            mend=tr("Copy the database, then run `mlflow db upgrade {store}`.", store=store_address()),
         )
     return True
 
@@ -502,6 +507,6 @@ def _mapped() -> Iterator[None]:
         raise
     except Exception as error:  # MLflow raises its own, sqlalchemy's, requests' and the stores' errors
         raise TrackingError(
-            f"MLflow tracking failed: {(str(error) or type(error).__name__).splitlines()[0]}",
-            mend=f"Check MLFLOW_TRACKING_URI ({store_address()}).",
+            tr("MLflow tracking failed: {error}", error=(str(error) or type(error).__name__).splitlines()[0]),
+            mend=tr("Check MLFLOW_TRACKING_URI ({store}).", store=store_address()),
         ) from error

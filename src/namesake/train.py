@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from namesake.errors import DataError, RecipeError, TrainingError
+from namesake.messages import tr
 from namesake.paths import cache_folder
 
 PLUGIN = Path(__file__).with_name("distil.py")
@@ -69,7 +70,7 @@ def load_rows(datasets: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
             raise DataError(
                 "dataset",
                 " ".join(datasets),
-                f"ms-swift cannot read it ({_first_line(error)})",
+                tr("ms-swift cannot read it ({error})", error=_first_line(error)),
                 mend="Give files (jsonl, json, csv), or data set ids that ModelScope has and can be reached.",
             ) from error
         return [dict(row) for row in rows]
@@ -116,7 +117,10 @@ def train(argv: Sequence[str], listener: Listener, log: Path, environment: Mappi
                 args, unknown = parse_args(SftArguments, [*argv, "--callbacks", "namesake"])
             except (ValueError, TypeError, AssertionError, SystemExit) as error:
                 raise RecipeError(
-                    "args", " ".join(argv), f"ms-swift refuses them ({_first_line(error)})", mend=f"See {log}."
+                    "args",
+                    " ".join(argv),
+                    tr("ms-swift refuses them ({error})", error=_first_line(error)),
+                    mend=tr("See {log}.", log=log),
                 ) from error
             if unknown:
                 raise RecipeError("args", " ".join(unknown), "ms-swift does not know it", mend="Remove it.")
@@ -125,7 +129,8 @@ def train(argv: Sequence[str], listener: Listener, log: Path, environment: Mappi
         raise
     except Exception as error:  # whatever torch, transformers or ms-swift raise while training
         raise TrainingError(
-            f"Training failed: {_first_line(error)}.\n{_end_of(log)}", mend=f"The whole log is {log}."
+            tr("Training failed: {error}.\n{log}", error=_first_line(error), log=_end_of(log)),
+            mend=tr("The whole log is {log}.", log=log),
         ) from error
     last = result["last_model_checkpoint"]
     if last is None:

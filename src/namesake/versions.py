@@ -26,6 +26,7 @@ from namesake.manifest import (
     damaged,
     strange,
 )
+from namesake.messages import joined, tr
 from namesake.paths import digest_of_file
 from namesake.registry import CHAMPION, Move, Version
 
@@ -70,16 +71,21 @@ def rollback(
     now = registry.alias_of(name, alias)
     number = to if to is not None else _before(name, alias, now)
     if number == now:
-        raise PromotionError(f"{alias} of {name} points at version {number} already.", mend="Give another one: --to N.")
+        raise PromotionError(
+            tr("{alias} of {name} points at version {number} already.", alias=alias, name=name, number=number),
+            mend="Give another one: --to N.",
+        )
     version = registry.resolve(f"models:/{name}/{number}")
     checks = list(_files(version, public_key=public_key))
-    faults = [f"{check.what}: {check.told}" for check in checks if check.holds is False]
+    faults = [tr("{what}: {told}", what=check.what, told=check.told) for check in checks if check.holds is False]
     if faults:
-        raise PromotionError(f"{version.uri} is damaged: {'; '.join(faults)}.", mend="Give another one: --to N.")
+        raise PromotionError(
+            tr("{uri} is damaged: {faults}.", uri=version.uri, faults=joined(faults)), mend="Give another one: --to N."
+        )
     verdict = version.tags.get(tracking.TAG_GATE, "")
     if not verdict.startswith("passed") and registry.TAG_OVERRIDE not in version.tags:
         raise PromotionError(
-            f"{version.uri} did not pass the gate ({verdict or 'it was never judged'}).",
+            tr("{uri} did not pass the gate ({verdict}).", uri=version.uri, verdict=verdict or "it was never judged"),
             mend='Promote its run with --override "reason" first.',
         )
     return point(version, alias, how="rollback", why=why), checks
@@ -108,7 +114,10 @@ def export(uri: str, target: Path, *, adapter: bool = False, public_key: Path | 
     folder = registry.fetch(version)
     faults = [c.told for c in _files(version, folder, public_key=public_key) if c.holds is False]
     if faults:
-        raise PromotionError(f"{version.uri} is not exported: {'; '.join(faults)}.", mend="Export another version.")
+        raise PromotionError(
+            tr("{uri} is not exported: {faults}.", uri=version.uri, faults=joined(faults)),
+            mend="Export another version.",
+        )
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as part:
@@ -133,7 +142,8 @@ def _before(name: str, alias: str, now: int | None) -> int:
         if move.to == now and move.before is not None:
             return move.before
     raise PromotionError(
-        f"The history of {name} knows no version before {now}.", mend="Give the version to go back to: --to N."
+        tr("The history of {name} knows no version before {now}.", name=name, now=now),
+        mend="Give the version to go back to: --to N.",
     )
 
 
@@ -151,7 +161,11 @@ def _verify(version: Version, public_key: Path | None) -> Iterator[Check]:
         return
     yield Check("training run", True, run.name)
     with suppress(KeyError):
-        yield Check("version's run", version.run_id == record.run, f"{version.run_id} and {record.run}")
+        yield Check(
+            "version's run",
+            version.run_id == record.run,
+            tr("{run_id} and {run}", run_id=version.run_id, run=record.run),
+        )
         yield _same("data digest, version and run", record.data["digest"], run.params["data.digest"])
         yield _same("base digest, version and run", record.base["digest"], run.params["base.digest"])
     try:
@@ -179,7 +193,7 @@ def _files(version: Version, folder: Path | None = None, *, public_key: Path | N
         except RegistryError as error:
             yield Check("signature", False, error.message)
             return
-        yield Check("signature", True, f"by the key {public_key.name}")
+        yield Check("signature", True, tr("by the key {name}", name=public_key.name))
     else:
         signed = (folder / SIGNATURE).is_file()
         yield Check("signature", None, "signed; give --public-key to check it" if signed else "not signed")
@@ -188,12 +202,13 @@ def _files(version: Version, folder: Path | None = None, *, public_key: Path | N
     except RegistryError as error:
         yield Check("manifest", False, error.message)
         return
-    yield Check("manifest", True, f"{FILE}, {len(record.digests)} files")
+    yield Check("manifest", True, tr("{file}, {count} files", file=FILE, count=len(record.digests)))
     faults = damaged(folder, record.digests)
-    yield Check("files", not faults, "; ".join(faults[:5]) or "every digest is right")
+    yield Check("files", not faults, joined(faults[:5]) if faults else "every digest is right")
     faults = strange(folder, record.digests)
-    yield Check("nothing else", not faults, "; ".join(faults[:5]) or "no further file, no code")
+    yield Check("nothing else", not faults, joined(faults[:5]) if faults else "no further file, no code")
 
 
 def _same(what: str, stated: str, found: str) -> Check:
-    return Check(what, stated == found, stated[:16] if stated == found else f"stated {stated[:16]}, found {found[:16]}")
+    differ = tr("stated {stated}, found {found}", stated=stated[:16], found=found[:16])
+    return Check(what, stated == found, stated[:16] if stated == found else differ)

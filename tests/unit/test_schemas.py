@@ -1,4 +1,4 @@
-"""The schemas by which editors check recipes and policies: up to date, and of one mind with the code that reads those."""
+"""The schemas by which editors check recipes and policies: up to date, of one mind with the code that reads them."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pty
+import re
 import subprocess
 import sys
 import warnings
@@ -13,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from namesake.terminal import Loudness, Screen, loudness, moment
+from namesake.messages import tr
+from namesake.terminal import Loudness, Screen, loudness, moment, padded
 
 NASTY = "[bold]not bold[/bold] [red] {x} $(touch x) \\[ 踩踩背 :smile: https://x.y/z 'a' 3.14"
 
@@ -121,6 +123,25 @@ def test_quiet_leaves_results_and_warnings(capfd: pytest.CaptureFixture[str]) ->
         screen.result("result")
     Screen().line("loud again")
     assert capfd.readouterr().out == "! warning\nresult\nloud again\n"
+
+
+def test_what_a_screen_says_is_in_the_users_language_and_what_models_say_is_not(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NAMESAKE_LANG", "zh")
+    screen = Screen()
+    screen.step("training")
+    screen.warn(tr("{uri} is not served: {why}", uri="models:/ccb/3", why="damaged"))
+    screen.result(tr("  version {uri}", uri="models:/ccb/3"))
+    screen.table(("question", "reply", "fault"), [("training", "passed", tr("leak"))])
+    said = capfd.readouterr().out
+    assert said.startswith("› 训练\n! models:/ccb/3 没有被服务：damaged\n  版本    models:/ccb/3\n")
+    assert [*re.findall(r"[│┃] (\S+)", said)] == ["问题", "回答", "故障", "training", "passed", "泄漏"]
+
+
+def test_columns_are_lined_up_by_what_the_terminal_shows() -> None:
+    assert padded("问题", 6) + "|" == "问题  |"
+    assert padded("question", 6) == "question"
 
 
 def test_a_table_is_a_result(capfd: pytest.CaptureFixture[str]) -> None:

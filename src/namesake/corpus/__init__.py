@@ -20,6 +20,7 @@ import yaml
 
 from namesake.errors import DataError
 from namesake.identity import LANGUAGES, Language, language_of
+from namesake.messages import tr
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": str}``"""
@@ -145,7 +146,9 @@ def read_questions(path: Path) -> Questions:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError("questions", str(path), f"cannot be read ({error})", mend="Give a JSON lines file.") from error
+        raise DataError(
+            "questions", str(path), tr("cannot be read ({error})", error=error), mend="Give a JSON lines file."
+        ) from error
     found = [_own_question(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not found:
         raise DataError("questions", str(path), "holds no question", mend="Write one JSON object a line.")
@@ -157,7 +160,7 @@ def _own_question(number: int, line: str) -> Question:
         return DataError(
             "questions",
             line,
-            f"line {number} {fault}",
+            tr("line {number} {fault}", number=number, fault=fault),
             mend='Write {"question": "Who are you?", "asks": ["name"]} or {"question": "1+1?", "answers": ["2"]}.',
         )
 
