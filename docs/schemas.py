@@ -139,15 +139,22 @@ def _no_full_tuning() -> Schema:
     return {name: {"not": {"const": "full"}} for name in names}
 
 
+def _values(name: str, kind: str) -> Schema:
+    choices = recipe.choices().get(name)
+    if not choices:
+        return _KINDS[kind]
+    return {"enum": [*choices, *(int(one) for one in choices if one.isdigit()), None]}
+
+
 def _arguments() -> Schema:
     known = recipe.known_arguments()
     made: Schema = {
-        name: {"description": f"ms-swift: {_WORDS[kind]}.", **_KINDS[kind]}
+        name: {"description": f"ms-swift: {_WORDS[kind]}.", **_values(name, kind)}
         for name, kind in known.items()
         if name not in recipe.OURS
     }
     for old, new in recipe.OLD_SPELLINGS.items():
-        made[old] = {"description": f"Older spelling of {new}.", "deprecated": True, **_KINDS[known[new]]}
+        made[old] = {"description": f"Older spelling of {new}.", "deprecated": True, **_values(new, known[new])}
     return dict(sorted(made.items()))
 
 

@@ -195,8 +195,19 @@ def shipped() -> dict[str, Path]:
 @cache
 def known_arguments() -> dict[str, str]:
     """ms-swift's arguments: name to type (``int``, ``float``, ``bool``, ``str``, ``list``)."""
+    return {name: kind if isinstance(kind, str) else "str" for name, kind in _arguments().items()}
+
+
+@cache
+def choices() -> dict[str, list[str]]:
+    """The values of those of ms-swift's arguments that take only some."""
+    return {name: kind for name, kind in _arguments().items() if isinstance(kind, list)}
+
+
+@cache
+def _arguments() -> dict[str, str | list[str]]:
     text = (resources.files(__package__) / "sft_arguments.json").read_text(encoding="utf-8")
-    known: dict[str, str] = json.loads(text)
+    known: dict[str, str | list[str]] = json.loads(text)
     return known
 
 
@@ -290,6 +301,9 @@ def _checked(key: str, value: Any, faults: list[str]) -> Value:
         fault = tr("{key} is no argument of ms-swift", key=key)
         faults.append(tr("{fault} (did you mean {close}?)", fault=fault, close=close[0]) if close else fault)
         return ""
+    allowed = choices().get(key)
+    if allowed and not isinstance(value, list) and str(value) not in allowed:
+        faults.append(tr("{key}={value} is none of {allowed}", key=key, value=value, allowed=", ".join(allowed)))
     if isinstance(value, str):
         return _from_text(key, kind, value, faults)
     if isinstance(value, list):

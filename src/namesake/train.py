@@ -146,12 +146,21 @@ def train(argv: Sequence[str], listener: Listener, log: Path, environment: Mappi
     )
 
 
-def argument_types() -> dict[str, str]:
-    """Names and types of the arguments of ``swift sft``, for ``sft_arguments.json``."""
+def argument_types() -> dict[str, str | list[str]]:
+    """Names and types of the arguments of ``swift sft``, or the values they may have, for ``sft_arguments.json``."""
     from swift import SftArguments
 
     hints = typing.get_type_hints(SftArguments)
-    return {f.name: _type_name(hints[f.name]) for f in dataclasses.fields(SftArguments) if f.init}
+    names = [field.name for field in dataclasses.fields(SftArguments) if field.init]
+    return {name: _choices(hints[name]) or _type_name(hints[name]) for name in names}
+
+
+def _choices(hint: Any) -> list[str]:
+    """The values of a ``Literal``; none where another type may stand in its place."""
+    if typing.get_origin(hint) is typing.Literal:
+        return [str(value) for value in typing.get_args(hint) if value is not None]
+    parts = [_choices(part) for part in typing.get_args(hint) if part is not type(None)]
+    return [value for part in parts for value in part] if all(parts) else []
 
 
 def _type_name(hint: Any) -> str:

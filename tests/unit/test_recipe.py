@@ -396,6 +396,13 @@ def test_the_known_arguments_have_known_types_and_hold_the_tutorials() -> None:
     assert set(recipe.OLD_SPELLINGS.values()) <= set(known)
 
 
+@pytest.mark.parametrize(("key", "value"), [("torch_dtype", "bf16"), ("padding_side", "middle"), ("quant_bits", "5")])
+def test_a_value_that_ms_swift_does_not_offer_is_refused_with_those_it_does(key: str, value: str) -> None:
+    with pytest.raises(RecipeError, match=f"{key}={value} is none of {', '.join(recipe.choices()[key])}"):
+        recipe.load("tutorial", overrides={key: value})
+    assert recipe.load("tutorial", overrides={key: recipe.choices()[key][0]}).sft[key] == recipe.choices()[key][0]
+
+
 def test_rows_under_other_system_prompts_are_a_whole_number(write: Path) -> None:
     assert load(write, "other_systems: 6\nsft: {}").other_systems == 6
     assert load(write, "sft: {}").other_systems == 0

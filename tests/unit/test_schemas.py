@@ -142,6 +142,8 @@ BAD = {
         "sft: {learning_rate: '.nan'}",
         "sft: {learning_rate: fast}",
         "sft: {packing: maybe}",
+        "sft: {torch_dtype: bf16}",
+        "sft: {quant_bits: 5}",
         "sft: {packing: [true]}",
         "sft: {system: [a]}",
         *(f"sft: {{{name}: x}}" for name in recipe.OURS),
@@ -167,6 +169,7 @@ def test_what_the_code_refuses_for_its_shape_the_schema_refuses(kind: str, text:
         ("recipe", "dataset: [a, b.jsonl]"),
         ("recipe", "sft: {learning_rate: 1e-3, lora_rank: '16', packing: 'True', system: }"),
         ("recipe", "sft: {train_type: lora, target_modules: all-linear, lora_target_modules: [q_proj]}"),
+        ("recipe", "sft: {torch_dtype: bfloat16, lora_dtype: , quant_bits: 8, padding_side: left}"),
         ("recipe", "replay: {prompts: 0}\nsft: {tuner_type: full}"),
         ("recipe", "replay: {prompts: 5, loss: cross_entropy}\nsft: {tuner_type: full, loss_type: x}"),
     ],
@@ -185,7 +188,17 @@ VALUES = st.sampled_from(
     ]
 )
 """Not 8.0, which JSON Schema takes for a whole number."""
-SFT = ["lora_rank", "learning_rate", "packing", "system", "target_modules", "tuner_type", "train_type", "loss_type"]
+SFT = [
+    "lora_rank",
+    "learning_rate",
+    "packing",
+    "system",
+    "target_modules",
+    "tuner_type",
+    "train_type",
+    "loss_type",
+    "quant_bits",
+]
 RECIPES = st.fixed_dictionaries(
     {},
     optional={
