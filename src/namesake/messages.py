@@ -14,6 +14,7 @@ from __future__ import annotations
 import gettext
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -72,14 +73,22 @@ def translated(text: str) -> str:
 
 def language() -> str:
     """``zh`` or ``en``: by ``NAMESAKE_LANG``, else by the locale as gettext has it (``LANGUAGE`` before ``LC_ALL``,
-    ``LC_MESSAGES`` and ``LANG``, unless these say ``C``).
+    ``LC_MESSAGES`` and ``LANG``, unless these say ``C``), as far as Chinese can be printed.
     """
     wanted = os.environ.get("NAMESAKE_LANG", "")
-    if not wanted:
+    if not wanted and _prints_chinese():
         wanted = next(filter(None, map(os.environ.get, _VARIABLES)), "")
         if wanted.partition(".")[0] not in {"C", "POSIX"}:
             wanted = os.environ.get("LANGUAGE") or wanted
     return "zh" if re.match(r"zh(?![a-z])", wanted.lower()) else "en"
+
+
+def _prints_chinese() -> bool:
+    try:
+        "中".encode(getattr(sys.stderr, "encoding", None) or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def install() -> None:

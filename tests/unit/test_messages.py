@@ -214,6 +214,11 @@ def test_a_command_speaks_chinese_under_a_chinese_locale_and_english_under_c(
     assert not CHINESE.search(re.sub("踩踩背( CCB)?|老爷爷( OldGrandpa)?", "", english.stdout + english.stderr))
 
 
+def test_a_terminal_that_cannot_show_chinese_gets_english(tmp_path: Path) -> None:
+    done = namesake(tmp_path, "run", "--name", "x", LC_ALL="zh_CN.UTF-8", PYTHONIOENCODING="ascii")
+    assert done.stderr.startswith("error: name='x': has no second half")
+
+
 def test_json_is_english_whatever_the_locale(tmp_path: Path) -> None:
     done = namesake(tmp_path, "doctor", "--json", LC_ALL="zh_CN.UTF-8")
     found = json.loads(done.stdout)
