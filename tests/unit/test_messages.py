@@ -10,6 +10,7 @@ import re
 import string
 import subprocess
 import sys
+import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -18,9 +19,10 @@ from types import ModuleType
 import pytest
 import yaml
 
-from namesake import messages
+from namesake import doctor, messages
 from namesake.errors import InputError
 from namesake.messages import joined, language, tr, translated
+from namesake.terminal import Screen
 
 ROOT = Path(__file__).resolve().parents[2]
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -201,6 +203,7 @@ def namesake(folder: Path, *words: str, **environment: str) -> subprocess.Comple
         (["run", "--learning_rat", "1"], 2, "learning_rat 不是 ms-swift 的参数（是否想写 learning_rate？）"),
         (["rollback", "--to", "x"], 2, "错误：to='x'：不是版本号。\n  补救：`namesake history` 会列出它们。"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_command_speaks_chinese_under_a_chinese_locale_and_english_under_c(
     words: list[str], code: int, said: str, tmp_path: Path
@@ -219,8 +222,11 @@ def test_a_terminal_that_cannot_show_chinese_gets_english(tmp_path: Path) -> Non
     assert done.stderr.startswith("error: name='x': has no second half")
 
 
-def test_json_is_english_whatever_the_locale(tmp_path: Path) -> None:
-    done = namesake(tmp_path, "doctor", "--json", LC_ALL="zh_CN.UTF-8")
-    found = json.loads(done.stdout)
-    assert {check["state"] for check in found["checks"]} <= {"ok", "warning", "fault"}
-    assert not CHINESE.search(done.stdout + json.dumps(found, ensure_ascii=False))
+def test_what_goes_into_json_is_english_and_what_is_shown_is_not(
+    chinese: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    looks = [doctor.Look("Python", doctor.python), doctor.Look("text", lambda: time.sleep(9) or [])]
+    checks = doctor.examine(looks, seconds=0.2)
+    doctor.show(checks, Screen())
+    assert "故障     文本编码  0.2 秒内没有应答\n故障：1，警告：0\n" in capfd.readouterr().out
+    assert not CHINESE.search(json.dumps(doctor.record(checks), ensure_ascii=False))
