@@ -230,3 +230,17 @@ def test_what_goes_into_json_is_english_and_what_is_shown_is_not(
     doctor.show(checks, Screen())
     assert "故障     文本编码  0.2 秒内没有应答\n故障：1，警告：0\n" in capfd.readouterr().out
     assert not CHINESE.search(json.dumps(doctor.record(checks), ensure_ascii=False))
+
+
+def test_help_waits_for_no_heavy_import(tmp_path: Path) -> None:
+    program = """
+import atexit, sys
+from namesake.cli import main
+atexit.register(lambda: print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr))
+sys.argv = ["namesake", "--help"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True)
+    assert not {"mlflow", "torch", "transformers", "numpy", "yaml", "babel", "rich", "pydantic_settings"} & {
+        *done.stderr.split()
+    }
