@@ -58,7 +58,8 @@ _KEYWORDS = {"mend", "help", "title", "told"}
 FURTHER = (
     base_model.EMBEDDED_MEND,
     *(text for text in recipe.OURS.values() if not text.startswith("-")),
-    "by hand",
+    *("promote", "rollback", "by hand"),  # how an alias was moved
+    *("logged model", "folder", "file"),  # what may be left over
     "Arguments",
     "Options",
     "Commands",

@@ -294,7 +294,7 @@ def history(
                 moment(move.time),
                 str(move.before or "-"),
                 str(move.to or "-"),
-                move.how,
+                translated(move.how),
                 move.who,
                 move.why,
             )
