@@ -85,6 +85,8 @@ def sinks(tree: ast.AST) -> Iterator[ast.expr]:
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if name not in _CALLS:
                 continue
+            if name == "tr" and not isinstance(node.args[0], ast.Constant):
+                yield ast.JoinedStr([ast.Constant("a variable as template")], lineno=node.lineno, col_offset=0)
             given = [node.args[at] for at in _CALLS[name] if at < len(node.args)]
             given += [keyword.value for keyword in node.keywords if keyword.arg in _KEYWORDS]
             for one in given:

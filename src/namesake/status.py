@@ -217,7 +217,9 @@ def _show_model(model: Registered, screen: Screen) -> None:
         if moved is None:
             told = tr("{version}; since when is not in the history", version=version)
         else:
-            told = tr("{version} since {time}, {how}", version=version, time=moment(moved.time), how=tr(moved.how))
+            told = tr(
+                "{version} since {time}, {how}", version=version, time=moment(moved.time), how=translated(moved.how)
+            )
             told = tr("{told} by {who}", told=told, who=moved.who) if moved.who else told
             told = tr("{told}: {why}", told=told, why=moved.why) if moved.why else told
         screen.result(f"  {CHAMPION}  {translated(told)}")
