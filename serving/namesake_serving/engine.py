@@ -22,7 +22,7 @@ from pathlib import Path
 from namesake.errors import ServingError
 from namesake.messages import tr
 from namesake_serving import vllm_plugin
-from namesake_serving.settings import Settings
+from namesake_serving.settings import Settings, has_gpu
 
 MODEL = "namesake"
 """What the engine calls its model; the names that clients use are the gateway's business."""
@@ -200,8 +200,11 @@ def command(weights: Path, address: Path, settings: Settings, *, gpu: bool) -> l
     words = [sys.executable, "-m", _ENTRY, "--model", str(weights), "--served-model-name", MODEL]
     words += ["--uds", str(address), "--shutdown-timeout", str(settings.shutdown_seconds)]
     words += ["--disable-access-log-for-endpoints", "/health"]
+    words += ["--max-num-seqs", str(settings.streams)]
+    # Also of a reply for which the client names no bound.
+    words += ["--override-generation-config", json.dumps({"max_new_tokens": settings.max_tokens})]
     if not gpu:
-        words += ["--max-num-seqs", str(settings.max_streams), "--kv-cache-memory-bytes", str(_CPU_CACHE_BYTES)]
+        words += ["--kv-cache-memory-bytes", str(_CPU_CACHE_BYTES)]
     if settings.eager:
         words.append("--enforce-eager")
     return [*words, *settings.engine_args]
@@ -230,11 +233,6 @@ def plugin_folder(folder: Path) -> Path:
         f"[vllm.endpoint_plugins]\n{vllm_plugin.NAME} = {vllm_plugin.__name__}:Plugin\n", encoding="utf-8"
     )
     return info.parent
-
-
-def has_gpu() -> bool:
-    """Whether an NVIDIA device is there, without importing torch."""
-    return Path("/dev/nvidia0").exists() or Path("/dev/dxg").exists()
 
 
 def _end_with_parent() -> None:

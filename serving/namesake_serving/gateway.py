@@ -8,16 +8,15 @@ Replies pass through as they come; each is by one version, named in ``x-namesake
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
+import math
 import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from hashlib import sha256
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,7 +25,9 @@ import aiohttp
 
 from namesake.registry import alias_in
 from namesake_serving import engine, page, webhook
-from namesake_serving.requests import BadRequest, check, parse
+from namesake_serving.keys import Key, Keys
+from namesake_serving.limits import Allowance, Allowances, Full, Turns
+from namesake_serving.requests import CHAT, RESPONSES, TEXT, BadRequest, check, parse
 from namesake_serving.service import Service
 from namesake_serving.settings import Settings
 from namesake_serving.traffic import Live, NotReady
@@ -43,11 +44,14 @@ _RETRY_SECONDS = "2"
 _OPEN = {"/health", "/ready", webhook.PATH} | page.PATHS
 """Answered without a key: nothing in them is anybody's, or (the webhook) the body is signed."""
 
+_BYTES_A_TOKEN = 4
 _EVENT = b'data: {"id"'
 _MODEL = b'"model":"' + engine.MODEL.encode() + b'"'
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _FINGERPRINT = re.compile(rb',"system_fingerprint":(?:"[^"\\]*"|null)')
-"""The engine's own; what a model says has its quotes escaped and is never taken for it."""
+_USAGE = re.compile(rb'"usage":(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+"""The engine's own; what a model says has its quotes escaped and is never taken for them."""
+_ONLY_USAGE = re.compile(rb'data: \{"id"[^\n]*"choices":\[\],[^\n]*"usage":\{[^\n]*\n\n')
+"""The event that the gateway asks for in any case, to count tokens."""
 
 _log = logging.getLogger("namesake.gateway")
 
@@ -81,6 +85,8 @@ class _Request:
     begun: float
     status: int = 0
     version: str = ""
+    key: Key = field(default_factory=Key)
+    allowance: Allowance | None = None
 
 
 class Gateway:
@@ -91,7 +97,8 @@ class Gateway:
         self._keys = Keys(settings.api_keys, settings.api_keys_file)
         self._sessions: dict[Path, aiohttp.ClientSession] = {}
         self._webhook = Webhook(settings.webhook_secret) if settings.webhook_secret else None
-        self._running = 0
+        self._allowances = Allowances(settings.requests_per_minute, settings.tokens_per_minute)
+        self._turns = Turns(settings.streams, settings.most_requests)
         self.draining = False
         self._hosts = {
             host.lower()
@@ -104,8 +111,9 @@ class Gateway:
             )
         } - {"0.0.0.0", "[::]", "::", "[0.0.0.0]", ""}
         self._routes: dict[str, dict[str, Callable[[_Request, Scope, Receive, Send], Awaitable[None]]]] = {
-            "/v1/chat/completions": {"POST": self._forward},
-            "/v1/completions": {"POST": self._forward},
+            CHAT: {"POST": self._forward},
+            TEXT: {"POST": self._forward},
+            RESPONSES: {"POST": self._forward},
             "/v1/models": {"GET": self._models},
             "/v1/version": {"GET": self._version},
             "/health": {"GET": self._health},
@@ -132,7 +140,12 @@ class Gateway:
             nonlocal started
             if message["type"] == "http.response.start":
                 started, request.status = True, message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request.id.encode())]
+                limits = request.allowance.headers() if request.allowance else ()
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request.id.encode()),
+                    *((name.encode(), value.encode()) for name, value in limits),
+                ]
             await send(message)
 
         try:
@@ -155,9 +168,9 @@ class Gateway:
             self._service.metrics.requests.labels(route, str(request.status), request.version).inc()
             _log.log(
                 logging.DEBUG if request.method == "GET" and request.status in {200, 503} else logging.INFO,
-                "%s %s %s %d %s %.3fs",
+                "%s %s %s %d %s %s %.3fs",
                 *(request.id, request.method, request.path.encode("unicode_escape").decode(), request.status),
-                *(request.version or "-", time.monotonic() - request.begun),
+                *(request.version or "-", request.key.name or "-", time.monotonic() - request.begun),
             )
 
     async def close(self) -> None:
@@ -180,7 +193,16 @@ class Gateway:
         if methods is None or scope.get("raw_path", request.path.encode()) != request.path.encode():
             raise Refused(404, f"There is no {request.path[:200]}.", code="not_found")
         if request.path not in _OPEN:
-            self._keys.check(request.headers.get("authorization"))
+            authorization = request.headers.get("authorization")
+            key = self._keys.find(authorization)
+            if key is None:
+                raise Refused(
+                    401,
+                    "Incorrect API key." if authorization else "An API key is needed: Authorization: Bearer KEY.",
+                    code="invalid_api_key",
+                    headers=(("www-authenticate", "Bearer"),),
+                )
+            request.key = key
         handler = methods.get(request.method)
         if handler is None:
             allowed = ", ".join(methods)
@@ -190,12 +212,11 @@ class Gateway:
     async def _forward(self, request: _Request, _scope: Scope, receive: Receive, send: Send) -> None:
         if self.draining:
             raise _unavailable("The server is stopping.")
-        if self._running >= self._settings.max_requests:
+        request.allowance = self._allowances.of(request.key)
+        self._spend(request, "requests", 1)
+        if not self._turns.room(request.key.name):
             raise self._overloaded()
         body = await self._body(request, receive)  # a body that trickles takes nobody's place
-        if self._running >= self._settings.max_requests:
-            raise self._overloaded()
-        self._running += 1
         self._service.metrics.running.inc()
         try:
             # Once the body is read, the only thing that can come is that the client has gone.
@@ -212,31 +233,70 @@ class Gateway:
                     with suppress(asyncio.CancelledError, Exception):
                         await task
         finally:
-            self._running -= 1
             self._service.metrics.running.dec()
 
     def _overloaded(self) -> Refused:
         return Refused(
             429,
-            f"{self._settings.max_requests} requests are under way already.",
+            f"{self._turns.most} requests are under way already.",
             kind="rate_limit_error",
             code="overloaded",
             headers=(("retry-after", _RETRY_SECONDS),),
         )
 
+    def _spend(self, request: _Request, what: str, amount: int) -> None:
+        """Take so many requests or tokens out of the key's allowance.
+
+        Raises:
+            Refused: 429, they are not there.
+        """
+        bucket = getattr(request.allowance, what)
+        if bucket is None:
+            return
+        if wait := bucket.seconds(amount):
+            raise Refused(
+                429,
+                f"Rate limit reached on {what} per min: limit {bucket.most}, requested {amount}. "
+                f"Please try again in {wait:.3g}s.",
+                kind=what,
+                code="rate_limit_exceeded",
+                headers=(("retry-after", str(math.ceil(wait))),),
+            )
+        bucket.take(amount)
+
     async def _reply(self, request: _Request, raw: bytes, send: Send) -> None:
         asked = parse(raw) if raw else {}
+        reserved = _reserved(raw, asked)
         try:
-            async with self._service.traffic.enter() as live:
+            async with self._turns.take(request.key.name), self._service.traffic.enter() as live:
                 request.version = live.label
                 self._check_model(asked.get("model"), live)
                 body = check(request.path, asked, max_tokens=self._settings.max_tokens, system=live.manifest.system)
                 body["model"] = engine.MODEL
-                await self._pass_through(request, live, json.dumps(body).encode(), send)
+                self._spend(request, "tokens", reserved)
+                used = _Used(prompt=len(raw) // _BYTES_A_TOKEN)
+                if body.get("stream") and request.path != RESPONSES:
+                    options = body.get("stream_options", {})
+                    used.told = bool(options.get("include_usage"))
+                    body["stream_options"] = {**options, "include_usage": True}
+                try:
+                    await self._pass_through(request, live, json.dumps(body).encode(), used, send)
+                finally:
+                    self._settle(request, used, reserved)
         except NotReady:
             raise _unavailable("No version can answer at the moment.") from None
+        except Full:
+            raise self._overloaded() from None
 
-    async def _pass_through(self, request: _Request, live: Live, body: bytes, send: Send) -> None:
+    def _settle(self, request: _Request, used: _Used, reserved: int) -> None:
+        """What was reserved for a reply becomes what it took."""
+        tokens = self._service.metrics.tokens
+        tokens.labels("prompt", request.version).inc(used.prompt)
+        tokens.labels("completion", request.version).inc(used.completion)
+        if request.allowance is not None and request.allowance.tokens is not None:
+            request.allowance.tokens.take(used.prompt + used.completion - reserved)
+
+    async def _pass_through(self, request: _Request, live: Live, body: bytes, used: _Used, send: Send) -> None:
         begun = time.monotonic()
         mark = b'"system_fingerprint":' + json.dumps(live.label).encode() + b","
         own = b'"model":' + json.dumps(live.label).encode()
@@ -252,7 +312,9 @@ class Gateway:
                 kind = response.headers.get("content-type", "application/json")
                 headers.append((b"content-type", kind.encode()))
                 if not kind.startswith("text/event-stream"):
-                    whole = _named(await response.read(), mark, own)
+                    whole = await response.read()
+                    used.count(whole, ok=response.status == 200)
+                    whole = _named(whole, mark, own)
                     self._service.metrics.first_token.labels(live.label).observe(time.monotonic() - begun)
                     headers.append((b"content-length", str(len(whole)).encode()))
                     await send({"type": "http.response.start", "status": response.status, "headers": headers})
@@ -268,6 +330,9 @@ class Gateway:
                     chunk, end, rest = (rest + chunk).rpartition(b"\n\n")
                     if not end:
                         continue
+                    used.count(chunk + end)
+                    if not used.told:
+                        chunk, end = _ONLY_USAGE.sub(b"", chunk + end), b""
                     # What a model says stands in the JSON with its quotes escaped, so neither text can be its own.
                     chunk = _FINGERPRINT.sub(b"", chunk).replace(_EVENT, b"data: {" + mark + b'"id"')
                     await send(
@@ -396,48 +461,33 @@ class Gateway:
         await _answer(send, 200, text, ("content-type", "text/plain; version=0.0.4; charset=utf-8"))
 
 
-class Keys:
-    """Which API keys are let in. The file is read again when it changes; keys are kept and compared as SHA-256."""
+@dataclass
+class _Used:
+    """Tokens of one request: estimated until the engine tells, which it does at the end."""
 
-    def __init__(self, keys: Sequence[str], file: Path | None) -> None:
-        self._given = [sha256(key.encode()).hexdigest() for key in keys]
-        self._file, self._stamp, self._from_file = file, (0, 0), list[str]()
-        self._read()
+    prompt: int
+    completion: int = 0
+    told: bool = True
+    """Whether the client asked to be told."""
 
-    def check(self, authorization: str | None) -> None:
-        """Let the request in.
+    def count(self, chunk: bytes, *, ok: bool = True) -> None:
+        """Take note of a part of the reply, or of the whole."""
+        usage = json.loads(found[-1]) if (found := _USAGE.findall(chunk)) else {}
+        if not ok:
+            self.prompt = 0
+        elif usage:
+            self.prompt = usage.get("prompt_tokens", usage.get("input_tokens", self.prompt))
+            self.completion = usage.get("completion_tokens", usage.get("output_tokens", self.completion))
+        else:
+            self.completion += chunk.count(b"data: ")
 
-        Raises:
-            Refused: 401, the key is missing or wrong.
-        """
-        self._read()
-        if not self._given and self._file is None:
-            return
-        scheme, _, key = (authorization or "").partition(" ")
-        digest = sha256(key.strip().encode("utf-8", "surrogateescape")).hexdigest()
-        # Every key is compared, so that the time tells nothing.
-        right = [hmac.compare_digest(digest, known) for known in (*self._given, *self._from_file)]
-        if scheme.lower() != "bearer" or not any(right):
-            raise Refused(
-                401,
-                "Incorrect API key." if authorization else "An API key is needed: Authorization: Bearer KEY.",
-                code="invalid_api_key",
-                headers=(("www-authenticate", "Bearer"),),
-            )
 
-    def _read(self) -> None:
-        if self._file is None:
-            return
-        try:
-            found = self._file.stat()
-            stamp = (found.st_mtime_ns, found.st_size)
-            if stamp != self._stamp:
-                lines = self._file.read_text(encoding="utf-8").splitlines()
-                words = [line.split() for line in lines if line.strip() and not line.startswith("#")]
-                self._from_file = [word[-1].lower() for word in words if _DIGEST.fullmatch(word[-1].lower())]
-                self._stamp = stamp
-        except (OSError, UnicodeDecodeError) as error:
-            _log.error("api_keys_file: %s", error)  # the keys read before stay in force
+def _reserved(raw: bytes, asked: dict[str, Any]) -> int:
+    """Tokens that a request may take, by OpenAI's rule: the most it asks for, or an estimate from its length."""
+    most = asked.get("max_completion_tokens") or asked.get("max_tokens") or asked.get("max_output_tokens") or 0
+    choices = asked.get("n") or 1
+    bounded = most * choices if isinstance(most, int) and isinstance(choices, int) else 0
+    return max(1, len(raw) // _BYTES_A_TOKEN, bounded)
 
 
 def _unavailable(message: str) -> Refused:

@@ -19,15 +19,14 @@ from typing import Any, cast
 
 import aiohttp
 import pytest
-import uvicorn
 from aiohttp import web
-from uvicorn.server import ServerState
 
 from namesake.manifest import Manifest
 from namesake.registry import Version
 from namesake_serving import settings
-from namesake_serving.__main__ import _deadline_protocol, listen
+from namesake_serving.__main__ import listen
 from namesake_serving.engine import Engine
+from namesake_serving.front import Server, Tls
 from namesake_serving.gateway import Gateway
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import Refusal, State, Step
@@ -38,10 +37,11 @@ from tests.unit.loops import within
 
 in_a_loop = within(20)
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 ROUTES = [
     ("POST", CHAT),
     ("POST", TEXT),
+    ("POST", RESPONSES),
     ("GET", "/v1/models"),
     ("GET", "/v1/version"),
     ("GET", "/metrics"),
@@ -52,6 +52,7 @@ OPEN = {"/health", "/ready"}
 BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "你是谁？"}]},
     TEXT: {"prompt": "我是"},
+    RESPONSES: {"input": "你是谁？"},
 }
 STREAM = {**BODIES[CHAT], "stream": True}
 KEY = "sk-right"
@@ -150,6 +151,7 @@ async def upstream() -> AsyncIterator[Upstream]:
     app = web.Application()
     app.router.add_post(CHAT, made.answer)
     app.router.add_post(TEXT, made.answer)
+    app.router.add_post(RESPONSES, made.answer)
     app.router.add_get("/metrics", made.figures)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
     await runner.setup()
@@ -311,36 +313,28 @@ class Front:
 
 
 @asynccontextmanager
-async def front(*, keep_alive: float = 5, **given: object) -> AsyncIterator[Front]:
+async def front(*, keep_alive: float = 5, tls: Tls | None = None, **given: object) -> AsyncIterator[Front]:
     """The gateway under uvicorn on a free port, with version 3 live."""
     chosen = settings.read(**given)
     async with upstream() as engine:
         serving = Serving()
         serving.traffic.live = live(engine)
         gateway = Gateway(cast(Service, serving), chosen)
-        protocol = _deadline_protocol(chosen.read_seconds)
-        config = uvicorn.Config(
-            gateway,
-            http=protocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=keep_alive,  # type: ignore[arg-type]
-        )
-        config.load()
-        state = ServerState()
+        server = Server(gateway, chosen, tls, keep_alive=keep_alive)  # type: ignore[arg-type]
+        server.config.load()
+        server.lifespan = server.config.lifespan_class(server.config)
         listening = listen("127.0.0.1", 0)
-        server = await asyncio.get_running_loop().create_server(
-            lambda: protocol(config=config, server_state=state, app_state={}), sock=listening
-        )
+        await server.startup([listening])
+        following = asyncio.create_task(tls.follow(0.05)) if tls else None
+        state = server.server_state
         try:
             async with aiohttp.ClientSession() as http:
                 yield Front(listening.getsockname()[1], gateway, serving, engine, http)
         finally:
-            server.close()
+            if following is not None:
+                following.cancel()
+            for one in server.servers:
+                one.close()
             for connection in list(state.connections):
                 connection.transport.abort()  # type: ignore[union-attr]
             if state.tasks:
