@@ -200,9 +200,10 @@ def command(weights: Path, address: Path, settings: Settings, *, gpu: bool) -> l
     words = [sys.executable, "-m", _ENTRY, "--model", str(weights), "--served-model-name", MODEL]
     words += ["--uds", str(address), "--shutdown-timeout", str(settings.shutdown_seconds)]
     words += ["--disable-access-log-for-endpoints", "/health"]
-    words += ["--max-num-seqs", str(settings.streams)]
     # Also of a reply for which the client names no bound.
     words += ["--override-generation-config", json.dumps({"max_new_tokens": settings.max_tokens})]
+    if settings.max_streams or not gpu:
+        words += ["--max-num-seqs", str(settings.streams)]
     if not gpu:
         words += ["--kv-cache-memory-bytes", str(_CPU_CACHE_BYTES)]
     if settings.eager:

@@ -62,7 +62,7 @@ class Settings(BaseSettings):
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     eager: bool = False
-    max_streams: Annotated[int, Field(ge=1, le=4096)] | None = None
+    max_streams: Annotated[int, Field(ge=1, le=1024)] | None = None
     max_requests: Annotated[int, Field(ge=1, le=100_000)] | None = None
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 1 << 20
     max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
