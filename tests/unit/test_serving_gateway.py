@@ -544,7 +544,7 @@ async def test_no_other_spelling_of_a_route_and_no_other_host_gets_past_the_key(
                 if absolute:
                     expected = 200 if right or path in OPEN else 401
                 assert reply.status == expected, (target, headers)
-                assert reply.status == 200 or reply.error
+                assert reply.status in {200, 400} or reply.error
         for host in ("evil.example", "127.0.0.1/health", "127.0.0.1/health?", "127.0.0.1#", "localhost\\health"):
             for headers in ([], [f"Authorization: Bearer {KEY}"]):
                 reply = await gate.ask(method, path, *headers, host=host)
