@@ -33,7 +33,7 @@ class Settings(BaseSettings):
             in a queue that is fair to each key.
         max_requests: how many requests may be under way or waiting; more get 429. Empty: eight times ``max_streams``.
         max_body_bytes: longest request body.
-        max_tokens: most tokens of one reply that a client may ask for.
+        max_tokens: most tokens of one reply, also of one for which the client names no bound.
         mlflow_url: address of MLflow's pages as a browser reaches them; the chat page then links to runs and versions.
         poll_seconds: how often the registry is asked where the alias points.
         webhook_url: this server's address as the MLflow server reaches it (``http://serving.example:8000``); the server
