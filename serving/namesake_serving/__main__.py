@@ -23,7 +23,7 @@ from namesake.messages import tr, translated
 from namesake.paths import cache_folder
 from namesake.registry import CHAMPION, Version
 from namesake_serving import settings, store
-from namesake_serving.front import Server, Tls
+from namesake_serving.front import Server, Tls, tls
 from namesake_serving.gateway import Gateway
 from namesake_serving.metrics import Metrics
 from namesake_serving.service import Service
@@ -109,7 +109,7 @@ def serve(
     )
     if given.webhook_url and not given.webhook_secret:
         given = given.model_copy(update={"webhook_secret": secrets.token_urlsafe(32)})
-    tls = Tls(given.ssl_certfile, given.ssl_keyfile) if given.ssl_certfile else None
+    certificate = tls(given)
     listening = listen(given.host, given.port)
     uri, first = choose(given.model)
     logging.basicConfig(
@@ -117,7 +117,7 @@ def serve(
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="namesake-serve-") as folder:
-        asyncio.run(_serve(uri, first, given, tls, listening, Path(folder)))
+        asyncio.run(_serve(uri, first, given, certificate, listening, Path(folder)))
 
 
 def tracking_url() -> str | None:
@@ -183,11 +183,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def _serve(
-    uri: str, first: Version, given: settings.Settings, tls: Tls | None, listening: socket.socket, folder: Path
+    uri: str, first: Version, given: settings.Settings, certificate: Tls | None, listening: socket.socket, folder: Path
 ) -> None:
     service = Service(uri, given, cache_folder(), folder, Metrics())
     gateway = Gateway(service, given)
-    server = Server(gateway, given, tls)
+    server = Server(gateway, given, certificate)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         # Uvicorn raises the signal again when it has stopped; by then it must not end the process before the engines.

@@ -202,6 +202,8 @@ def command(weights: Path, address: Path, settings: Settings, *, gpu: bool) -> l
     words += ["--disable-access-log-for-endpoints", "/health"]
     # Also of a reply for which the client names no bound.
     words += ["--override-generation-config", json.dumps({"max_new_tokens": settings.max_tokens})]
+    # It finds every fault of a schema before the engine has it; xgrammar, the default, fails inside of it with a 500.
+    words += ["--structured-outputs-config", json.dumps({"backend": "guidance"})]
     if settings.max_streams or not gpu:
         words += ["--max-num-seqs", str(settings.streams)]
     if not gpu:

@@ -23,6 +23,20 @@ _LOOK_SECONDS = 2.0
 _log = logging.getLogger("namesake.gateway")
 
 
+def tls(settings: Settings) -> Tls | None:
+    """What the settings say of TLS; ``None``: plain HTTP.
+
+    Raises:
+        InputError: the files cannot be used.
+    """
+    if settings.ssl_certfile:
+        return Tls(settings.ssl_certfile, settings.ssl_keyfile)
+    if settings.ssl_keyfile:
+        file = str(settings.ssl_keyfile)
+        raise InputError("ssl_keyfile", file, "has no certificate", mend="Give --ssl-certfile too.")
+    return None
+
+
 class Tls:
     """A certificate and its key, read again when they change; connections there are keep the old one.
 

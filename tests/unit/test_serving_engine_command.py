@@ -91,6 +91,11 @@ def test_a_reply_is_bounded_also_where_the_client_names_no_bound(gpu: bool) -> N
     assert json.loads(after(line, "--override-generation-config")) == {"max_new_tokens": 77}
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_schemas_are_followed_by_what_refuses_a_bad_one(gpu: bool) -> None:
+    assert json.loads(after(words(gpu=gpu), "--structured-outputs-config")) == {"backend": "guidance"}
+
+
 def test_streams_that_were_asked_for_hold_on_a_gpu_too() -> None:
     assert after(words(settings.read(max_streams=5), gpu=True), "--max-num-seqs") == "5"
 

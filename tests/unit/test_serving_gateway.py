@@ -33,6 +33,7 @@ from namesake_serving import settings
 from namesake_serving.__main__ import listen
 from namesake_serving.engine import Engine
 from namesake_serving.front import Server, Tls
+from namesake_serving.front import tls as front_tls
 from namesake_serving.gateway import Gateway
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import Refusal, State, Step
@@ -779,6 +780,11 @@ def test_a_certificate_that_cannot_be_used_is_told_before_anything_starts(tmp_pa
     both = tmp_path / "both.pem"
     both.write_bytes(made.read_bytes() + key.read_bytes())
     assert Tls(both, None)
+    assert front_tls(settings.read(ssl_certfile=both))
+    assert front_tls(settings.read()) is None
+    with pytest.raises(InputError) as caught:
+        front_tls(settings.read(ssl_keyfile=key))
+    assert caught.value.parameter == "ssl_keyfile"
 
 
 # --------------------------------------------------------------------------------------------------- Host and path
