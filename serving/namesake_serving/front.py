@@ -17,6 +17,9 @@ from namesake.errors import InputError
 from namesake_serving.gateway import Gateway, Refused
 from namesake_serving.settings import Settings
 
+MAX_HEAD_BYTES = 65_536
+STALLED_SECONDS = 30.0
+"""A client that takes nothing of its reply for so long is cut: it holds a place at the engine."""
 _CLOSE_SECONDS = 2.0
 _LOOK_SECONDS = 2.0
 
@@ -90,7 +93,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 gateway,
-                http=deadline_protocol(settings.read_seconds),
+                http=deadline_protocol(settings.read_seconds, STALLED_SECONDS),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -138,11 +141,14 @@ class Server(uvicorn.Server):
         return made
 
 
-def deadline_protocol(seconds: float) -> type[HttpToolsProtocol]:
-    """Uvicorn's protocol with a deadline for the head of a request: a client that trickles is cut."""
+def deadline_protocol(seconds: float, stalled: float) -> type[HttpToolsProtocol]:
+    """Uvicorn's protocol with bounds: a client is cut whose head trickles or never ends, or that does not read."""
 
     class Protocol(HttpToolsProtocol):  # type: ignore[misc]
         _late: asyncio.TimerHandle | None = None
+        _stalled: asyncio.TimerHandle | None = None
+        _head: int | None = None
+        """Bytes of the head that is coming, but for those that came with something before it; none: another part is."""
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -150,23 +156,46 @@ def deadline_protocol(seconds: float) -> type[HttpToolsProtocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()
+            if self._stalled is not None:
+                self._stalled.cancel()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             # Also the rest of a body whose request has been answered early, and empty lines between requests.
             if self.cycle is None or self.cycle.response_complete:
                 self._arm()
+            if self._head is not None:
+                self._head += len(data)
             super().data_received(data)
+            if self._head is not None and self._head > MAX_HEAD_BYTES:
+                self._refuse(b"431 Request Header Fields Too Large", Refused(431, "The head is too long."))
+
+        def on_message_begin(self) -> None:
+            self._head = 0
+            super().on_message_begin()
 
         def on_headers_complete(self) -> None:
+            self._head = None
             self._disarm()
             super().on_headers_complete()
 
         def send_400_response(self, msg: str) -> None:
-            body = Refused(400, msg).body
+            self._refuse(b"400 Bad Request", Refused(400, msg))
+
+        def pause_writing(self) -> None:
+            self._stalled = asyncio.get_running_loop().call_later(stalled, self.transport.abort)
+            super().pause_writing()
+
+        def resume_writing(self) -> None:
+            if self._stalled is not None:
+                self._stalled.cancel()
+                self._stalled = None
+            super().resume_writing()
+
+        def _refuse(self, status: bytes, refused: Refused) -> None:
             self.transport.write(
-                b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
-                b"content-length: %d\r\nconnection: close\r\n\r\n%b" % (len(body), body)
+                b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
+                % (status, len(refused.body), refused.body)
             )
             self.transport.close()
 

@@ -29,6 +29,7 @@ from aiohttp import web
 from namesake.errors import InputError
 from namesake.manifest import Manifest
 from namesake.registry import Version
+from namesake_serving import front as front_module
 from namesake_serving import settings
 from namesake_serving.__main__ import listen
 from namesake_serving.engine import Engine
@@ -1343,6 +1344,38 @@ async def test_a_head_that_trickles_is_cut_in_time(first: bytes, drops: bytes) -
         seconds, came = await trickle(gate, first, drops)
         assert 0.2 < seconds < 2
         assert not came
+
+
+@pytest.mark.parametrize("more", [b"x" * 66_000, b"\r\nX: y" * 11_000])
+@in_a_loop
+async def test_a_head_that_does_not_end_is_refused_before_it_fills_the_memory(more: bytes) -> None:
+    async with front(read_seconds=10) as gate:
+        reader, writer = await gate.connect()
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
+        await asyncio.sleep(0.05)
+        writer.write(more)
+        reply = read(await reader.read())
+        writer.close()
+        assert (reply.status, reply.json["error"]["message"]) == (431, "The head is too long.")
+        long = head("GET", "/health", "X: " + "y" * 60_000, "Connection: close")
+        assert read(await gate.raw(long)).status == 200
+
+
+@in_a_loop
+async def test_a_client_that_does_not_read_is_cut_and_its_place_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_module, "STALLED_SECONDS", 0.3)
+    async with front() as gate:
+        gate.upstream.script = [event("x" * 100_000)] * 200 + [END]
+        reader, writer = await gate.connect()
+        cast(asyncio.Transport, writer.transport).pause_reading()
+        body = json.dumps(STREAM).encode()
+        writer.write(head("POST", CHAT, f"Content-Length: {len(body)}") + body)
+        await gate.upstream.arrived.wait()
+        assert gate.figure("namesake_requests_running") == 1
+        await gate.upstream.aborted.wait()
+        await gate.at_rest()
+        writer.close()
+        del reader
 
 
 @in_a_loop
