@@ -79,7 +79,7 @@ LIMITS = {
     "MAX_SCHEMA_DEPTH": "levels of nesting of a JSON schema",
     "MAX_SCHEMA_COUNT": "`minLength`, `maxItems` and the like in a JSON schema, and each number in a pattern",
     "MAX_PATTERN_CHARACTERS": "characters of a regular expression in a JSON schema",
-    "MAX_TOOLS": "tools",
+    "MAX_TOOLS": "tools, and calls of tools in a message",
     "MAX_DEPTH": "levels of nesting of the JSON body",
 }
 VARIABLES = {

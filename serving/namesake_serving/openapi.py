@@ -160,7 +160,10 @@ def _content(*types: str, more: tuple[str, ...] = ()) -> Schema:
 
 def _message() -> Schema:
     text, content = {"type": ["string", "null"]}, _content("text")
-    calls = _or_null(_list({"type": "object"}, None, least=0))
+    string: Schema = {"type": "string"}
+    function = _closed({"name": string, "arguments": string}, "name", "arguments")
+    call = {"id": string, "index": _ANY, "type": {"const": "function"}, "function": function}
+    calls = _or_null(_list(_closed(call, "id", "type", "function"), requests.MAX_TOOLS, least=0))
     fields = {"name": text, "tool_call_id": text, "refusal": text, "tool_calls": calls}
     others = {"enum": sorted(requests.ROLES - {"assistant"})}
     assistant = {**fields, "role": {"const": "assistant"}, "content": {"anyOf": [*content["anyOf"], _NULL]}}

@@ -216,11 +216,20 @@ def _fields(message: dict[str, Any], where: str) -> None:
         if key in {"role", "content"} or value is None:
             continue
         if key == "tool_calls":
-            right = isinstance(value, list) and all(isinstance(call, dict) for call in value)
+            right = isinstance(value, list) and len(value) <= MAX_TOOLS and all(map(_is_call, value))
         else:
             right = key in {"name", "tool_call_id", "refusal"} and isinstance(value, str)
         if not right:
             raise BadRequest(f"{where}.{key[:100]} is unknown or of the wrong type.", f"{where}.{key[:100]}")
+
+
+def _is_call(call: Any) -> bool:
+    """Whether it is a call of a function, as a reply has it."""
+    if not isinstance(call, dict) or set(call) - {"index"} != {"id", "type", "function"} or call["type"] != "function":
+        return False
+    function = call["function"]
+    named = isinstance(function, dict) and set(function) == {"name", "arguments"}
+    return named and all(isinstance(text, str) for text in (call["id"], *function.values()))
 
 
 def _prompt(prompt: Any) -> None:

@@ -465,11 +465,14 @@ def test_a_number_too_great_for_a_float_does_not_reach_the_engine_as_infinity(nu
 # ------------------------------------------------------------------------------------------------ messages
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
 def test_a_conversation_is_handed_on_as_it_came() -> None:
     messages = [
         {"role": "developer", "content": "Be brief."},
         USER,
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL, {"index": 1, **CALL}]},
         {"role": "tool", "content": "4", "tool_call_id": "1"},
         {"role": "assistant", "content": "四"},
         {"role": "user", "content": [{"type": "text", "text": "谢"}, {"type": "text", "text": "谢"}]},
@@ -546,6 +549,19 @@ def test_only_an_assistant_may_have_said_nothing() -> None:
         {"role": "user", "content": [{"type": "text", "text": "x", "image_url": {"url": "http://169.254.169.254/"}}]},
         {"role": "assistant", "content": "x", "tool_calls": 5},
         {"role": "assistant", "content": "x", "tool_calls": [1, None, "x"]},
+        *(
+            {"role": "assistant", "content": None, "tool_calls": [wrong]}
+            for wrong in (
+                {},
+                {"id": "1", "type": "function"},
+                {**CALL, "type": "custom"},
+                {**CALL, "id": 1},
+                {**CALL, "function": {"name": "f"}},
+                {**CALL, "function": {"name": "f", "arguments": {}}},
+                {**CALL, "more": 1},
+            )
+        ),
+        {"role": "assistant", "content": None, "tool_calls": [CALL] * 65},
         {"role": "tool", "content": "x", "tool_call_id": {"a": 1}},
         {"role": "user", "content": "x", "name": ["a"]},
     ],
