@@ -14,6 +14,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from namesake.errors import InputError
+from namesake.messages import tr
 from namesake_serving.gateway import Gateway, Refused
 from namesake_serving.settings import Settings
 
@@ -57,7 +58,7 @@ class Tls:
             raise InputError(
                 "ssl_certfile",
                 str(certificate),
-                f"cannot be used with {key or 'the key in it'} ({error})",
+                tr("cannot be used with {key} ({error})", key=key or "the key in it", error=error),
                 mend="Give PEM files of a certificate and of its key, which no password guards.",
             ) from error
 

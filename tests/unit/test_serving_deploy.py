@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,12 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     unit.write_text(UNIT.replace("/opt/namesake/.venv/bin/namesake", shutil.which("true") or ""), encoding="utf-8")
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_compose_follows_the_schema_of_compose() -> None:
+    words = ["--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml")]
+    done = subprocess.run([sys.executable, "-m", "check_jsonschema", *words], capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_compose_starts_the_server_with_flags_that_there_are_and_asks_it_what_it_answers() -> None:
