@@ -126,7 +126,8 @@ def main() -> None:
     finally:
         server.communicate("")
     ratio = statistics.median(p99[True]) / statistics.median(p99[False])
-    print(f"p99 with ÷ alone {ratio:.2f}; {len(lives)} trickles cut, after {min(lives):.1f} to {max(lives):.1f} s")
+    cut = f"{len(lives)} trickles cut, after {min(lives):.1f} to {max(lives):.1f} s" if lives else "no trickle cut yet"
+    print(f"p99 with ÷ alone {ratio:.2f}; {cut}")
 
 
 if __name__ == "__main__":
