@@ -12,6 +12,7 @@ PINNED = VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install -q --no-deps -r $(1) 2> /dev/
 
 NAME ?= 踩踩背 CCB
 AUTHOR ?= 老爷爷 OldGrandpa
+UI_PORT ?= 5000
 # Values go to the shell as they are: never expanded by make, never run by the shell.
 unexport NAME AUTHOR ARGS
 quote = '$(subst ','\'',$(1))'
@@ -26,7 +27,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PYTHONUTF8 := 1
 
-.PHONY: help setup run ui promote serve chat check test docs bench lock generate format clean
+.PHONY: help setup run ui promote serve chat check test docs bench screenshots lock generate format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,8 +61,8 @@ serve: setup ## serve the champion on http://127.0.0.1:8000/v1
 chat: setup ## talk to the served model
 	@namesake chat $(ARGS)
 
-ui: setup ## MLflow on http://127.0.0.1:5000, on the same database
-	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --workers 1 --host 127.0.0.1 --port 5000 \
+ui: setup ## MLflow on http://127.0.0.1:5000, on the same database; another port: UI_PORT=5001
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --workers 1 --host 127.0.0.1 --port $(UI_PORT) \
 		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
 check: $(DEV_STAMP) ## format, lint, types, import layers, dead code
@@ -87,6 +88,9 @@ docs: $(STAMP) $(DOCS_VENV)/.installed ## the guide into site/; its reference pa
 
 bench: setup ## benchmarks/, in short; each script alone takes arguments
 	@python benchmarks/training.py --pairs 1 --steps 20 && python benchmarks/follow.py && python benchmarks/quality.py --rows default tutorial
+
+screenshots: $(DEV_STAMP) ## the guide's pictures, of your newest model; needs chromium
+	@PYTHONPATH=. python docs/screenshots.py $(ARGS)
 
 format: $(DEV_STAMP) ## lay out the code
 	@ruff format .

@@ -70,6 +70,7 @@ class Service:
         self._started: list[Engine] = []
         self._work: asyncio.Task[None] | None = None
         self._noting: asyncio.Task[None] | None = None
+        self._noted = ""
         self.follower = Follower(uri, settings.poll_seconds, self._seen, self._registry_away)
 
     async def start(self, first: Version, tick: Callable[[float], None]) -> None:
@@ -115,8 +116,9 @@ class Service:
         key = self._key(version)
         if key != self.state.wanted:
             _log.info("%s points to %s", self.uri, version.uri)
-            if registry.alias_in(self.uri):
-                self._noting = asyncio.create_task(asyncio.to_thread(self._note_move, version))
+        if key != self._noted and registry.alias_in(self.uri):  # the first answer too: it may have moved while none ran
+            self._noted = key
+            self._noting = asyncio.create_task(asyncio.to_thread(self._note_move, version))
         self._go(*rollout.seen(self.state, key, time.monotonic()))
 
     def _note_move(self, version: Version) -> None:

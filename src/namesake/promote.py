@@ -178,15 +178,15 @@ def _make(
                 manifest.sign(model.folder, request.sign_key, request.password)
             unsigned = tr("logging the merged model, not signed (no --sign-key)")
             screen.step("logging the merged model, signed" if request.sign_key else unsigned)
-            tags = {
-                TAG_KEY: key,
+            tags = {  # in the order in which MLflow's list of versions shows them
+                tracking.TAG_GATE: decision.told,
+                **{f"{SCORE}{metric}": f"{scores[metric]:.4f}" for metric in _SHOWN_SCORES},
                 tracking.TAG_NAME: str(identity.name),
                 tracking.TAG_AUTHOR: str(identity.author),
                 tracking.TAG_BASE: base.id,
                 "namesake.data_digest": run.params["data.digest"],
                 TAG_QUESTIONS: corpus.heldout().digest(),
-                tracking.TAG_GATE: decision.told,
-                **{f"{SCORE}{metric}": f"{scores[metric]:.4f}" for metric in _SHOWN_SCORES},
+                TAG_KEY: key,
             }
             tracking.finish_chat_model(model, weights=WEIGHTS_FOLDER, tags=tags)
             faults = manifest.damaged(tracking.fetch_model(model.uri), record.digests)
@@ -315,9 +315,19 @@ def golden(scores: Scorecard) -> list[dict[str, Any]]:
 def _card(
     identity: Identity, run: RunRecord, base: BaseModel, scores: Mapping[str, float], decision: gate.Decision
 ) -> str:
+    """The version's description. MLflow's list of versions shows its beginning, as plain text."""
     shown = ", ".join(f"{key} {scores[key]:.0%}" for key in ("identity", "swapped", "leak", "plain"))
-    verdict = "passed the gate" if decision.passed else "did not pass the gate: " + "; ".join(decision.reasons)
-    return f"**{identity.name}** by **{identity.author}**, `{base.id}` tuned in run `{run.id}`; {verdict}. {shown}."
+    verdict = "Passed the gate" if decision.passed else "Did not pass the gate"
+    return "\n".join(
+        [
+            f"{verdict}: {shown}.",
+            "",
+            *(f"- {reason}" for reason in decision.reasons),
+            "",
+            f"**{identity.name}** by **{identity.author}**: `{base.id}` tuned in "
+            f"[{run.name}](#/experiments/{run.experiment}/runs/{run.id}).",
+        ]
+    )
 
 
 def _show(

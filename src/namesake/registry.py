@@ -40,6 +40,12 @@ BY_HAND = "by hand"
 
 _HISTORY = "namesake.history."
 
+_ABOUT = (
+    f"`namesake serve` answers with the version that the alias `{CHAMPION}` points to. Move it, here or with "
+    "`namesake rollback`: servers follow without a restart, once the version has proved itself. `namesake history` "
+    "tells who moved it, when and why."
+)
+
 _CONFLICTS = ("IntegrityError", "UniqueViolation", "Model Version creation error")
 """What MLflow's errors say where two writers met: sqlalchemy's, psycopg's and its own word."""
 
@@ -177,7 +183,8 @@ def register(
         client = _client()
         if identity_of(name) is None:
             try:
-                _write(client.create_registered_model, name, tags={TAG_IDENTITY: identity}, description=f"{identity}.")
+                about = f"{identity}. {_ABOUT}"
+                _write(client.create_registered_model, name, tags={TAG_IDENTITY: identity}, description=about)
             except mlflow.exceptions.MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # somebody was faster
                     raise
@@ -187,7 +194,7 @@ def register(
             name,
             source=source,
             run_id=run_id,
-            tags={TAG_RUN: run_id, **tags},
+            tags={**tags, TAG_RUN: run_id},
             description=description,
             model_id=model_uri.removeprefix("models:/"),
         )

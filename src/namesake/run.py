@@ -41,6 +41,17 @@ SHOWN_CHARACTERS = 120
 REPORT = "report.html"
 """Artifact of a training run: the page of :mod:`namesake.report`."""
 
+PLOTS = "plots"
+"""Artifact folder of a training run that holds the plots of :mod:`namesake.report`."""
+
+COLUMNS = (
+    *(f"metrics.`{key}`" for key in ("probe/identity", "probe/leak", "probe/plain", "eval/loss")),
+    f"tags.`{tracking.TAG_GATE}`",
+    f"tags.`{tracking.TAG_BASE}`",
+    "params.`recipe.name`",
+)
+"""What MLflow's list of runs shows of each."""
+
 Losses = dict[str, list[tuple[int, float]]]
 """Step and value of each loss by its metric's name."""
 
@@ -138,7 +149,8 @@ def run(request: Request, screen: Screen) -> Outcome:
                 },
             ),
         )
-        tracked.tags({tracking.TAG_NOTE: _note(identity, plan, base, before, after, decision)})
+        tracked.tags({tracking.TAG_NOTE: _note(tracked, identity, plan, base, before, after, decision)})
+        tracked.shared_view(COLUMNS, best_by=COLUMNS[0])
         tracked.metrics({"seconds/total": time.monotonic() - started})
     _show(tracked, before, after, decision, screen)
     return Outcome(tracked.id, before, after, decision)
@@ -304,12 +316,17 @@ def _train(
             _keep_what_there_is(tracked, listener.output_dir, log)
             raise
     tracked.metrics({"seconds/train": time.monotonic() - begun, "train/trainable_millions": trained.trainable_millions})
-    tracked.tags({tracking.TAG_LAST: str(trained.last_checkpoint), tracking.TAG_BEST: str(trained.best_checkpoint)})
+    tracked.tags({tracking.TAG_LAST: _near(trained.last_checkpoint), tracking.TAG_BEST: _near(trained.best_checkpoint)})
     # Not the best by validation loss: of two checkpoints with 0.761 and 0.764 the first answered 72 % of the identity
     # questions right (docs/lab-notes.md). What is promoted is chosen by the probe.
     _log_checkpoint(tracked, trained.last_checkpoint)
     _keep_what_there_is(tracked, trained.output_dir, log, checkpoints=False)
     return trained, listener.losses
+
+
+def _near(path: Path) -> str:
+    """The path as seen from the working directory, where it lies below it: so the run's page has room for it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 class _Listener:
@@ -408,7 +425,7 @@ def _log_report(tracked: tracking.Run, made: report.Report) -> None:
     with tempfile.TemporaryDirectory(prefix="namesake-plots-") as folder:
         for name, png in report.plots(made).items():
             (Path(folder) / name).write_bytes(png)
-        tracked.folder(Path(folder), "plots")
+        tracked.folder(Path(folder), PLOTS)
 
 
 def _params(
@@ -467,16 +484,41 @@ def progress_of(bar: Bar) -> Callable[[int, int], None]:
 
 
 def _note(
-    identity: Identity, plan: Recipe, base: BaseModel, before: Scorecard, after: Scorecard, decision: Decision
+    tracked: tracking.Run,
+    identity: Identity,
+    plan: Recipe,
+    base: BaseModel,
+    before: Scorecard,
+    after: Scorecard,
+    decision: Decision,
 ) -> str:
-    lines = [f"**{identity.name}** by **{identity.author}** on `{base.id}`, recipe `{plan.name}`.", ""]
-    lines += [f"Gate {decision.told}.", ""]
-    lines += ["| held-out questions | base | tuned |", "|---|---|---|"]
-    lines += [
-        f"| {key} | {f'{before.metrics[key]:.0%}' if key in before.metrics else ''} | {value:.0%} |"
-        for key, value in after.metrics.items()
-    ]
-    return "\n".join(lines)
+    """The run's description in MLflow's UI."""
+
+    def share(card: Scorecard, key: str) -> str:
+        return f"{card.metrics[key]:.1%}" if key in card.metrics else ""
+
+    # MLflow shows some five lines, and the rest on demand.
+    return "\n".join(
+        [
+            f"**{'Passed' if decision.passed else 'Did not pass'} the gate.** {identity.name} by {identity.author} on "
+            f"`{base.id}`, recipe `{plan.name}`.",
+            "",
+            f"[The report, every reply in it]({tracked.artifact_page(REPORT)}) · "
+            f"[all runs, best first]({tracked.view_page})",
+            "",
+            "| held-out questions | base | tuned |",
+            "|---|---|---|",
+            *(
+                f"| {report.SCORES[key][0]} | {share(before, key)} | **{share(after, key)}** |"
+                for key in report.HEADLINES
+                if key in after.metrics
+            ),
+            "",
+            *(f"- {reason}" for reason in decision.reasons),
+            "",
+            f"![scores before and after]({tracked.artifact_file(f'{PLOTS}/scores.png')})",
+        ]
+    )
 
 
 def _short(reply: str) -> str:

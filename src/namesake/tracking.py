@@ -15,13 +15,13 @@ import tempfile
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from namesake.errors import NamesakeError, TrackingError
 from namesake.messages import tr
@@ -40,6 +40,14 @@ TAG_BASE = "namesake.base"
 TAG_GATE = "namesake.gate"
 TAG_ENDED = "namesake.ended"
 TAG_NOTE = "mlflow.note.content"
+
+_TAG_EXPERIMENT_KIND = "mlflow.experimentKind"
+"""Which half of MLflow's UI an experiment opens in."""
+
+_VIEW = "namesake"
+
+_COLUMNS = {"question": "user", "reply": "assistant", "system": "system"}
+"""Columns of the data set's schema in MLflow, and whose words they are."""
 
 _WAIT_FOR_PARENT = 60
 """Seconds that ``mlflow run`` may take to end after its entry point."""
@@ -151,7 +159,8 @@ class Run:
 
         with _mapped(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the source is a file here; MLflow wonders which of its two kinds of file
-            frame = pd.DataFrame({"messages": [str(row["messages"]) for row in rows]})
+            said = [{one["role"]: one["content"] for one in row["messages"]} for row in rows]  # the last of each
+            frame = pd.DataFrame({column: [one.get(role, "") for one in said] for column, role in _COLUMNS.items()})
             data = mlflow.data.from_pandas(frame, source=str(path), name=name, digest=digest[:8])
             mlflow.MlflowClient().log_inputs(
                 self.id,
@@ -165,6 +174,63 @@ class Run:
                     )
                 ],
             )
+
+    def shared_view(self, columns: Sequence[str], *, best_by: str) -> None:
+        """Give the run's experiment a view of its training runs (:attr:`view_page`) with these columns, best first, and
+        open it on MLflow's pages for training where nobody has chosen which.
+
+        Args:
+            columns: ``metrics.`probe/identity```, ``tags.`namesake.gate``` …
+            best_by: the column of these that the runs are ordered by.
+        """
+        import json
+
+        import mlflow
+
+        # All that ExperimentPageUIState.tsx holds: the UI takes a shared view as it is, and misses what is not there.
+        view = {
+            "searchFilter": f"tags.`{TAG_KIND}` = 'train'",
+            "orderByKey": best_by,
+            "orderByAsc": False,
+            "startTime": "ALL",
+            "lifecycleFilter": "Active",
+            "modelVersionFilter": "All Runs",
+            "datasetsFilter": [],
+            "selectedColumns": list(columns),
+            "columnOrder": [],
+            "columnWidths": {"attributes.`Run Name`": 280},
+            "runsExpanded": {},
+            "runsPinned": [],
+            "runsHidden": [],
+            "runsVisibilityMap": {},
+            "runsHiddenMode": "FIRST_10_RUNS",
+            "viewMaximized": False,
+            "runListHidden": False,
+            "isAccordionReordered": False,
+            "groupBy": None,
+            "groupsExpanded": {},
+            "autoRefreshEnabled": True,
+            "useGroupedValuesInCharts": True,
+            "hideEmptyCharts": True,
+        }
+        with _mapped():
+            client = mlflow.MlflowClient()
+            client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{_VIEW}", json.dumps(view))
+            if _TAG_EXPERIMENT_KIND not in client.get_experiment(self.experiment_id).tags:
+                client.set_experiment_tag(self.experiment_id, _TAG_EXPERIMENT_KIND, "custom_model_development")
+
+    @property
+    def view_page(self) -> str:
+        """Address within MLflow's UI of the view of all training runs."""
+        return f"#/experiments/{self.experiment_id}/runs?viewStateShareKey={_VIEW}&compareRunsMode=TABLE"
+
+    def artifact_page(self, path: str) -> str:
+        """Address within MLflow's UI of the page that shows the artifact."""
+        return f"#/experiments/{self.experiment_id}/runs/{self.id}/artifacts/{path}"
+
+    def artifact_file(self, path: str) -> str:
+        """Address of the artifact itself, relative to MLflow's UI."""
+        return f"get-artifact?path={quote(path, safe='')}&run_uuid={self.id}"
 
     @property
     def link(self) -> str:

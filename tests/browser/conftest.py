@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import socket
 import tempfile
@@ -15,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -33,6 +33,7 @@ from namesake_serving.service import Service
 from namesake_serving.settings import Settings
 from namesake_serving.store import Stored
 from namesake_serving.traffic import Live, Traffic
+from tests.mlflow_ui import chromium
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page
@@ -245,14 +246,19 @@ def _live(version: Version, name: str, engine: FakeEngine, scores: dict[str, flo
     return kind(Stored(version, record, Path()), cast(Engine, SimpleNamespace(socket=engine.path)))
 
 
+def findings(page: Page) -> list[str]:
+    """What axe-core finds on the page, every impact and the best practices among it."""
+    page.evaluate(resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8"))
+    found: dict[str, Any] = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    return [f"{one['id']} ({one['impact']}): {json.dumps(one['nodes'][0]['target'])}" for one in found["violations"]]
+
+
 @pytest.fixture(scope="package")  # Playwright's event loop must be gone when other tests start theirs
 def browser() -> Iterator[Browser]:
     """The machine's Chromium."""
     from playwright.sync_api import expect, sync_playwright
 
-    found = os.environ.get("NAMESAKE_CHROMIUM") or next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
+    found = chromium()
     if found is None:
         pytest.skip("no Chromium on this machine (apt-get install chromium, or NAMESAKE_CHROMIUM=path)")
     expect.set_options(timeout=20_000)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import subprocess
-import tarfile
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.browser.conftest import BASE, RUN, Stage
+from tests.browser.conftest import BASE, RUN, Stage, findings
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Locator, Page
@@ -22,8 +17,6 @@ playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is no
 expect = playwright.expect
 
 pytestmark = pytest.mark.timeout(180)
-
-AXE = "axe-core@4.14.1"
 
 SAID = "#thread .said"
 
@@ -850,64 +843,35 @@ def test_nothing_moves_for_those_who_asked_for_that(stage: Stage, page: Page) ->
     page.wait_for_function(f"{moving} > 0")
 
 
-@pytest.fixture(scope="session")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """axe-core's source, from npm."""
-    folder = tmp_path_factory.mktemp("axe")
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip(f"npm is not here to fetch {AXE}")
-    fetched = subprocess.run(
-        [npm, "pack", AXE, "--loglevel=error", "--pack-destination", str(folder)],
-        cwd=folder,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    if fetched.returncode:
-        pytest.skip(f"npm could not fetch {AXE}: {fetched.stderr.decode(errors='replace')[-200:]}")
-    with tarfile.open(next(Path(folder).glob("*.tgz"))) as packed:
-        source = packed.extractfile("package/axe.min.js")
-        assert source
-        return source.read().decode()
-
-
-def findings(page: Page, axe: str) -> list[str]:
-    """What axe finds, every impact and the best practices among it."""
-    page.evaluate(axe)
-    found: dict[str, Any] = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
-    return [f"{one['id']} ({one['impact']}): {json.dumps(one['nodes'][0]['target'])}" for one in found["violations"]]
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
 def test_axe_finds_nothing_in_any_state(
-    browser: Browser, stages: Callable[..., Stage], axe: str, scheme: str, locale: str
+    browser: Browser, stages: Callable[..., Stage], scheme: str, locale: str
 ) -> None:
     stage = stages(base=True, mlflow_url="http://127.0.0.1:5000")
     stage.engine.reply = lambda _: ["Some **bold**, `code`\n\n- one\n- two\n\n", "```python\nx = 1\n```"]
     context = browser.new_context(locale=locale, color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
     page = context.new_page()
     page.goto(stage.url)
-    found = {"starting": findings(page, axe)}
+    found = {"starting": findings(page)}
     stage.serve(3)
     ready(page, stage)
-    found["hello"] = findings(page, axe)
+    found["hello"] = findings(page)
     done(page, "Hi")
     page.locator(".mine").hover()
-    found["conversation"] = findings(page, axe)
+    found["conversation"] = findings(page)
     page.locator("#compare").click()
     done(page, "Ho")
-    found["side by side"] = findings(page, axe)
+    found["side by side"] = findings(page)
     page.locator(".mine").first.hover()
     page.locator(".mine .act").nth(1).click()
-    found["editing"] = findings(page, axe)
+    found["editing"] = findings(page)
     page.keyboard.press("Escape")
     page.locator("#open-settings").click()
     page.locator("summary").click()
-    found["settings"] = findings(page, axe)
+    found["settings"] = findings(page)
     page.locator("#open-key").click()
-    found["key"] = findings(page, axe)
+    found["key"] = findings(page)
     page.keyboard.press("Escape")
     stage.serve(4, "小黄 Xiao Huang")
     expect(page.locator(".notice")).to_be_visible()
@@ -915,10 +879,27 @@ def test_axe_finds_nothing_in_any_state(
     ask(page, "Hm")
     expect(page.locator(".failed")).to_be_visible()
     expect(page.locator("#stop")).to_be_hidden()
-    found["failed"] = findings(page, axe)
+    found["failed"] = findings(page)
     stage.down()
     ask(page, "Hm")
     expect(page.locator(".waiting")).to_be_visible()
-    found["down"] = findings(page, axe)
+    found["down"] = findings(page)
     context.close()
     assert found == {state: [] for state in found}
+
+
+# ----------------------------------------------------------------------------------------------------------- load
+
+
+def test_the_page_weighs_little_and_is_painted_before_anything_is_answered(stage: Stage, page: Page) -> None:
+    weight: dict[str, int] = {}
+    page.on("response", lambda response: weight.update({response.url: len(response.body())}))
+    page.route("**/v1/**", lambda _: None)  # never answered, as by an engine that is starting
+    page.goto(stage.url)
+    expect(page.locator("#ask")).to_be_visible()
+    expect(page.locator("#status-text")).to_contain_text("Starting")
+    painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0]?.startTime")
+    assert painted is not None
+    assert painted < 2000  # milliseconds; about 100 on an idle machine
+    assert all(url.startswith(stage.url) for url in weight), weight
+    assert 0 < sum(weight.values()) <= 100_000, weight

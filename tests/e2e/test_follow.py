@@ -19,6 +19,7 @@ from typing import Any
 import mlflow
 import pytest
 
+from tests import mlflow_ui
 from tests.e2e.conftest import AUTHOR, NAME, Way, served, session_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
@@ -49,7 +50,21 @@ def second(way: Way, client: mlflow.MlflowClient) -> int:
 
 
 @pytest.fixture(scope="module")
-def endpoint(way: Way, second: int) -> Iterator[str]:
+def ui(way: Way, second: int, client: mlflow.MlflowClient) -> Iterator[str]:
+    """``make ui`` on the same store; in it, by clicking, the champion was moved to the second version."""
+    if mlflow_ui.chromium() is None:
+        client.set_registered_model_alias("ccb", "champion", str(second))
+        yield ""
+        return
+    with mlflow_ui.make_ui(way.place.root, way.place.folder, way.place.tracking_uri) as url:
+        with mlflow_ui.tab() as page:
+            mlflow_ui.open_registry(page, url, "ccb")
+            mlflow_ui.move_alias(page, "champion", second)
+        yield url
+
+
+@pytest.fixture(scope="module")
+def endpoint(way: Way, ui: str) -> Iterator[str]:
     """``namesake serve`` that looks often where the alias points."""
     with served(way.place, "--eager", "--poll-seconds", "0.2") as url:
         yield url
@@ -110,6 +125,24 @@ class Clients:
                 return found[0] - since
             time.sleep(0.05)
         raise AssertionError(f"no answer by {version} within {seconds} s; {self.faults[:3]}")
+
+
+def test_what_was_promoted_in_the_ui_is_what_the_next_serve_loads(endpoint: str, second: int) -> None:
+    assert live_of(endpoint) == f"ccb-v{second}"
+
+
+def test_an_alias_moved_in_the_ui_is_followed_and_kept_as_moved_by_hand(
+    endpoint: str, ui: str, way: Way, second: int
+) -> None:
+    if not ui:
+        pytest.skip("no Chromium on this machine (apt-get install chromium, or NAMESAKE_CHROMIUM=path)")
+    with mlflow_ui.tab() as page, Clients(endpoint, 1) as clients:
+        mlflow_ui.open_registry(page, ui, "ccb")
+        mlflow_ui.move_alias(page, "champion", 1)
+        clients.wait_for("ccb-v1", time.monotonic())
+    assert clients.faults == []
+    moves = json.loads(way.place.call(sys.executable, "-m", "namesake", "history", "--json"))
+    assert [(move["before"], move["to"], move["how"]) for move in moves][-1] == (second, 1, "by hand")
 
 
 def test_moves_of_the_alias_are_followed_and_no_request_notices(

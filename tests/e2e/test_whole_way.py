@@ -50,6 +50,17 @@ def test_the_run_holds_what_it_was_made_with(run: Run) -> None:
     assert run.inputs.dataset_inputs[0].dataset.name == "self-cognition"
 
 
+def test_the_runs_description_has_verdict_scores_picture_and_links(run: Run, client: mlflow.MlflowClient) -> None:
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("**Did not pass the gate.** 踩踩背 CCB by")
+    assert "| Identity questions right | 0.0% | **" in note
+    run_id = run.info.run_id
+    assert f"(get-artifact?path=plots%2Fscores.png&run_uuid={run_id})" in note
+    assert f"/runs/{run_id}/artifacts/report.html)" in note
+    assert {"plots/scores.png", "plots/loss.png"} <= {f.path for f in client.list_artifacts(run_id, "plots")}
+    assert "mlflow.sharedViewState.namesake" in client.get_experiment(run.info.experiment_id).tags
+
+
 def test_metrics_came_by_step(run: Run, client: mlflow.MlflowClient) -> None:
     assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")][:3] == [1, 2, 4]
     for key in ("train/token_acc", "train/learning_rate", "speed/steps_per_second", "eval/loss", "probe/identity"):

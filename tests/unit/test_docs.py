@@ -154,7 +154,7 @@ def _recipe(name: str, overrides: dict[str, str], args: str) -> None:
 def _make(words: Sequence[str]) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    variables = set(re.findall(r"^([A-Z]+) [?:]=", makefile, re.MULTILINE)) | set(
+    variables = set(re.findall(r"^([A-Z_]+) [?:]=", makefile, re.MULTILINE)) | set(
         re.findall(r"\$\(([A-Z]+)\)", makefile)
     )
     given = dict(word.split("=", 1) for word in words if "=" in word)
@@ -317,3 +317,11 @@ def test_no_path_of_the_machine_that_they_were_written_on() -> None:
         if place in path.read_text(encoding="utf-8", errors="ignore")
     ]
     assert found == []
+
+
+@pytest.mark.parametrize("image", sorted((GUIDE / "images").glob("*.png")), ids=lambda path: path.name)
+def test_every_picture_is_small_and_shown_in_both_languages(image: Path) -> None:
+    assert image.stat().st_size <= 150_000
+    name = image.stem.removesuffix("-zh")
+    for pages in (ENGLISH, [page.with_suffix(".zh.md") for page in ENGLISH]):
+        assert any(re.search(rf"images/{name}(-zh)?\.png\)", page.read_text(encoding="utf-8")) for page in pages)
