@@ -49,6 +49,8 @@ _ABOUT = (
 _CONFLICTS = ("IntegrityError", "UniqueViolation", "Model Version creation error")
 """What MLflow's errors say where two writers met: sqlalchemy's, psycopg's and its own word."""
 
+_AGAIN = "Check that MLFLOW_TRACKING_URI answers, then run the same again: what is done already is not done twice."
+
 T = TypeVar("T")
 
 _URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
@@ -370,7 +372,7 @@ def _version(found: Any) -> Version:
 
 
 @contextmanager
-def _mapped(message: str, *, mend: str = "") -> Iterator[None]:
+def _mapped(message: str, *, mend: str = _AGAIN) -> Iterator[None]:
     try:
         yield
     except NamesakeError:

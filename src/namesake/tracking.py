@@ -270,6 +270,7 @@ def run(name: str) -> Iterator[Run]:
     except BaseException as error:
         with suppress(Exception):
             mlflow.set_tag("namesake.error", str(error)[:MAX_VALUE])
+        with suppress(Exception):  # by itself: a server that is away must not leave the run active in this process
             mlflow.end_run("FAILED")
         raise
     with _mapped():

@@ -37,6 +37,7 @@ from namesake.manifest import Manifest
 from namesake.promote import Outcome, Request
 from namesake.terminal import Screen
 from namesake_serving import store as serving
+from tests.servers import CREDENTIALS, Link, mlflow_server, object_store, postgres
 from tests.unit.test_merge import write_adapter, write_base
 
 NAME, AUTHOR = "踩踩背 CCB", "老爷爷 OldGrandpa"
@@ -107,15 +108,55 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, write_adapter(base, folder / "adapter")
 
 
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An MLflow server on SQLite that passes artifacts through; its address."""
+    folder = tmp_path_factory.mktemp("http")
+    with mlflow_server(folder, "--artifacts-destination", str(folder / "store")) as uri:
+        yield uri
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An MLflow server on PostgreSQL and S3 that asks for a password; its address."""
+    folder = tmp_path_factory.mktemp("team")
+    with postgres() as database, object_store(folder) as s3:
+        secrets = {
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": "secret",
+            "MLFLOW_AUTH_ADMIN_PASSWORD": CREDENTIALS["MLFLOW_TRACKING_PASSWORD"],
+        }
+        words = ("--artifacts-destination", "s3://mlflow/namesake", "--app-name", "basic-auth")
+        with mlflow_server(folder, *words, store=database, **secrets, **s3) as uri:
+            yield uri
+
+
 @pytest.fixture
-def store(parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A fresh SQLite store."""
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+def store(
+    parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Store]:
+    """A fresh SQLite store; with ``everywhere``, on each of the back ends."""
+    server = getattr(request, "param", SQLITE)
+    uri = f"sqlite:///{tmp_path}/mlflow.db" if server == SQLITE else request.getfixturevalue(server)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    for key, value in {"MLFLOW_TRACKING_URI": uri, "NAMESAKE_CACHE": str(tmp_path / "cache"), **CREDENTIALS}.items():
+        monkeypatch.setenv(key, value)
     mlflow.set_tracking_uri(uri)
-    return Store(tmp_path, uri, parts[0])
+    yield Store(tmp_path, uri, parts[0])
+    if server != SQLITE:  # the next test has it as it was
+        mlflow.set_tracking_uri(uri)
+        client = mlflow.MlflowClient(uri)
+        for model in client.search_registered_models():
+            client.delete_registered_model(model.name)
+        for logged in client.search_logged_models(["0"]):
+            client.delete_logged_model(logged.model_id)
+
+
+SQLITE = "sqlite"
+everywhere = pytest.mark.parametrize("store", (SQLITE, "http", "team"), indirect=True)
+"""For what can fail by back end: SQLite and a folder, a server, one with PostgreSQL, S3 and basic authentication."""
+
+locally_and_over_http = pytest.mark.parametrize("store", (SQLITE, "http"), indirect=True)
+"""For what costs too much where each request's password is checked by a slow hash."""
 
 
 @pytest.fixture
@@ -127,7 +168,7 @@ def run_id(store: Store, parts: tuple[Path, Path]) -> str:
 def promoted(folder: str, uri: str, run: str, **more: Any) -> Outcome:
     """``namesake promote --run …`` with answers that are given."""
     os.chdir(folder)
-    os.environ.update({"MLFLOW_TRACKING_URI": uri, "NAMESAKE_CACHE": f"{folder}/cache"})
+    os.environ.update({"MLFLOW_TRACKING_URI": uri, "NAMESAKE_CACHE": f"{folder}/cache", **CREDENTIALS})
     mlflow.set_tracking_uri(uri)
     Path(folder, "tmp").mkdir(exist_ok=True)
     tempfile.tempdir = f"{folder}/tmp"
@@ -218,6 +259,7 @@ def assert_nothing_half_made(store: Store) -> None:
         assert version.tags[tracking.TAG_GATE] == "passed"
 
 
+@everywhere
 def test_a_promotion_makes_a_version_and_points_at_it(store: Store, run_id: str) -> None:
     outcome = here(store, run_id)
     assert outcome.decision.passed, outcome.decision.reasons
@@ -226,6 +268,7 @@ def test_a_promotion_makes_a_version_and_points_at_it(store: Store, run_id: str)
     assert [check.what for check in versions.verify("models:/ccb@champion") if check.holds is False] == []
 
 
+@locally_and_over_http
 def test_the_same_again_is_the_same_version_and_asks_nobody(
     store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +278,84 @@ def test_the_same_again_is_the_same_version_and_asks_nobody(
     assert (again.version.number, again.pointed) == (first.version.number, True)
     assert len(store.client().search_model_versions("name = 'ccb'")) == 1
     assert [move.to for move in registry.history("ccb", "champion")] == [1]
+
+
+@everywhere
+def test_a_version_is_verified_exported_and_rolled_back(store: Store, run_id: str, tmp_path: Path) -> None:
+    for policy in (Policy(), Policy(leak=0.5)):
+        here(store, run_id, policy=policy)
+    assert [v.number for v in registry.newest_versions("ccb", 5)] == [2, 1]
+    assert registry.resolve("models:/ccb@champion").number == 2
+    target = versions.export("models:/ccb@champion", tmp_path / "merged")
+    record = Manifest.read(registry.fetch(registry.resolve("models:/ccb/2")))
+    assert manifest.digests(target) == {
+        k.removeprefix("model/"): v for k, v in record.digests.items() if k.startswith("model/")
+    }
+    move, checks = versions.rollback("ccb")
+    assert move.to == 1
+    assert all(check.holds is not False for check in checks)
+    assert [(m.before, m.to, m.how) for m in registry.history("ccb", "champion")] == [
+        (None, 1, "promote"),
+        (1, 2, "promote"),
+        (2, 1, "rollback"),
+    ]
+    assert_nothing_half_made(store)
+
+
+def asks(method: bytes, path: bytes) -> Callable[[bytes], bool]:
+    """Whether what a client sends begins such a request."""
+    return lambda data: data.startswith(method + b" ") and path in data.split(b"\r\n", 1)[0]
+
+
+def body_of_a_file() -> Callable[[bytes], bool]:
+    """Whether it is the middle of an upload: what follows the head of a request that puts a file."""
+    seen: list[bytes] = []
+
+    def middle(data: bytes) -> bool:
+        if seen:
+            return True
+        if asks(b"PUT", b"mlflow-artifacts/artifacts")(data):
+            seen.append(data)
+        return False
+
+    return middle
+
+
+CUTS: dict[str, Callable[[], Callable[[bytes], bool]]] = {
+    "before the upload": lambda: asks(b"PUT", b"mlflow-artifacts/artifacts"),
+    "in the upload": body_of_a_file,
+    "before the version": lambda: asks(b"POST", b"model-versions/create"),
+    "between version and tags": lambda: asks(b"POST", b"model-versions/set-tag"),
+    "before the alias": lambda: asks(b"POST", b"registered-models/alias"),
+    "before the history": lambda: asks(b"POST", b"registered-models/set-tag"),
+}
+
+
+@pytest.mark.parametrize("store", ["http"], indirect=True)
+@pytest.mark.parametrize("where", CUTS)
+def test_a_cut_connection_leaves_nothing_half_made_and_a_rerun_converges(
+    store: Store, run_id: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # of MLflow's seven, with their growing pauses
+    link = Link(store.uri)
+    link.when = CUTS[where]()
+    try:
+        with pytest.raises(NamesakeError) as told:
+            promoted(str(store.folder), link.address, run_id)
+        assert link.cut
+    finally:
+        link.close()
+    message = str(told.value)
+    assert link.address in message
+    assert "\n" not in message
+    assert told.value.mend
+    mlflow.set_tracking_uri(store.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    assert_nothing_half_made(store)
+    outcome = here(store, run_id)
+    assert (outcome.version.number, outcome.pointed) == (1, True)
+    assert [move.to for move in registry.history("ccb", "champion")] == [1]
+    assert_nothing_half_made(store)
 
 
 def test_another_policy_is_another_promotion(store: Store, run_id: str) -> None:
@@ -258,6 +379,7 @@ def test_a_version_whose_files_have_changed_is_not_taken_again(store: Store, run
     assert registry.alias_of("ccb", "champion") == 2
 
 
+@locally_and_over_http
 def test_a_store_that_keeps_something_else_makes_no_version(
     store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,7 +387,10 @@ def test_a_store_that_keeps_something_else_makes_no_version(
 
     def damages(model: tracking.NewModel, **named: Any) -> None:
         real(model, **named)
-        (tracking.fetch_model(model.uri) / "model" / "config.json").write_text("{}")
+        other = store.folder / "other"
+        (other / "model").mkdir(parents=True)
+        (other / "model" / "config.json").write_text("{}")
+        store.client().log_model_artifacts(model.uri.removeprefix("models:/"), str(other))
 
     monkeypatch.setattr(tracking, "finish_chat_model", damages)
     with pytest.raises(NamesakeError, match=r"config\.json has changed"):
@@ -274,8 +399,16 @@ def test_a_store_that_keeps_something_else_makes_no_version(
     assert store.client().search_logged_models(["0"]) == []
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("index", range(len(STEPS)), ids=map(str, STEPS))
+@pytest.mark.parametrize(
+    ("store", "index", "when"),
+    [
+        *((SQLITE, index, when) for index in range(len(STEPS)) for when in ("before", "after")),
+        *(("http", index, "after") for index in (2, 4, 6)),
+        ("team", 4, "after"),
+    ],
+    indirect=["store"],
+    ids=lambda value: str(STEPS[value]) if isinstance(value, int) else value,
+)
 def test_killed_at_any_step_nothing_is_half_made_and_a_rerun_converges(
     store: Store, run_id: str, processes: Any, index: int, when: str
 ) -> None:
@@ -292,6 +425,7 @@ def test_killed_at_any_step_nothing_is_half_made_and_a_rerun_converges(
     assert_nothing_half_made(store)
 
 
+@locally_and_over_http
 def test_what_a_killed_promotion_left_is_found_and_removed(
     store: Store, run_id: str, processes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,11 +443,12 @@ def test_what_a_killed_promotion_left_is_found_and_removed(
     monkeypatch.setattr(tempfile, "tempdir", f"{store.folder}/tmp")
     assert leftovers.find() == []  # all of it is young
     (found,) = (one for one in leftovers.find(0) if one.kind == "logged model")
-    assert found.size
+    assert bool(found.size) == store.uri.startswith("sqlite")
     assert CliRunner().invoke(app, ["gc", "--older-than", "0"]).output.splitlines()[-1].startswith("2 left over; ")
     assert CliRunner().invoke(app, ["gc", "--older-than", "0", "--delete"]).exit_code == 0
     assert leftovers.find(0) == []
-    assert len(list(store.folder.glob("mlruns/**/model.safetensors"))) == 1
+    if store.uri.startswith("sqlite"):
+        assert len(list(store.folder.glob("mlruns/**/model.safetensors"))) == 1
     assert [check.what for check in versions.verify("models:/ccb/1") if check.holds is False] == []
 
 
@@ -349,11 +484,13 @@ def test_an_interrupted_promotion_leaves_nothing(
     assert registry.identity_of("ccb") is None
 
 
+@locally_and_over_http
 def test_promotions_that_race_give_a_version_each_and_one_champion(
     store: Store, parts: tuple[Path, Path], processes: Any
 ) -> None:
+    racers = RACERS if store.uri.startswith("sqlite") else 4  # a server of one worker, on a machine of two cores
     runs = []
-    for number in range(RACERS):
+    for number in range(racers):
         adapter = store.folder / f"adapter-{number}"
         shutil.copytree(parts[1], adapter)
         config = adapter / "adapter_config.json"
@@ -362,19 +499,20 @@ def test_promotions_that_race_give_a_version_each_and_one_champion(
     racing = [processes.Process(target=races, args=(str(store.folder), store.uri, run)) for run in runs]
     for process in racing:
         process.start()
-    assert [ended(process) for process in racing] == [0] * RACERS
+    assert [ended(process) for process in racing] == [0] * racers
     found = store.client().search_model_versions("name = 'ccb'")
-    assert sorted(int(version.version) for version in found) == list(range(1, RACERS + 1))
+    assert sorted(int(version.version) for version in found) == list(range(1, racers + 1))
     assert {version.run_id for version in found} == set(runs)
     assert_nothing_half_made(store)
     moves = registry.history("ccb", "champion")
-    assert {move.to for move in moves} == set(range(1, RACERS + 1))
+    assert {move.to for move in moves} == set(range(1, racers + 1))
     assert registry.alias_of("ccb", "champion") in {move.to for move in moves}
 
 
 RACERS = 16
 
 
+@locally_and_over_http
 def test_one_run_promoted_by_several_at_once_is_one_version(store: Store, run_id: str, processes: Any) -> None:
     racing = [processes.Process(target=races, args=(str(store.folder), store.uri, run_id)) for _ in range(4)]
     for process in racing:
