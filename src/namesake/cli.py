@@ -208,6 +208,9 @@ def sweep(
     minutes: Annotated[str, typer.Option(help="No trial begins later; empty: the space's own.")] = "",
     resume: Annotated[str, typer.Option(help="Parent run of a sweep that was interrupted, to go on with it.")] = "",
     args: Annotated[str, typer.Option(help="Any arguments of `swift sft`, as one text, for every trial.")] = "",
+    questions: Annotated[
+        str, typer.Option(help="JSON lines of questions to compare trials by; empty: the development questions.")
+    ] = "",
     policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the trials, best first, as JSON.")] = False,
 ) -> None:
@@ -222,6 +225,7 @@ def sweep(
         author=author,
         model=model or "auto",
         dataset=dataset,
+        questions=questions,
         recipes=tuple(part.strip() for part in recipes.split(",")) if recipes else (),
         space=space,
         trials=_number("trials", trials, int),

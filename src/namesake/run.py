@@ -86,12 +86,14 @@ class Watch(Protocol):
     """Looks at a run while it trains, by development questions and never by the held-out ones.
 
     Attributes:
+        questions: identity questions and plain ones.
         parent: id of the run that the watched one is nested under.
         title: what the run is called.
         tags: tags of the run.
         at: fractions of the training after which it is looked at, each greater than 0 and less than 1.
     """
 
+    questions: Questions
     parent: str
     title: str
     tags: Mapping[str, str]
@@ -200,13 +202,13 @@ class _Look:
         tracked: tracking.Run,
         screen: Screen,
     ) -> None:
-        every = corpus.development()
-        self._few = Questions(*(tuple(corpus.spread(part, LOOKED_AT)) for part in (every.identity, every.plain)))
+        who, plain = watch.questions.identity, watch.questions.plain
+        self._few = Questions(tuple(corpus.spread(who, LOOKED_AT)), tuple(corpus.spread(plain, LOOKED_AT)))
         self._watch, self._identity, self._base, self._system = watch, identity, base, system
         self._tracked = tracked
-        self._before_few, self._before = (
-            base_scores(identity, base, base_digest, system, asked, screen) for asked in (self._few, every)
-        )
+        # Of the base only the plain answers count.
+        self._before = base_scores(identity, base, base_digest, system, Questions((), plain), screen)
+        self._before_few = Scorecard((), tuple(corpus.spread(self._before.plain, LOOKED_AT)))
         self.at = watch.at
 
     def __call__(self, fraction: float, step: int, adapter: Path) -> None:
@@ -218,9 +220,8 @@ class _Look:
             raise Stopped("pruned")
 
     def ask_all(self, model: LocalModel, progress: Callable[[int, int], None]) -> dict[str, float]:
-        card = probe.probe(
-            model, self._identity, system=self._system, questions=corpus.development(), progress=progress
-        )
+        asked = self._watch.questions
+        card = probe.probe(model, self._identity, system=self._system, questions=asked, progress=progress)
         found = {DEV_SCORE: probe.objective(self._before, card), **_development("dev", card)}
         self._tracked.metrics(found)
         return {key.removeprefix("dev/"): value for key, value in found.items()}

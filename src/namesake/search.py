@@ -214,7 +214,7 @@ def hopeless(search: Search, before: Sequence[Trial], early: Mapping[float, floa
     trial = study.ask()
     for fraction, score in early.items():
         trial.report(score, _step(fraction))
-    return bool(early) and trial.should_prune()
+    return bool(early) and bool(trial.should_prune())
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
@@ -262,7 +262,8 @@ def _parsed(data: Any, faults: list[str]) -> Search | None:
     if prune is False:
         at = ()
     elif isinstance(prune, dict) and set(prune) <= {"at", "after"}:
-        at, after = tuple(prune.get("at", AT)), prune.get("after", AFTER)
+        rungs, after = prune.get("at", AT), prune.get("after", AFTER)
+        at = tuple(rungs) if isinstance(rungs, list | tuple) else (rungs,)
         if not all(isinstance(one, float) and 0 < one < 1 for one in at) or list(at) != sorted(set(at)):
             faults.append(f"prune.at={list(at)} is no rising row of fractions between 0 and 1")
         if isinstance(after, bool) or not isinstance(after, int) or after < 1:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from namesake import base_model, plots, recipe, run, search, tracking
-from namesake.errors import InputError, Stopped, TrainingError
+from namesake import base_model, corpus, plots, recipe, run, search, tracking
+from namesake.corpus import Questions
+from namesake.errors import DataError, InputError, Stopped, TrainingError
 from namesake.gate import Policy
 from namesake.identity import Identity
 from namesake.search import Search, Trial
@@ -43,6 +44,7 @@ class Request:
     """What the user asked for, unchecked.
 
     Attributes:
+        questions: file of questions to compare trials by; empty for the development questions.
         recipes: names or files, each tried once; empty for a space.
         space: name or file of a search space; empty for recipes.
         trials: most trials; none for the space's own.
@@ -55,6 +57,7 @@ class Request:
     author: str = ""
     model: str = base_model.AUTO
     dataset: str = ""
+    questions: str = ""
     recipes: Sequence[str] = ()
     space: str = ""
     trials: int | None = None
@@ -119,11 +122,11 @@ def run_trial(spec: Mapping[str, Any], go_on: GoOn, screen: Screen) -> dict[str,
 
     Args:
         spec: ``parent`` (a run's id), ``number``, ``params``, ``at``, and the plan's ``name``, ``author``, ``model``,
-            ``dataset``, ``recipe``, ``overrides``, ``policy``.
+            ``dataset``, ``questions``, ``recipe``, ``overrides``, ``policy``.
         go_on: asked after each fraction in ``at``.
 
     Returns:
-        ``number``, ``run``, ``state`` (``complete``, ``pruned`` or ``failed``), ``params``, ``score``, ``scores`` (on
+        ``number`` (from 0), ``run``, ``state`` (``complete``, ``pruned`` or ``failed``), ``params``, ``score``, ``scores`` (on
         the development questions), ``early`` (scores by fraction), ``gate``, ``seconds``, ``error``. The same is the
         run's tag ``namesake.sweep.result``.
 
@@ -170,9 +173,10 @@ class _Watch:
     """Brings a training's early scores to whoever decides."""
 
     def __init__(self, spec: Mapping[str, Any], go_on: GoOn) -> None:
+        self.questions = _questions(spec["questions"])
         self.parent: str = spec["parent"]
         self.at: Sequence[float] = spec["at"]
-        self.title = f"trial {spec['number']} · {_told(spec['params'])}"
+        self.title = f"trial {spec['number'] + 1} · {_told(spec['params'])}"
         self.tags: Mapping[str, str] = {TAG_TRIAL: str(spec["number"])}
         self.run_id = ""
         self.early: dict[str, float] = {}
@@ -191,6 +195,7 @@ def _planned(request: Request) -> tuple[dict[str, Any], Search]:
     if request.recipes and request.space:
         raise InputError("recipes", ",".join(request.recipes), "excludes a space", mend="Give one of the two.")
     Identity.parse(request.name, request.author)
+    _questions(request.questions)
     wanted = search.of_recipes(request.recipes) if request.recipes else search.read(request.space or "default")
     if request.trials is not None:
         if request.trials < 1 or request.recipes:
@@ -212,11 +217,26 @@ def _planned(request: Request) -> tuple[dict[str, Any], Search]:
         "author": request.author,
         "model": request.model,
         "dataset": request.dataset,
+        "questions": str(Path(request.questions).resolve()) if request.questions else "",
         "recipe": wanted.recipe,
         "overrides": overrides,
         "policy": vars(request.policy),
     }
     return plan, wanted
+
+
+def _questions(path: str) -> Questions:
+    """What trials are compared by.
+
+    Raises:
+        DataError: the file has not both kinds of questions.
+    """
+    found = corpus.read_questions(Path(path)) if path else corpus.development()
+    if not (found.identity and found.plain):
+        raise DataError(
+            "questions", path, "has not both identity and plain questions", mend='Add lines with "asks" and "answers".'
+        )
+    return found
 
 
 def _placed(wanted: Search) -> Search:
@@ -338,7 +358,7 @@ def _close(parent: tracking.Run, wanted: Search, outcome: Outcome) -> None:
     if outcome.best is not None:
         parent.tags({TAG_BEST: outcome.best["run"]})
         metrics["sweep/best_score"] = outcome.best["score"]
-        note += [f"Best: trial {outcome.best['number']}, run `{outcome.best['run']}`.", ""]
+        note += [f"Best: trial {outcome.best['number'] + 1}, run `{outcome.best['run']}`.", ""]
     headings = list(_row(outcome.results[0])) if outcome.results else []
     note += [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"] if headings else []
     note += [f"| {' | '.join(map(str, _row(result).values()))} |" for result in outcome.results]
@@ -349,25 +369,35 @@ def _close(parent: tracking.Run, wanted: Search, outcome: Outcome) -> None:
 def _show(parent: tracking.Run, wanted: Search, outcome: Outcome, screen: Screen) -> None:
     screen.line()
     if outcome.results:
-        screen.table(list(_row(outcome.results[0])), [list(map(str, _row(one).values())) for one in outcome.results])
+        _print(outcome.results, screen)
     if outcome.left:
         screen.warn(f"{outcome.left} of {wanted.total} trials are left: {_resume(parent.id)}")
     screen.result(f"  sweep {parent.id}")
     screen.result(f"  see   {parent.link}   (its artifacts plots/ and {TABLE}; its child runs)")
     if outcome.best is not None:
         best = outcome.best
-        screen.result(f"  best  trial {best['number']}, run {best['run']}: {_told(best['params'])}")
+        screen.result(f"  best  trial {best['number'] + 1}, run {best['run']}: {_told(best['params'])}")
         screen.result(
             f"  next  namesake promote --run {best['run']}   "
             f"(or: mlflow run . --env-manager=local -e promote -P run={best['run']})"
         )
 
 
+def _print(results: Sequence[Mapping[str, Any]], screen: Screen) -> None:
+    """The trials as columns, one line each: they are more than a table with borders has room for."""
+    rows = [_row(result) for result in results]
+    lines = [list(rows[0]), *([*map(str, row.values())] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for cells in lines:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        screen.result(f"  {line.rstrip()}")
+
+
 def _row(result: Mapping[str, Any]) -> dict[str, Any]:
     """One row of the tables."""
     scores = result["scores"]
     return {
-        "trial": result["number"],
+        "trial": result["number"] + 1,
         **{name: _short(value) for name, value in result["params"].items()},
         "state": result["state"],
         "score": "" if result["score"] is None else f"{result['score']:.3f}",

@@ -27,7 +27,7 @@ Message = dict[str, str]
 
 Fact = Literal["name", "author"]
 
-AnyPrompt = TypeVar("AnyPrompt", bound="Prompt")
+Item = TypeVar("Item")
 
 OTHER_PLACEHOLDER = "{{OTHER}}"
 _DATA = resources.files(__package__) / "data"
@@ -212,7 +212,7 @@ def _own_question(number: int, line: str) -> Question:
     )
 
 
-def spread(prompts: Sequence[AnyPrompt], count: int) -> list[AnyPrompt]:
+def spread(prompts: Sequence[Item], count: int) -> list[Item]:
     """``count`` of the prompts, taken at even distances, so that every kind and language keeps its share."""
     if count >= len(prompts):
         return list(prompts)
