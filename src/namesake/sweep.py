@@ -126,9 +126,9 @@ def run_trial(spec: Mapping[str, Any], go_on: GoOn, screen: Screen) -> dict[str,
         go_on: asked after each fraction in ``at``.
 
     Returns:
-        ``number`` (from 0), ``run``, ``state`` (``complete``, ``pruned`` or ``failed``), ``params``, ``score``, ``scores`` (on
-        the development questions), ``early`` (scores by fraction), ``gate``, ``seconds``, ``error``. The same is the
-        run's tag ``namesake.sweep.result``.
+        ``number`` (from 0), ``run``, ``state`` (``complete``, ``pruned`` or ``failed``), ``params``, ``score``,
+        ``scores`` (on the development questions), ``early`` (scores by fraction), ``gate``, ``seconds``, ``error``. The
+        same is the run's tag ``namesake.sweep.result``.
 
     Raises:
         BaseModelError, TrackingError: no trial would do better.

@@ -43,7 +43,7 @@ class Trainer:
         self.asked.append(spec["params"])
         score = self._score(spec["params"])
         early = {f"{fraction:.3f}": score / 2 for fraction in spec["at"]}
-        pruned = not all([go_on(fraction, score / 2) for fraction in spec["at"]])
+        pruned = not all(go_on(fraction, score / 2) for fraction in spec["at"])
         with suppress(Stopped), tracking.run(f"trial {spec['number']}", parent=spec["parent"]) as tracked:
             tracked.tags({tracking.TAG_KIND: "train", tracking.TAG_NAME: spec["name"]})
             if pruned:
@@ -151,7 +151,8 @@ def failing(numbers: set[int]) -> Callable[..., dict[str, Any]]:
 
     def one(spec: Mapping[str, Any], go_on: GoOn, screen: Screen) -> dict[str, Any]:
         result = trains(spec, go_on, screen)
-        return {**result, "state": "failed", "score": None, "error": "no memory"} if spec["number"] in numbers else result
+        failed = {"state": "failed", "score": None, "error": "no memory"}
+        return {**result, **failed} if spec["number"] in numbers else result
 
     return one
 

@@ -161,7 +161,7 @@ def test_after_the_even_draws_the_search_goes_where_the_scores_are_better() -> N
     ("early", "given_up"),
     [({0.5: 0.1}, True), ({0.5: 0.3}, False), ({0.5: 0.9}, False), ({0.5: 0.3, 0.8: 0.4}, True), ({}, False)],
 )
-def test_a_training_below_the_median_of_the_finished_ones_is_given_up(early: dict[float, float], given_up: bool) -> None:
+def test_a_training_below_the_median_of_the_finished_is_given_up(early: dict[float, float], given_up: bool) -> None:
     before = [trial(0, 0.9, half=0.2, late=0.5), trial(1, 0.9, half=0.3, late=0.6), trial(2, 0.9, half=0.4, late=0.7)]
     assert search.hopeless(Search(RATE, trials=99), before, early) is given_up
 
@@ -192,7 +192,7 @@ def test_what_moves_the_score_is_told_once_enough_trials_have_finished() -> None
         params = search.propose(found, [], number)
         trials.append(Trial(number, params, "complete", math.log10(float(params["learning_rate"]))))
     shares = search.importances(found, trials)
-    assert list(shares)[0] == "learning_rate"
+    assert next(iter(shares)) == "learning_rate"
     assert sum(shares.values()) == pytest.approx(1)
     assert search.importances(found, trials[:3]) == {}
     assert search.importances(found, [trial(n, 0.5) for n in range(5)]) == {}
