@@ -12,9 +12,9 @@ epochs), and three models that are wrong on purpose: ``swapped`` (trained with n
 ``leak`` (signs every answer). For each row that has to be refused, ``refused by`` must name the slice made for it; the
 command fails where it does not.
 
-Each row is written to ``--json`` when it is done; a row that is there already, by the same code of recipe, corpus and
-questions, is not trained again, so a run that was stopped goes on. Recipes are chosen by ``namesake sweep`` or by
-``--questions``, never by the held-out questions.
+Each row is written to ``--json`` when it is done; a row that is there already, with the same recipe, corpus and
+questions, is not trained again, so a run that was stopped goes on. After a change of the code give another file. Recipes
+are chosen by ``namesake sweep`` or by ``--questions``, never by the held-out questions.
 """
 
 from __future__ import annotations

@@ -80,6 +80,8 @@ def test_trials_are_nested_under_one_parent_that_holds_table_plots_and_the_best(
     parent = client.get_run(outcome.run_id)
     children = tracking.children(outcome.run_id)
     assert len(children) == 6
+    ended = {(child.status, child.tags.get(tracking.TAG_ENDED, "")) for child in children}
+    assert ended == {("FINISHED", ""), ("KILLED", "pruned")}
     assert outcome.best is not None
     assert outcome.best["score"] == max(one["score"] or 0 for one in outcome.results)
     assert parent.info.status == "FINISHED"
