@@ -13,8 +13,8 @@ epochs), and three models that are wrong on purpose: ``swapped`` (trained with n
 command fails where it does not.
 
 Each row is written to ``--json`` when it is done; a row that is there already, with the same recipe, corpus and
-questions, is not trained again, so a run that was stopped goes on. After a change of the code give another file. Recipes
-are chosen by ``namesake sweep`` or by ``--questions``, never by the held-out questions.
+questions, is not trained again, so a run that was stopped goes on. After a change of the code give another file.
+Recipes are chosen by ``namesake sweep`` or by ``--questions``, never by the held-out questions.
 """
 
 from __future__ import annotations
