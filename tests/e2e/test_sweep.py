@@ -9,14 +9,14 @@ import mlflow
 import pytest
 
 from namesake import corpus
-from tests.e2e.conftest import NAME, Way
+from tests.e2e.conftest import Place
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 SPACE = "trials: 2\nprune: {at: [0.5], after: 1}\nparameters:\n  learning_rate: {choices: [2.0e-3, 10.0]}\n"
 
 
-def test_a_sweep_trains_prunes_on_the_probe_and_names_the_best_run(way: Way, tmp_path: Path) -> None:
+def test_a_sweep_trains_prunes_on_the_probe_and_names_the_best_run(root: Path, tmp_path: Path) -> None:
     every = corpus.development()
     english = [question for question in every.plain if question.language == "en"]
     (tmp_path / "few.jsonl").write_text(
@@ -27,13 +27,13 @@ def test_a_sweep_trains_prunes_on_the_probe_and_names_the_best_run(way: Way, tmp
         encoding="utf-8",
     )
     (tmp_path / "space.yaml").write_text(SPACE, encoding="utf-8")
-    said = way.place.mlflow_run(
-        *("-e", "sweep", "-P", f"name={NAME}", "-P", "author=老爷爷 OldGrandpa"),
-        *("-P", f"space={tmp_path}/space.yaml", "-P", f"questions={tmp_path}/few.jsonl"),
+    place = Place(tmp_path, root, f"sqlite:///{tmp_path}/mlflow.db")  # what is promoted elsewhere is the newest run's
+    said = place.mlflow_run(
+        *("-e", "sweep", "-P", f"space={tmp_path}/space.yaml", "-P", f"questions={tmp_path}/few.jsonl"),
         *("-P", "dataset=namesake/self-cognition#16", "-P", "args=--max_steps 4 --replay 0"),
         *("-P", f"output_dir={tmp_path}/output"),
     )
-    client = mlflow.MlflowClient(way.place.tracking_uri)
+    client = mlflow.MlflowClient(place.tracking_uri)
     [parent] = client.search_runs(["0"], "tags.`namesake.kind` = 'sweep'")
     good, bad = client.search_runs(
         ["0"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'", order_by=["attributes.start_time ASC"]
