@@ -96,7 +96,9 @@ def _number(name: str, text: str, kind: type[_Number]) -> _Number | None:
     try:
         return kind(text) if text else None
     except ValueError as error:
-        raise InputError(name, text, "is no number", mend=f"Write --{name} 5, or leave it out.") from error
+        raise InputError(
+            name, text, "is no number", mend=tr("Write --{name} 5, or leave it out.", name=name)
+        ) from error
 
 
 def _model(name: str) -> str:

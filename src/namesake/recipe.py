@@ -169,15 +169,17 @@ def _own(recipe: Recipe, given: Mapping[str, str], faults: list[str]) -> tuple[R
         if key == "replay.loss":
             values[key] = text
             if text not in REPLAY_LOSSES:
-                faults.append(f"{key}={text} is neither {' nor '.join(REPLAY_LOSSES)}")
+                faults.append(
+                    tr("{key}={text} is neither {names}", key=key, text=text, names=" nor ".join(REPLAY_LOSSES))
+                )
         elif key in {"replay.weight", "replay.opening_weight"}:
             values[key] = _from_text(key, "float", text, faults)
             if isinstance(values[key], float) and not values[key] > 0:
-                faults.append(f"{key}={text} is not greater than 0")
+                faults.append(tr("{key}={text} is not greater than 0", key=key, text=text))
         else:
             values[key] = _whole_number(key, text, faults)
             if values[key] < 0:
-                faults.append(f"{key}={text} is less than none")
+                faults.append(tr("{key}={text} is less than none", key=key, text=text))
     other_systems = values.pop("other_systems", recipe.other_systems)
     named = {key.partition(".")[2] or "prompts": value for key, value in values.items()}
     return replace(recipe.replay, **named), other_systems

@@ -21,6 +21,7 @@ import yaml
 
 from namesake import recipe
 from namesake.errors import InputError, RecipeError
+from namesake.messages import joined, tr
 
 RECIPE = "recipe"
 """The parameter whose values are recipes; every other one is an argument of `namesake run`."""
@@ -171,16 +172,21 @@ def read(name_or_path: str) -> Search:
         path = path or (Path(name_or_path) if Path(name_or_path).is_file() else None)
     if path is None:
         raise InputError(
-            "space", name_or_path, "there is no such space or file", mend=f"Use {', '.join(shipped())}, or a YAML file."
+            "space",
+            name_or_path,
+            "there is no such space or file",
+            mend=tr("Use {names}, or a YAML file.", names=", ".join(shipped())),
         )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError("space", str(path), f"cannot be read ({error})", mend="Give a YAML file.") from error
+        raise InputError(
+            "space", str(path), tr("cannot be read ({error})", error=error), mend="Give a YAML file."
+        ) from error
     faults: list[str] = []
     search = _parsed(data, faults)
     if faults or search is None:
-        raise InputError("space", str(path), "; ".join(faults), mend="See recipes/sweeps/default.yaml.")
+        raise InputError("space", str(path), joined(faults), mend="See recipes/sweeps/default.yaml.")
     return search
 
 
@@ -255,7 +261,7 @@ def _parsed(data: Any, faults: list[str]) -> Search | None:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or not least <= value < math.inf:
-            faults.append(f"{key}={value} is no {'whole ' if kind is int else ''}number from {least} on")
+            faults.append(_no_number(key, value, least, whole=kind is int))
         numbers[key] = value
     prune = data.get("prune", {})
     at, after = AT, AFTER
@@ -265,11 +271,11 @@ def _parsed(data: Any, faults: list[str]) -> Search | None:
         rungs, after = prune.get("at", AT), prune.get("after", AFTER)
         at = tuple(rungs) if isinstance(rungs, list | tuple) else (rungs,)
         if not all(isinstance(one, float) and 0 < one < 1 for one in at) or list(at) != sorted(set(at)):
-            faults.append(f"prune.at={list(at)} is no rising row of fractions between 0 and 1")
+            faults.append(tr("prune.at={at} is no rising row of fractions between 0 and 1", at=list(at)))
         if isinstance(after, bool) or not isinstance(after, int) or after < 1:
-            faults.append(f"prune.after={after} is no whole number from 1 on")
+            faults.append(tr("prune.after={after} is no whole number from 1 on", after=after))
     else:
-        faults.append(f"prune={prune} is neither false nor at and after")
+        faults.append(tr("prune={prune} is neither false nor at and after", prune=prune))
     base = str(data.get("recipe", "default"))
     parameters = {str(name): _parameter(str(name), spec, faults) for name, spec in data["parameters"].items()}
     whole = {name: parameter for name, parameter in parameters.items() if parameter is not None}
@@ -285,38 +291,47 @@ def _parsed(data: Any, faults: list[str]) -> Search | None:
 
 def _parameter(name: str, spec: Any, faults: list[str]) -> Parameter | None:
     if not isinstance(spec, dict) or ("choices" in spec) == ("range" in spec):
-        faults.append(f"{name} needs either choices or a range")
+        faults.append(tr("{name} needs either choices or a range", name=name))
         return None
     if "choices" in spec:
         choices = spec["choices"]
         if set(spec) != {"choices"} or not isinstance(choices, list) or not choices:
-            faults.append(f"{name}: choices is an empty list, or stands beside something else")
+            faults.append(tr("{name}: choices is an empty list, or stands beside something else", name=name))
             return None
         # A list is one value of an argument that takes several words.
         texts = tuple(" ".join(map(str, one)) if isinstance(one, list) else one for one in choices)
         if len(set(map(str, texts))) < len(texts) or not all(isinstance(one, Value) for one in texts):
-            faults.append(f"{name}: choices {choices} are not different texts and numbers")
+            faults.append(
+                tr("{name}: choices {choices} are not different texts and numbers", name=name, choices=choices)
+            )
             return None
         return Parameter(choices=texts)
     ends, log, step = spec["range"], spec.get("log", False), spec.get("step")
     if set(spec) - {"range", "log", "step"} or not isinstance(log, bool):
-        faults.append(f"{name}: beside a range stand log (true or false) and step only")
+        faults.append(tr("{name}: beside a range stand log (true or false) and step only", name=name))
         return None
     if not (isinstance(ends, list) and len(ends) == 2 and all(_is_number(one) for one in ends)):
-        faults.append(f"{name}: range {ends} is not two numbers (YAML wants 1.0e-3, not 1e-3)")
+        faults.append(tr("{name}: range {ends} is not two numbers (YAML wants 1.0e-3, not 1e-3)", name=name, ends=ends))
         return None
     low, high = ends
     if not low < high:
-        faults.append(f"{name}: range {ends} is empty")
+        faults.append(tr("{name}: range {ends} is empty", name=name, ends=ends))
     elif log and low <= 0:
-        faults.append(f"{name}: range {ends} with log has to begin above 0")
+        faults.append(tr("{name}: range {ends} with log has to begin above 0", name=name, ends=ends))
     elif step is not None and (not _is_number(step) or step <= 0 or log):
-        faults.append(f"{name}: step {step} is no number above 0, or stands beside log")
+        faults.append(tr("{name}: step {step} is no number above 0, or stands beside log", name=name, step=step))
     elif step is not None and step > high - low:
-        faults.append(f"{name}: step {step} is wider than the range {ends}")
+        faults.append(tr("{name}: step {step} is wider than the range {ends}", name=name, step=step, ends=ends))
     else:
         return Parameter(low=low, high=high, log=log, step=step)
     return None
+
+
+def _no_number(key: str, value: object, least: int, *, whole: bool) -> str:
+    given = {"key": key, "value": value, "least": least}
+    if whole:
+        return tr("{key}={value} is no whole number from {least} on", **given)
+    return tr("{key}={value} is no number from {least} on", **given)
 
 
 def _is_number(value: object) -> bool:

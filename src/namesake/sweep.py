@@ -21,6 +21,7 @@ from namesake.corpus import Questions
 from namesake.errors import DataError, InputError, Stopped, TrainingError
 from namesake.gate import Policy
 from namesake.identity import Identity
+from namesake.messages import tr
 from namesake.search import Search, Trial
 from namesake.terminal import Screen
 
@@ -102,18 +103,21 @@ def sweep(request: Request, screen: Screen, one_trial: Callable[..., dict[str, A
     with tracking.run(title, resume=request.resume, system_metrics=False) as parent:
         if not request.resume:
             _open(parent, identity, plan, wanted)
-        screen.step(f"sweep {title}: {wanted.total} trials" + (", gone on with" if request.resume else ""))
+        again = tr("sweep {title}: {total} trials, gone on with", title=title, total=wanted.total)
+        screen.step(again if request.resume else tr("sweep {title}: {total} trials", title=title, total=wanted.total))
         results = _earlier(parent.id, screen)
         try:
             _all(plan, wanted, parent.id, results, screen, one_trial or run_trial)
         except KeyboardInterrupt:
-            screen.warn(f"go on with  {_resume(parent.id)}")
+            screen.warn(tr("go on with  {command}", command=_resume(parent.id)))
             raise
         outcome = Outcome(parent.id, tuple(_ranked(results)), wanted.total - len(results))
         _close(parent, wanted, outcome)
     _show(parent, wanted, outcome, screen)
     if outcome.best is None:
-        raise TrainingError("No trial came to its end.", mend=f"Give it more time: {_resume(parent.id)}.")
+        raise TrainingError(
+            "No trial came to its end.", mend=tr("Give it more time: {command}.", command=_resume(parent.id))
+        )
     return outcome
 
 
@@ -296,7 +300,7 @@ def _earlier(parent: str, screen: Screen) -> list[dict[str, Any]]:
         elif child.status == "RUNNING":
             tracking.left_behind(child.id)
     if results:
-        screen.line(f"  {len(results)} trials are there already")
+        screen.line(tr("  {count} trials are there already", count=len(results)))
     return results
 
 
@@ -314,20 +318,26 @@ def _all(
     failures = 0
     for number in (number for number in range(wanted.total) if number not in done):
         if wanted.minutes is not None and (time.monotonic() - begun) / 60 >= wanted.minutes:
-            screen.warn(f"{wanted.minutes:g} minutes are over, no further trial begins")
+            screen.warn(tr("{minutes} minutes are over, no further trial begins", minutes=f"{wanted.minutes:g}"))
             return
         before = [_trial(result) for result in results]
         params = search.propose(wanted, before, number)
         spec = {**plan, "parent": parent, "number": number, "params": params, "at": list(wanted.at)}
-        screen.step(f"trial {number + 1} of {wanted.total}: {_told(params)}")
+        screen.step(
+            tr("trial {number} of {total}: {params}", number=number + 1, total=wanted.total, params=_told(params))
+        )
         result = one_trial(spec, _Pruner(wanted, before), screen)
         results.append(result)
         failures = failures + 1 if result["state"] == "failed" else 0
-        screen.result(f"  {_line(result)}")
+        screen.result(tr("  {line}", line=_line(result)))
         if failures == FAILURES:
             raise TrainingError(
-                f"{FAILURES} trials in a row failed, the last with: {result['error']}",
-                mend=f"Mend it, then {_resume(parent)}.",
+                tr(
+                    "{failures} trials in a row failed, the last with: {error}",
+                    failures=FAILURES,
+                    error=result["error"],
+                ),
+                mend=tr("Mend it, then {command}.", command=_resume(parent)),
             )
 
 
@@ -371,15 +381,33 @@ def _show(parent: tracking.Run, wanted: Search, outcome: Outcome, screen: Screen
     if outcome.results:
         _print(outcome.results, screen)
     if outcome.left:
-        screen.warn(f"{outcome.left} of {wanted.total} trials are left: {_resume(parent.id)}")
-    screen.result(f"  sweep {parent.id}")
-    screen.result(f"  see   {parent.link}   (its artifacts plots/ and {TABLE}; its child runs)")
+        screen.warn(
+            tr(
+                "{left} of {total} trials are left: {command}",
+                left=outcome.left,
+                total=wanted.total,
+                command=_resume(parent.id),
+            )
+        )
+    screen.result(tr("  sweep {id}", id=parent.id))
+    screen.result(
+        tr("  see   {link}   (its artifacts plots/ and {table}; its child runs)", link=parent.link, table=TABLE)
+    )
     if outcome.best is not None:
         best = outcome.best
-        screen.result(f"  best  trial {best['number'] + 1}, run {best['run']}: {_told(best['params'])}")
         screen.result(
-            f"  next  namesake promote --run {best['run']}   "
-            f"(or: mlflow run . --env-manager=local -e promote -P run={best['run']})"
+            tr(
+                "  best  trial {number}, run {run}: {params}",
+                number=best["number"] + 1,
+                run=best["run"],
+                params=_told(best["params"]),
+            )
+        )
+        screen.result(
+            tr(
+                "  next  namesake promote --run {run}   (or: mlflow run . --env-manager=local -e promote -P run={run})",
+                run=best["run"],
+            )
         )
 
 
@@ -411,11 +439,20 @@ def _row(result: Mapping[str, Any]) -> dict[str, Any]:
 def _line(result: Mapping[str, Any]) -> str:
     """What came of a trial, for the terminal."""
     if result["state"] == "failed":
-        return f"failed: {result['error']}"
+        return tr("failed: {error}", error=result["error"])
     if result["state"] == "pruned":
         fraction, score = list(result["early"].items())[-1]
-        return f"pruned after {float(fraction):.0%} of the training: {score:.3f} is below the median of those before"
-    return f"score {result['score']:.3f}, gate {result['gate'].partition(':')[0]}, {result['seconds'] / 60:.1f} minutes"
+        return tr(
+            "pruned after {share} of the training: {score} is below the median of those before",
+            share=f"{float(fraction):.0%}",
+            score=f"{score:.3f}",
+        )
+    return tr(
+        "score {score}, gate {gate}, {minutes} minutes",
+        score=f"{result['score']:.3f}",
+        gate=result["gate"].partition(":")[0],
+        minutes=f"{result['seconds'] / 60:.1f}",
+    )
 
 
 def _trial(result: Mapping[str, Any]) -> Trial:
