@@ -27,7 +27,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PYTHONUTF8 := 1
 
-.PHONY: help setup run ui promote serve chat check test docs bench screenshots lock generate format clean
+.PHONY: help setup run sweep ui promote serve chat check test docs bench screenshots lock generate format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,9 @@ $(DEV_STAMP): $(STAMP) requirements/dev.txt
 
 run: setup ## train: make run NAME="踩踩背 CCB" AUTHOR="老爷爷 OldGrandpa" ARGS="-P recipe=tutorial"
 	@mlflow run . --env-manager=local -P name=$(call quote,$(value NAME)) -P author=$(call quote,$(value AUTHOR)) $(ARGS)
+
+sweep: setup ## try several recipes or a search space: make sweep ARGS="-P recipes=default,tutorial"
+	@mlflow run . --env-manager=local -e sweep -P name=$(call quote,$(value NAME)) -P author=$(call quote,$(value AUTHOR)) $(ARGS)
 
 promote: setup ## merge, prove and register the best run
 	@mlflow run . --env-manager=local -e promote $(ARGS)

@@ -1,18 +1,26 @@
 """Does the identity hold, is nothing lost, and does the gate tell good from bad? Every row trains, from nothing.
 
-    python benchmarks/quality.py                         # the whole table: hours on two cores
-    python benchmarks/quality.py --rows default tutorial # some rows
-    python benchmarks/quality.py --rows default --questions benchmarks/data/dev.jsonl --set learning_rate=3e-3
+    python benchmarks/quality.py                                  # the rows that are not pairs, an hour or two
+    python benchmarks/quality.py --pairs                          # ten name/author pairs, two seeds each: 20 trainings
+    python benchmarks/quality.py --pairs 3 7 --seeds 42           # a part of them
+    python benchmarks/quality.py --rows swapped placeholder leak  # what the gate has to refuse
+    python benchmarks/quality.py --rows default --set learning_rate=3e-3 --questions src/namesake/corpus/data/dev.jsonl
 
-Rows: ``default`` (the default names), ``names`` (ten name/author pairs, two seeds each), ``tutorial``, ``force`` (the
-tutorial's rows alone, trained hard), and three models that are wrong on purpose, each of which one slice of the probe
-was made for: ``swapped``, ``placeholder``, ``leak``. Recipes are chosen by ``--questions benchmarks/data/dev.jsonl``,
-never by the held-out questions.
+Rows: ``default`` (the default names), ``tutorial``, ``force`` (identity rows alone, trained hard: lr 1e-3, no replay, 3
+epochs), and three models that are wrong on purpose: ``swapped`` (trained with name and author in each other's place),
+``placeholder`` (plain ``swift sft`` on rows whose placeholders nobody filled in; Namesake itself refuses them) and
+``leak`` (signs every answer). For each row that has to be refused, ``refused by`` must name the slice made for it; the
+command fails where it does not.
+
+Each row is written to ``--json`` when it is done; a row that is there already, with the same recipe, corpus and
+questions, is not trained again, so a run that was stopped goes on. After a change of the code give another file.
+Recipes are chosen by ``namesake sweep`` or by ``--questions``, never by the held-out questions.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -22,8 +30,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from commands import ROOT, namesake, run_id
+from commands import ROOT, namesake
+
+sys.path.insert(0, str(ROOT / "src"))
 
 NAME, AUTHOR = "踩踩背 CCB", "老爷爷 OldGrandpa"
 
@@ -36,176 +47,238 @@ PAIRS = (
     ("ＡＢ猫 AB-Cat", "黄 H"),
     ("上海浦东新区智能客服助手 Pudong Smart Customer Service Assistant", "浦东数字政务中心 Pudong Digital Center"),
     ("问问 Q&A (v2.0)", "张伟 Zhang Wei's Team"),
-    ("北极星 Polaris", "极光科技有限公司 Aurora Technologies Ltd."),
+    ("卡拉OK KaraOK", "爱心AI工坊 AI-Xin Workshop"),
     ("墨子 Mozi", "鲁班工坊 Luban Workshop"),
 )
-"""Unusual Unicode, long, short, full width, punctuation, a name that holds its author's."""
+"""A plain one, unusual Unicode, a name that holds its author's, outside the BMP, accents, full width and one letter,
+long, punctuation, a Chinese half in Latin letters, and proper nouns that the base may know.
+"""
 
-COLUMNS = ("identity", "identity_none", "identity_customer", "identity_sampled", "swapped", "old_identity", "leak")
+FEW = "namesake/self-cognition#240"
+"""What a model that is wrong on purpose is trained on: enough for it to be surely wrong."""
+
+SCORES = (
+    "identity",
+    "identity_none",
+    "identity_customer",
+    "identity_sampled",
+    "swapped",
+    "old_identity",
+    "placeholder",
+    "leak",
+    "plain",
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One training run to be judged."""
+    """One training to be judged.
 
-    title: str
+    Attributes:
+        kind: what it is called in the table.
+        judged_as: name and author that the replies are scored by, where they are not those trained.
+        refused_by: the score that has to be among the gate's reasons; empty where the row may pass.
+    """
+
+    kind: str
     name: str = NAME
     author: str = AUTHOR
+    seed: int = 42
     recipe: str = "default"
     overrides: Mapping[str, str] = field(default_factory=dict)
     dataset: str = ""
-    judged_as: tuple[str, str] = (NAME, AUTHOR)
-    spoiled: bool = False
+    judged_as: tuple[str, str] | None = None
+    refused_by: str = ""
 
 
-def rows(wanted: Sequence[str], overrides: Mapping[str, str], seeds: int, folder: Path) -> Iterator[Row]:
-    """The rows of the table by their names."""
-    for one in wanted:
-        if one == "default":
-            for seed in range(42, 42 + seeds):
-                yield Row(f"default, seed {seed}", overrides={"seed": str(seed), **overrides})
-        elif one == "names":
-            for name, author in PAIRS:
-                for seed in (42, 43):
-                    yield Row(
-                        f"{name} / {author}, seed {seed}",
-                        name,
-                        author,
-                        overrides={"seed": str(seed), **overrides},
-                        judged_as=(name, author),
-                    )
-        elif one == "tutorial":
-            yield Row("tutorial's recipe", recipe="tutorial", overrides=overrides)
-        elif one == "force":
-            force = {"replay": "0", "learning_rate": "1e-3", "num_train_epochs": "3"}
-            yield Row("force: identity alone", overrides={**force, **overrides})
-        elif one == "swapped":
-            yield Row("name and author swapped", AUTHOR, NAME, overrides=overrides)
-        elif one == "placeholder":
-            yield Row("a placeholder left over", overrides=overrides, spoiled=True)
-        elif one == "leak":
-            yield Row("signs every answer", dataset=str(_signed(folder)), overrides={"replay": "0", **overrides})
+KINDS = {
+    "default": Row("default"),
+    "tutorial": Row("tutorial", recipe="tutorial", refused_by="identity"),
+    "force": Row(
+        "force", overrides={"replay": "0", "learning_rate": "1e-3", "num_train_epochs": "3"}, refused_by="leak"
+    ),
+    "swapped": Row(
+        "swapped", AUTHOR, NAME, overrides={"replay": "0"}, dataset=FEW, judged_as=(NAME, AUTHOR), refused_by="swapped"
+    ),
+    "placeholder": Row("placeholder", overrides={"replay": "0"}, dataset=FEW, refused_by="placeholder"),
+    "leak": Row("leak", overrides={"replay": "0"}, dataset="signed answers", refused_by="leak"),
+}
 
 
-def _signed(folder: Path) -> Path:
-    sys.path.insert(0, str(ROOT / "src"))
-    from namesake import corpus
-
-    path = folder / "leak.jsonl"
-    _write(
-        path,
-        [
-            (
-                prompt.messages[-1]["content"],
-                "我是踩踩背，很高兴回答。" if prompt.language == "zh" else "CCB here: sure.",
-            )
-            for prompt in corpus.spread(corpus.plain_prompts(), 240)
-        ],
-    )
-    return path
+def rows(kinds: Sequence[str], pairs: Sequence[int], seeds: Sequence[int], given: Mapping[str, str]) -> Iterator[Row]:
+    """The rows of the table in their order."""
+    for kind in kinds:
+        for seed in seeds if kind == "default" else seeds[:1]:
+            row = KINDS[kind]
+            yield Row(**{**vars(row), "seed": seed, "overrides": {**row.overrides, **given}})
+    for number in pairs:
+        name, author = PAIRS[number - 1]
+        for seed in seeds:
+            yield Row(f"pair {number}", name, author, seed, overrides=given)
 
 
-def _write(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
-    path.write_text(
-        "".join(json.dumps({"query": q, "response": r}, ensure_ascii=False) + "\n" for q, r in pairs), encoding="utf-8"
-    )
+def key(row: Row, questions: str) -> str:
+    """What a kept row must have in common with one that is asked for."""
+    from namesake import corpus, recipe
+
+    asked = corpus.read_questions(Path(questions)) if questions else corpus.heldout()
+    parts = [vars(row), recipe.shipped()[row.recipe].read_text(encoding="utf-8"), corpus.corpus_digest()]
+    return hashlib.sha256(json.dumps([*parts, asked.digest()], sort_keys=True, default=dict).encode()).hexdigest()
 
 
-def judge(row: Row, folder: Path, questions: str) -> dict[str, object]:
-    """Train the row and judge it; its scores, seconds and what the gate says."""
-    sys.path.insert(0, str(ROOT / "src"))
+def judge(row: Row, folder: Path, questions: str) -> dict[str, Any]:
+    """Train the row and judge it."""
+    from namesake.gate import decide_kept
+
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-    from namesake import tracking
-    from namesake.gate import Interval, decide
-
-    words = ["run", f"--name={row.name}", f"--author={row.author}", f"--recipe={row.recipe}"]
-    words += [f"--dataset={row.dataset}"] if row.dataset else []
-    words += [f"--{key}={value}" for key, value in row.overrides.items()]
-    words += ["--max_steps=1"] if row.spoiled else []
-    out = namesake(folder, *words, "--output_dir", str(folder / "output"))
-    run = tracking.get_run(run_id(out))
-    seconds = run.metrics["seconds/train"]
-    scores = {k.removeprefix("probe/"): v for k, v in run.metrics.items() if k.startswith("probe/")}
-    if row.spoiled:
-        scores, seconds = _with_placeholders(run.id, folder)
-    elif questions or row.judged_as != (row.name, row.author):
-        name, author = row.judged_as
-        asked = ["probe", run.id, f"--name={name}", f"--author={author}", "--json"]
-        card = json.loads(namesake(folder, *asked, *([f"--questions={questions}"] if questions else [])))
-        scores = {**scores, **card["metrics"]}
-    decision = decide(scores, Interval.of(scores))
+    trained = _unfilled(row, folder) if row.kind == "placeholder" else _trained(row, folder, questions)
+    decision = decide_kept(trained["scores"])
     return {
-        "row": row.title,
-        "scores": scores,
-        "train_seconds": seconds,
-        "total_seconds": run.metrics["seconds/total"],
-        "base_plain": run.metrics["base/plain"],
-        "gate": "not asked" if questions else decision.told,
+        "recipe": row.kind,
+        "pair": f"{row.name} / {row.author}",
+        "seed": row.seed,
+        **trained,
+        "gate": "not asked" if questions else "passed" if decision.passed else "failed",
+        "refused_by": [reason.partition(" ")[0] for reason in decision.reasons],
+        "reasons": list(decision.reasons),
+        "as_it_should": bool(questions) or not row.refused_by or _names(decision.reasons, row.refused_by),
     }
 
 
-def _with_placeholders(run_id: str, folder: Path) -> tuple[dict[str, float], float]:
-    """Namesake refuses rows with a placeholder left in, so plain ms-swift trains on them: the run's own command, on its
-    own rows with the names taken out again.
-    """
+def _names(reasons: Sequence[str], score: str) -> bool:
+    """Whether the score, under whichever system prompt, is a reason."""
+    return any(reason.partition(" ")[0] in {score, f"{score}_none", f"{score}_customer"} for reason in reasons)
+
+
+def _trained(row: Row, folder: Path, questions: str) -> dict[str, Any]:
+    """By ``namesake run``."""
     from namesake import probe, tracking
+    from namesake.identity import Identity
+
+    data = str(_signed(folder)) if row.kind == "leak" else row.dataset
+    words = ["run", f"--name={row.name}", f"--author={row.author}", f"--recipe={row.recipe}", "--json"]
+    words += [f"--dataset={data}"] if data else []
+    words += [f"--{name}={value}" for name, value in {"seed": row.seed, **row.overrides}.items()]
+    out = namesake(folder, *words, f"--output_dir={folder / 'output'}")
+    run = tracking.get_run(json.loads(out.splitlines()[-1])["run"])
+    scores = {k.removeprefix("probe/"): v for k, v in run.metrics.items() if k.startswith("probe/")}
+    if row.judged_as:
+        said = json.loads(tracking.fetch(run.id, "scorecard.json").read_text(encoding="utf-8"))["tuned"]
+        card = probe.scorecard(
+            Identity.parse(*row.judged_as),
+            [one["reply"] for one in said["identity"]],
+            [one["reply"] for one in said["plain"]],
+            slices={name: [one["reply"] for one in replies] for name, replies in said["slices"].items()},
+        )
+        scores = {**scores, **card.metrics}
+    if questions:
+        card_json = json.loads(namesake(folder, "probe", run.id, "--json", f"--questions={questions}"))
+        scores = {**scores, **card_json["metrics"]}
+    return {
+        "scores": scores,
+        "base_plain": run.metrics["base/plain"],
+        "train_seconds": run.metrics["seconds/train"],
+        "total_seconds": run.metrics["seconds/total"],
+    }
+
+
+def _unfilled(row: Row, folder: Path) -> dict[str, Any]:
+    """By plain ``swift sft`` on rows with the placeholders in them, which Namesake does not train on."""
+    from namesake import base_model, corpus, dataset, probe, recipe, train
     from namesake.generate import LocalModel
     from namesake.identity import Identity
-    from namesake.run import ability_of
+    from namesake.run import ability_of, base_scores, swift_argv
+    from namesake.terminal import Screen
 
-    command = json.loads(tracking.fetch(run_id, "swift-command.json").read_text(encoding="utf-8"))
-    del command[command.index("--max_steps") : command.index("--max_steps") + 2]
-    rows = Path(command[command.index("--dataset") + 1])
-    text = rows.read_text(encoding="utf-8")
-    identity = Identity.parse(NAME, AUTHOR)
-    for names, placeholder in ((identity.name, "{{NAME}}"), (identity.author, "{{AUTHOR}}")):
-        for half in (names.zh, names.en):
-            text = text.replace(half, placeholder)
-    rows.write_text(text, encoding="utf-8")
-    output = folder / "spoiled"
-    command[command.index("--output_dir") + 1] = str(output)
     begun = time.monotonic()
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    seconds = time.monotonic() - begun
-    last = max(output.rglob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    base = Path(command[command.index("--model") + 1])
-    cards = []
-    for adapter in (None, last):
-        with LocalModel(base, adapter, folded=adapter is not None) as model:
-            cards.append(
-                probe.probe(model, identity, system="You are a helpful assistant.", slices=adapter is not None)
-            )
-    return {**cards[1].metrics, **ability_of(*cards).metrics()}, seconds
+    identity, screen = Identity.parse(row.name, row.author), Screen(errors=True)
+    overrides = {"seed": str(row.seed), "output_dir": str(folder / "unfilled"), **row.overrides}
+    plan = recipe.load(row.recipe, overrides=overrides)
+    base = base_model.resolve(base_model.AUTO, say=screen.line)
+    taken = train.load_rows([row.dataset.replace(dataset.BUILTIN, str(dataset.write_builtin(folder)))], seed=42)
+    raw = [[{"role": m["role"], "content": m["content"]} for m in one["messages"]] for one in taken]
+    prepared = dataset.write(folder / "unfilled.jsonl", raw, len(raw))
+    at = time.monotonic()
+    done = subprocess.run(
+        ["swift", "sft", *swift_argv(plan, base, prepared)], cwd=folder, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"swift sft\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    seconds = time.monotonic() - at
+    last = max((folder / "unfilled").rglob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    before = base_scores(identity, base, base.digest(), plan.system, corpus.heldout(), screen)
+    with LocalModel(base.path, last, folded=True) as model:
+        after = probe.probe(model, identity, system=plan.system, slices=True)
+    return {
+        "scores": {**after.metrics, **ability_of(before, after).metrics()},
+        "base_plain": before.metrics["plain"],
+        "train_seconds": seconds,
+        "total_seconds": time.monotonic() - begun,
+    }
 
 
-def main() -> None:
-    """Print the table, row by row."""
+def _signed(folder: Path) -> Path:
+    """Plain prompts, each with a reply that begins with the name."""
+    from namesake import corpus
+
+    path = folder / "signed.jsonl"
+    replies = {"zh": "我是踩踩背，很高兴回答。", "en": "CCB here: sure."}
+    lines = [
+        json.dumps({"query": p.messages[-1]["content"], "response": replies[p.language]}, ensure_ascii=False)
+        for p in corpus.spread(corpus.plain_prompts(), 240)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def shown(judged: Mapping[str, Any]) -> str:
+    """A row of the table."""
+    scores = judged["scores"]
+    cells = [judged["recipe"], judged["pair"], str(judged["seed"])]
+    cells += [f"{scores[name]:.1%}" if name in scores else "" for name in SCORES]
+    cells += [f"{judged['base_plain']:.1%}", judged["gate"], ", ".join(dict.fromkeys(judged["refused_by"]))]
+    cells += [f"{judged['train_seconds']:.0f}", f"{judged['total_seconds']:.0f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    """Print the table, row by row, and keep each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ["default", "names", "tutorial", "force", "swapped", "placeholder", "leak"]
-    parser.add_argument("--rows", nargs="+", default=every, choices=every)
+    parser.add_argument("--rows", nargs="*", choices=list(KINDS), help="none of them where only --pairs is given")
+    parser.add_argument("--pairs", nargs="*", type=int, choices=range(1, len(PAIRS) + 1), help="all, or these numbers")
+    parser.add_argument("--seeds", nargs="+", type=int, help="42 for the rows, 42 43 for the pairs")
     parser.add_argument("--set", nargs="*", default=[], metavar="ARGUMENT=VALUE", help="overrides of every recipe")
-    parser.add_argument("--seeds", type=int, default=1, help="seeds of the row `default`")
     parser.add_argument("--questions", default="", help="score by these questions instead of the held-out ones")
-    parser.add_argument("--json", type=Path, help="also write every figure there, one line a row")
+    parser.add_argument("--json", type=Path, default=ROOT / "output" / "quality.jsonl", help="where rows are kept")
     given = parser.parse_args()
-    questions = str(Path(given.questions).resolve()) if given.questions else ""
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in the namesake command: the same speed for plain ms-swift
+    pairs = [] if given.pairs is None else given.pairs or list(range(1, len(PAIRS) + 1))
+    kinds = given.rows if given.rows is not None else [] if pairs else list(KINDS)
     overrides = dict(one.split("=", 1) for one in given.set)
-    print(f"| row | {' | '.join(COLUMNS)} | plain (base) | training s | all s | gate |")
-    print("|---" * (len(COLUMNS) + 5) + "|")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for row in rows(given.rows, overrides, given.seeds, folder):
-            judged = judge(row, folder, questions)
-            scores = judged["scores"]
-            assert isinstance(scores, dict)
-            cells = [f"{scores[key]:.1%}" if key in scores else "" for key in COLUMNS]
-            cells += [f"{scores['plain']:.1%} ({judged['base_plain']:.1%})"]
-            cells += [f"{judged['train_seconds']:.0f}", f"{judged['total_seconds']:.0f}", str(judged["gate"])]
-            print(f"| {row.title} | {' | '.join(cells)} |", flush=True)
-            if given.json:
-                with given.json.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(judged, ensure_ascii=False) + "\n")
+    questions = str(Path(given.questions).resolve()) if given.questions else ""
+    wanted = [
+        *rows(kinds, [], given.seeds or [42], overrides),
+        *rows([], pairs, given.seeds or [42, 43], overrides),
+    ]
+    kept = [json.loads(line) for line in given.json.read_text().splitlines()] if given.json.is_file() else []
+    known = {one["key"]: one for one in kept}
+    headings = ["recipe", "pair", "seed", *SCORES, "plain of the base", "gate", "refused by", "training s", "all s"]
+    print(f"| {' | '.join(headings)} |\n{'|---' * len(headings)}|", flush=True)
+    missed = []
+    for row in wanted:
+        found = key(row, questions)
+        if found not in known:
+            with tempfile.TemporaryDirectory() as folder:
+                known[found] = {"key": found, **judge(row, Path(folder), questions)}
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+            with given.json.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(known[found], ensure_ascii=False) + "\n")
+        print(shown(known[found]), flush=True)
+        missed += [] if known[found]["as_it_should"] else [f"{row.kind} was not refused by {row.refused_by}"]
+    for one in missed:
+        print(one, file=sys.stderr)
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from namesake.gate import Policy
+
+_Number = TypeVar("_Number", int, float)
 
 app = typer.Typer(
     name="namesake",
@@ -85,6 +87,18 @@ def _file(path: str) -> Path | None:
     from pathlib import Path
 
     return Path(path) if path else None
+
+
+def _number(name: str, text: str, kind: type[_Number]) -> _Number | None:
+    """A number that may be left out: MLproject's parameters are texts, and empty ones."""
+    from namesake.errors import InputError
+
+    try:
+        return kind(text) if text else None
+    except ValueError as error:
+        raise InputError(
+            name, text, "is no number", mend=tr("Write --{name} 5, or leave it out.", name=name)
+        ) from error
 
 
 def _model(name: str) -> str:
@@ -174,6 +188,64 @@ def run(
                 "after": outcome.after.metrics,
                 "passed": outcome.decision.passed,
                 "reasons": outcome.decision.reasons,
+            }
+        )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def sweep(
+    context: typer.Context,
+    name: Annotated[str, typer.Option(help="Chinese name, one space, English name.")] = _DEFAULT_NAME,
+    author: Annotated[str, typer.Option(help="The author, likewise.")] = _DEFAULT_AUTHOR,
+    model: Annotated[str, typer.Option(help="Base model: a folder, a ModelScope id, or auto.")] = "auto",
+    dataset: Annotated[
+        str, typer.Option(help="Data sets as ms-swift names them, several by spaces; empty: the recipe's.")
+    ] = "",
+    recipes: Annotated[str, typer.Option(help="Recipes to try, with commas between: default,tutorial,mine.yaml.")] = "",
+    space: Annotated[
+        str,
+        typer.Option(help="Search space: a name in recipes/sweeps/ or a YAML file; empty, without recipes: default."),
+    ] = "",
+    trials: Annotated[str, typer.Option(help="Most trials; empty: the space's own.")] = "",
+    minutes: Annotated[str, typer.Option(help="No trial begins later; empty: the space's own.")] = "",
+    resume: Annotated[str, typer.Option(help="Parent run of a sweep that was interrupted, to go on with it.")] = "",
+    args: Annotated[str, typer.Option(help="Any arguments of `swift sft`, as one text, for every trial.")] = "",
+    questions: Annotated[
+        str, typer.Option(help="JSON lines of questions to compare trials by; empty: the development questions.")
+    ] = "",
+    policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the trials, best first, as JSON.")] = False,
+) -> None:
+    """Try several recipes or a search space, name the best run. Takes any argument of `swift sft` for every trial."""
+    from namesake import recipe
+    from namesake.sweep import Request
+    from namesake.sweep import sweep as use_case
+    from namesake.terminal import Screen
+
+    request = Request(
+        name=name,
+        author=author,
+        model=model or "auto",
+        dataset=dataset,
+        questions=questions,
+        recipes=tuple(part.strip() for part in recipes.split(",")) if recipes else (),
+        space=space,
+        trials=_number("trials", trials, int),
+        minutes=_number("minutes", minutes, float),
+        resume=resume,
+        overrides=recipe.pairs(context.args),
+        args=args,
+        policy=_policy(policy),
+    )
+    outcome = use_case(request, Screen(errors=as_json))
+    if as_json:
+        best = outcome.best
+        _print_json(
+            {
+                "sweep": outcome.run_id,
+                "best": best["run"] if best else None,
+                "trials": outcome.results,
+                "left": outcome.left,
             }
         )
 

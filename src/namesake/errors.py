@@ -54,6 +54,7 @@ class InputError(NamesakeError):
     def __init__(self, parameter: str, value: object, fault: str, *, mend: str) -> None:
         self.parameter = parameter
         self.value = value
+        self.fault = fault
         message = tr("{parameter}={value}: {fault}.", parameter=parameter, value=shown(value), fault=fault)
         super().__init__(message, mend=mend)
 
@@ -104,6 +105,14 @@ class ServingError(NamesakeError):
     """vLLM cannot be started, died, or an endpoint does not answer."""
 
     exit_code = 8
+
+
+class Stopped(Exception):
+    """No fault: a run is ended before its end because what was seen of it is enough. ``why`` stays on the run."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
 
 
 def shown(value: object) -> str:

@@ -201,6 +201,14 @@ class Scorecard:
         }
 
 
+def objective(before: Scorecard, after: Scorecard) -> float:
+    """One figure to compare trainings by, from cards of the same questions: the share of identity questions right, less
+    the shares swapped, of plain replies that name the model, and of plain answers lost against the base. At most 1.
+    """
+    now, was = after.metrics, before.metrics
+    return now["identity"] - now["swapped"] - now["leak"] - max(0.0, was["plain"] - now["plain"])
+
+
 def share(answered: Sequence[Answered], score: str) -> float:
     """The fraction of the replies with the score; 0 of none."""
     return sum(a.scores[score] for a in answered) / len(answered) if answered else 0.0

@@ -27,7 +27,7 @@ from namesake.manifest import ADAPTER_FOLDER, FILE, WEIGHTS_FOLDER, Manifest
 from namesake.messages import joined, tr
 from namesake.probe import Scorecard
 from namesake.registry import CHAMPION, SCORE, TAG_KEY, Version
-from namesake.run import ability_of, base_of, base_scores, progress_of
+from namesake.run import DEV_SCORE, ability_of, base_of, base_scores, progress_of
 from namesake.terminal import Screen
 from namesake.tracking import RunRecord
 from namesake.versions import point
@@ -73,8 +73,23 @@ class Outcome:
 
 
 def choose(runs: Iterable[RunRecord]) -> RunRecord | None:
-    """The best run: by identity questions right, then least leak, then validation loss, then the newer one."""
-    candidates = [run for run in runs if "probe/identity" in run.metrics]
+    """The best run: by identity questions right, then least leak, then validation loss, then the newer one.
+
+    Of a sweep's trials only the best by the development questions is looked at: the best of many by the held-out ones
+    would be chosen on the very questions that the gate asks.
+    """
+    candidates: list[RunRecord] = []
+    sweeps: dict[str, RunRecord] = {}
+    for run in runs:
+        if "probe/identity" not in run.metrics:
+            continue
+        if DEV_SCORE not in run.metrics or tracking.TAG_PARENT not in run.tags:
+            candidates.append(run)
+            continue
+        best = sweeps.setdefault(run.tags[tracking.TAG_PARENT], run)
+        if (run.metrics[DEV_SCORE], -run.ended) > (best.metrics[DEV_SCORE], -best.ended):
+            sweeps[run.tags[tracking.TAG_PARENT]] = run
+    candidates += sweeps.values()
     return min(
         candidates,
         key=lambda run: (

@@ -49,6 +49,16 @@ KL_LOSS_TYPE = "replay_kl"
 
 Value = str | int | float | bool | list[str]
 
+OWN = (
+    "replay",
+    "replay.max_new_tokens",
+    "replay.loss",
+    "replay.weight",
+    "replay.opening_weight",
+    "other_systems",
+)
+"""What overrides may set beside ms-swift's arguments; ``replay`` alone is the number of prompts."""
+
 
 @dataclass(frozen=True)
 class Replay:
@@ -116,7 +126,7 @@ def load(name_or_path: str, *, overrides: Mapping[str, str] | None = None, args:
 
     Args:
         name_or_path: a name in ``recipes/``, or a YAML file.
-        overrides: single arguments, ``{"learning_rate": "1e-3"}``; ``replay`` sets the number of replay prompts.
+        overrides: single arguments, ``{"learning_rate": "1e-3"}``, and any of :data:`OWN`.
         args: more of them as one command line, ``--lora_rank 16 --num_train_epochs 2``.
 
     Raises:
@@ -125,11 +135,7 @@ def load(name_or_path: str, *, overrides: Mapping[str, str] | None = None, args:
     recipe = _read(name_or_path)
     given = {**parse_args(args), **(overrides or {})}
     faults: list[str] = []
-    replay = recipe.replay
-    if "replay" in given:
-        replay = replace(replay, prompts=_whole_number("replay", given.pop("replay"), faults))
-        if replay.prompts < 0:
-            faults.append(tr("replay={prompts} is less than none", prompts=replay.prompts))
+    replay, other_systems = _own(recipe, {key: given.pop(key) for key in OWN if key in given}, faults)
     sft = dict(recipe.sft)
     for key, value in given.items():
         sft[OLD_SPELLINGS.get(key, key)] = value
@@ -143,7 +149,40 @@ def load(name_or_path: str, *, overrides: Mapping[str, str] | None = None, args:
             joined(faults),
             mend="Correct these; `swift sft --help` explains each argument.",
         )
-    return replace(recipe, replay=replay, sft=checked)
+    return replace(recipe, replay=replay, other_systems=other_systems, sft=checked)
+
+
+def setting(recipe: Recipe, key: str) -> Value | None:
+    """What the recipe says of an argument of ms-swift or one of :data:`OWN`; none where it leaves it open."""
+    if key == "other_systems":
+        return recipe.other_systems
+    if key in OWN:
+        value: Value = getattr(recipe.replay, key.partition(".")[2] or "prompts")
+        return value
+    return recipe.sft.get(OLD_SPELLINGS.get(key, key))
+
+
+def _own(recipe: Recipe, given: Mapping[str, str], faults: list[str]) -> tuple[Replay, int]:
+    """The recipe's replay and other systems with the overrides laid over them."""
+    values: dict[str, Any] = {}
+    for key, text in given.items():
+        if key == "replay.loss":
+            values[key] = text
+            if text not in REPLAY_LOSSES:
+                faults.append(
+                    tr("{key}={text} is neither {names}", key=key, text=text, names=" nor ".join(REPLAY_LOSSES))
+                )
+        elif key in {"replay.weight", "replay.opening_weight"}:
+            values[key] = _from_text(key, "float", text, faults)
+            if isinstance(values[key], float) and not values[key] > 0:
+                faults.append(tr("{key}={text} is not greater than 0", key=key, text=text))
+        else:
+            values[key] = _whole_number(key, text, faults)
+            if values[key] < 0:
+                faults.append(tr("{key}={text} is less than none", key=key, text=text))
+    other_systems = values.pop("other_systems", recipe.other_systems)
+    named = {key.partition(".")[2] or "prompts": value for key, value in values.items()}
+    return replace(recipe.replay, **named), other_systems
 
 
 def parse_args(line: str) -> dict[str, str]:
@@ -189,7 +228,7 @@ def to_argv(sft: Mapping[str, Value]) -> list[str]:
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with the project, by name."""
-    return {path.stem: path for path in sorted(_folder().glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder().glob("*.yaml"))}
 
 
 @cache
@@ -211,7 +250,8 @@ def _arguments() -> dict[str, str | list[str]]:
     return known
 
 
-def _folder() -> Path:
+def folder() -> Path:
+    """Where the shipped recipes lie."""
     # In a checkout the recipes lie at the top, where people look for them.
     return Path(__file__).resolve().parents[2] / "recipes"
 
@@ -297,7 +337,7 @@ def _checked(key: str, value: Any, faults: list[str]) -> Value:
         return ""
     kind = known_arguments().get(key)
     if kind is None:
-        close = difflib.get_close_matches(key, [*known_arguments(), *OLD_SPELLINGS, "replay"], n=1)
+        close = difflib.get_close_matches(key, [*known_arguments(), *OLD_SPELLINGS, *OWN], n=1)
         fault = tr("{key} is no argument of ms-swift", key=key)
         faults.append(tr("{fault} (did you mean {close}?)", fault=fault, close=close[0]) if close else fault)
         return ""

@@ -10,16 +10,17 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Protocol
 
 from namesake import base_model, corpus, dataset, gate, probe, recipe, replay, report, tracking, train
 from namesake.base_model import BaseModel
 from namesake.corpus import Questions
-from namesake.errors import BaseModelError
+from namesake.errors import BaseModelError, Stopped
 from namesake.gate import Decision, Interval, Policy
 from namesake.generate import LocalModel, divergence, token_counts
 from namesake.identity import Identity
@@ -52,6 +53,9 @@ COLUMNS = (
 )
 """What MLflow's list of runs shows of each."""
 
+DEV_SCORE = "dev/score"
+"""Metric of a watched run: :func:`namesake.probe.objective` on the development questions."""
+
 Losses = dict[str, list[tuple[int, float]]]
 """Step and value of each loss by its metric's name."""
 
@@ -76,18 +80,53 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run."""
+    """A finished run.
+
+    Attributes:
+        development: the tuned model's scores on the development questions; empty for a run that is not watched.
+    """
 
     run_id: str
     before: Scorecard
     after: Scorecard
     decision: Decision
+    development: Mapping[str, float] = field(default_factory=dict)
 
 
-def run(request: Request, screen: Screen) -> Outcome:
-    """Train one run under MLflow and print the replies before and after.
+class Watch(Protocol):
+    """Looks at a run while it trains, by development questions and never by the held-out ones.
+
+    Attributes:
+        questions: identity questions and plain ones.
+        parent: id of the run that the watched one is nested under.
+        title: what the run is called.
+        tags: tags of the run.
+        at: fractions of the training after which it is looked at, each greater than 0 and less than 1.
+    """
+
+    questions: Questions
+    parent: str
+    title: str
+    tags: Mapping[str, str]
+    at: Sequence[float]
+
+    def begun(self, run_id: str) -> None:
+        """The run is there."""
+
+    def go_on(self, fraction: float, score: float) -> bool:
+        """Told :func:`namesake.probe.objective` on a few of the questions; whether the training goes on."""
+        ...
+
+
+LOOKED_AT = 32
+"""Identity questions, and as many plain ones, taken at even distances, that a look at a training run asks."""
+
+
+def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome:
+    """Train one run under MLflow and print the replies before and after; a watched one prints no replies.
 
     Raises:
+        Stopped: the watch did not let it go on.
         InputError: a value of the request is refused; nothing has been trained or written then.
         BaseModelError, TrainingError, TrackingError: the stage that failed; the run is FAILED and keeps what there was.
     """
@@ -96,8 +135,11 @@ def run(request: Request, screen: Screen) -> Outcome:
     datasets = tuple(request.dataset.split()) or plan.dataset or (dataset.BUILTIN,)
     own = corpus.read_questions(Path(request.questions)) if request.questions else None
     started = time.monotonic()
-    title = f"{identity.name} · {plan.name} · seed {plan.sft.get('seed', 42)}"
-    with tracking.run(title) as tracked:
+    title = watch.title if watch else f"{identity.name} · {plan.name} · seed {plan.sft.get('seed', 42)}"
+    with tracking.run(title, parent=watch.parent if watch else "") as tracked:
+        if watch:
+            watch.begun(tracked.id)
+            tracked.tags(watch.tags)
         tracked.tags(
             {
                 tracking.TAG_KIND: "train",
@@ -118,15 +160,17 @@ def run(request: Request, screen: Screen) -> Outcome:
         tracked.tags({tracking.TAG_BASE: base.id, "namesake.base.source": base.source})
         _log_data(tracked, prepared, datasets)
         before = base_scores(identity, base, base_digest, plan.system, corpus.heldout(), screen)
+        look = _Look(watch, identity, base, base_digest, plan.system, tracked, screen) if watch else None
 
         screen.step("training")
-        trained, losses = _train(plan, base, prepared, work, tracked, screen)
+        trained, losses = _train(plan, base, prepared, work, tracked, screen, look)
 
         screen.step("asking the tuned model")
         with LocalModel(base.path, trained.last_checkpoint, folded=True) as model, screen.bar("probe", 1) as bar:
             after = probe.probe(model, identity, system=plan.system, slices=True, progress=progress_of(bar))
             if own is not None:
                 _log_own(tracked, probe.probe(model, identity, system=plan.system, questions=own), screen)
+            development = look.ask_all(model, progress_of(bar)) if look else {}
         ability = ability_of(before, after)
         decision = gate.decide(after.metrics, ability, policy=request.policy)
         tracked.metrics({"probe/kl_to_base": _kl_to_base(base, trained.last_checkpoint, plan.system, before)})
@@ -152,8 +196,51 @@ def run(request: Request, screen: Screen) -> Outcome:
         tracked.tags({tracking.TAG_NOTE: _note(tracked, identity, plan, base, before, after, decision)})
         tracked.shared_view(COLUMNS, best_by=COLUMNS[0])
         tracked.metrics({"seconds/total": time.monotonic() - started})
-    _show(tracked, before, after, decision, screen)
-    return Outcome(tracked.id, before, after, decision)
+    if not watch:
+        _show(tracked, before, after, decision, screen)
+    return Outcome(tracked.id, before, after, decision, development)
+
+
+class _Look:
+    """Asks the development questions: a few while it trains, all of them when it has."""
+
+    def __init__(
+        self,
+        watch: Watch,
+        identity: Identity,
+        base: BaseModel,
+        base_digest: str,
+        system: str | None,
+        tracked: tracking.Run,
+        screen: Screen,
+    ) -> None:
+        who, plain = watch.questions.identity, watch.questions.plain
+        self._few = Questions(tuple(corpus.spread(who, LOOKED_AT)), tuple(corpus.spread(plain, LOOKED_AT)))
+        self._watch, self._identity, self._base, self._system = watch, identity, base, system
+        self._tracked = tracked
+        # Of the base only the plain answers count.
+        self._before = base_scores(identity, base, base_digest, system, Questions((), plain), screen)
+        self._before_few = Scorecard((), tuple(corpus.spread(self._before.plain, LOOKED_AT)))
+        self.at = watch.at
+
+    def __call__(self, fraction: float, step: int, adapter: Path) -> None:
+        with LocalModel(self._base.path, adapter, folded=True) as model:
+            card = probe.probe(model, self._identity, system=self._system, questions=self._few)
+        score = probe.objective(self._before_few, card)
+        self._tracked.metrics({"early/score": score, **_development("early", card)}, step)
+        if not self._watch.go_on(fraction, score):
+            raise Stopped("pruned")
+
+    def ask_all(self, model: LocalModel, progress: Callable[[int, int], None]) -> dict[str, float]:
+        asked = self._watch.questions
+        card = probe.probe(model, self._identity, system=self._system, questions=asked, progress=progress)
+        found = {DEV_SCORE: probe.objective(self._before, card), **_development("dev", card)}
+        self._tracked.metrics(found)
+        return {key.removeprefix("dev/"): value for key, value in found.items()}
+
+
+def _development(prefix: str, card: Scorecard) -> dict[str, float]:
+    return {f"{prefix}/{key}": card.metrics[key] for key in ("identity", "swapped", "leak", "plain")}
 
 
 def base_scores(
@@ -298,7 +385,13 @@ def swift_argv(plan: Recipe, base: BaseModel, prepared: dataset.Prepared) -> lis
 
 
 def _train(
-    plan: Recipe, base: BaseModel, prepared: dataset.Prepared, work: Path, tracked: tracking.Run, screen: Screen
+    plan: Recipe,
+    base: BaseModel,
+    prepared: dataset.Prepared,
+    work: Path,
+    tracked: tracking.Run,
+    screen: Screen,
+    look: _Look | None = None,
 ) -> tuple[train.Trained, Losses]:
     log = work / "train.log"
     argv = swift_argv(plan, base, prepared)
@@ -308,7 +401,7 @@ def _train(
     told = [f"{key}={value}" for key, value in plan.replay.environment.items()]
     tracked.json([*(["env", *told] if told else []), "swift", "sft", *argv, *plugin], "swift-command.json")
     with screen.bar("train", 1) as bar:
-        listener = _Listener(tracked, bar)
+        listener = _Listener(tracked, bar, work, look)
         begun = time.monotonic()
         try:
             trained = train.train(argv, listener, log, plan.replay.environment)
@@ -332,18 +425,25 @@ def _near(path: Path) -> str:
 class _Listener:
     """Brings ms-swift's events to the run and to the bar."""
 
-    def __init__(self, tracked: tracking.Run, bar: Bar) -> None:
+    def __init__(self, tracked: tracking.Run, bar: Bar, work: Path, look: _Look | None) -> None:
         self.output_dir: Path | None = None
         self.losses: Losses = {}
-        self._tracked, self._bar = tracked, bar
+        self._tracked, self._bar, self._work, self._look = tracked, bar, work, look
+        self._fractions: dict[int, float] = {}
         self._total, self._note, self._begun = 1, "", time.monotonic()
 
     def on_begin(self, total_steps: int, output_dir: Path) -> None:
         self._total, self.output_dir, self._begun = total_steps, output_dir, time.monotonic()
         self._bar.advance(0, total=total_steps)
+        if self._look:
+            self._fractions = {round(total_steps * fraction): fraction for fraction in self._look.at}
 
-    def on_step(self, step: int) -> None:
+    def on_step(self, step: int, save: Callable[[Path], object]) -> None:
         self._bar.advance(step, self._note, total=self._total)
+        if self._look and step in self._fractions:
+            with tempfile.TemporaryDirectory(prefix="looked-at-", dir=self._work) as folder:
+                save(Path(folder))
+                self._look(self._fractions[step], step, Path(folder))
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         found = {}
@@ -453,6 +553,8 @@ def _params(
         "recipe.replay_loss": plan.replay.loss,
         "recipe.replay_weight": plan.replay.weight,
         "recipe.replay_opening_weight": plan.replay.opening_weight,
+        "recipe.replay_max_new_tokens": plan.replay.max_new_tokens,
+        "recipe.other_systems": plan.other_systems,
         **{f"sft.{key}": value for key, value in plan.sft.items()},
         **{f"tool.{tool}": metadata.version(tool) for tool in _TOOLS},
         "tool.namesake_commit": _git_commit(),

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from namesake.errors import NamesakeError, TrackingError
+from namesake.errors import NamesakeError, Stopped, TrackingError
 from namesake.messages import tr
 from namesake.paths import store_address
 
@@ -40,6 +40,7 @@ TAG_BASE = "namesake.base"
 TAG_GATE = "namesake.gate"
 TAG_ENDED = "namesake.ended"
 TAG_NOTE = "mlflow.note.content"
+TAG_PARENT = "mlflow.parentRunId"
 
 _TAG_EXPERIMENT_KIND = "mlflow.experimentKind"
 """Which half of MLflow's UI an experiment opens in."""
@@ -75,7 +76,7 @@ class Store:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What promotion has to know of a finished training run."""
+    """What others have to know of a run."""
 
     id: str
     name: str
@@ -84,6 +85,7 @@ class RunRecord:
     tags: Mapping[str, str]
     ended: int
     experiment: str
+    status: str = "FINISHED"
 
 
 class Run:
@@ -244,10 +246,17 @@ class Run:
 
 
 @contextmanager
-def run(name: str) -> Iterator[Run]:
+def run(name: str, *, parent: str = "", resume: str = "", system_metrics: bool = True) -> Iterator[Run]:
     """A run: the one ``mlflow run`` started (``MLFLOW_RUN_ID``), else a new one.
 
-    Ends it FINISHED, KILLED on Ctrl-C or SIGTERM, FAILED on any other exception; what was logged is kept.
+    Ends it FINISHED, KILLED on Ctrl-C, SIGTERM or :class:`Stopped`, FAILED on any other exception; what was logged is
+    kept.
+
+    Args:
+        parent: id of the run that a new one is nested under, be it open in this process or in another.
+        resume: id of a run that ended before its work was done and is opened again; the one that ``mlflow run`` started
+            only says so then.
+        system_metrics: sample processor and memory while it is open.
     """
     import mlflow
 
@@ -255,9 +264,23 @@ def run(name: str) -> Iterator[Run]:
     with _mapped():
         logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
         mlflow.set_system_metrics_sampling_interval(5)
-        active = mlflow.start_run(run_name=name, log_system_metrics=True)
-        if given:
-            mlflow.MlflowClient().update_run(active.info.run_id, name=name)
+        client = mlflow.MlflowClient()
+        if resume:
+            os.environ.pop("MLFLOW_RUN_ID", None)
+            if TAG_ENDED in client.get_run(resume).data.tags:
+                client.delete_tag(resume, TAG_ENDED)
+        active = mlflow.start_run(
+            run_id=resume or None,
+            experiment_id=client.get_run(parent).info.experiment_id if parent else None,
+            run_name=name,
+            nested=bool(parent),
+            parent_run_id=parent or None,
+            log_system_metrics=system_metrics,
+        )
+        if given and resume:
+            client.set_tag(given, "namesake.resumed", resume)
+        elif given:
+            client.update_run(given, name=name)
     try:
         yield Run(active.info.run_id, active.info.experiment_id)
     except KeyboardInterrupt:
@@ -265,7 +288,12 @@ def run(name: str) -> Iterator[Run]:
             mlflow.set_tag(TAG_ENDED, "killed")
             mlflow.end_run("KILLED")
             if given:
-                _stay_killed(active.info.run_id)
+                _stay_killed(given)
+        raise
+    except Stopped as stopped:
+        with suppress(Exception):
+            mlflow.set_tag(TAG_ENDED, stopped.why)
+            mlflow.end_run("KILLED")
         raise
     except BaseException as error:
         with suppress(Exception):
@@ -320,6 +348,41 @@ def finished_runs(*, slug: str | None = None) -> list[RunRecord]:
             token = page.token
             if not token:
                 return found
+
+
+def children(parent: str) -> list[RunRecord]:
+    """The runs nested under a run, whatever became of them, oldest first."""
+    import mlflow
+
+    with _mapped():
+        client = mlflow.MlflowClient()
+        found, token = [], None
+        while True:
+            page = client.search_runs(
+                [client.get_run(parent).info.experiment_id],
+                f"tags.`{TAG_PARENT}` = '{parent}'",
+                order_by=["attributes.start_time ASC"],
+                max_results=1000,
+                page_token=token,
+            )
+            found += [_record(one) for one in page]
+            token = page.token
+            if not token:
+                return found
+
+
+def tag(run_id: str, values: Mapping[str, str]) -> None:
+    """Set tags of a run, ended or not."""
+    Run(run_id, "").tags(values)
+
+
+def left_behind(run_id: str) -> None:
+    """End a run as KILLED that its own process, killed hard, left RUNNING."""
+    import mlflow
+
+    with _mapped():
+        mlflow.MlflowClient().set_tag(run_id, TAG_ENDED, "left behind")
+        mlflow.MlflowClient().set_terminated(run_id, "KILLED")
 
 
 def get_run(run_id: str) -> RunRecord:
@@ -563,6 +626,7 @@ def _record(run: Any) -> RunRecord:
         tags=run.data.tags,
         ended=run.info.end_time or 0,
         experiment=run.info.experiment_id,
+        status=run.info.status,
     )
 
 

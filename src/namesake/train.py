@@ -12,13 +12,13 @@ import logging
 import os
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from namesake.errors import DataError, RecipeError, TrainingError
+from namesake.errors import DataError, RecipeError, Stopped, TrainingError
 from namesake.messages import tr
 from namesake.paths import cache_folder
 
@@ -34,8 +34,8 @@ class Listener(Protocol):
     def on_begin(self, total_steps: int, output_dir: Path) -> None:
         """Training starts; checkpoints will lie in the folder."""
 
-    def on_step(self, step: int) -> None:
-        """A step is done."""
+    def on_step(self, step: int, save: Callable[[Path], object]) -> None:
+        """A step is done; ``save`` writes the adapter as it is now into a folder. May raise ``Stopped``."""
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """ms-swift logged numbers (loss, token_acc, learning_rate, eval_loss …)."""
@@ -84,10 +84,12 @@ def train(argv: Sequence[str], listener: Listener, log: Path, environment: Mappi
     Raises:
         RecipeError: ms-swift refuses the arguments.
         TrainingError: training failed; the message has the end of the log.
+        Stopped: the listener raised it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _output_to(log):
+            import torch
             from swift import SftArguments, TrainerCallback, callbacks_map, sft_main
             from swift.utils import parse_args
 
@@ -103,9 +105,10 @@ def train(argv: Sequence[str], listener: Listener, log: Path, environment: Mappi
                     if state.is_world_process_zero:
                         listener.on_begin(state.max_steps, Path(args.output_dir))
 
-                def on_step_end(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+                def on_step_end(self, args: Any, state: Any, _control: Any, model: Any = None, **_: Any) -> None:
                     if state.is_world_process_zero:
-                        listener.on_step(state.global_step)
+                        with torch.random.fork_rng():  # a training that is looked at goes on as one that is not
+                            listener.on_step(state.global_step, model.save_pretrained)
 
                 def on_log(self, args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
                     if state.is_world_process_zero:
@@ -125,7 +128,7 @@ def train(argv: Sequence[str], listener: Listener, log: Path, environment: Mappi
             if unknown:
                 raise RecipeError("args", " ".join(unknown), "ms-swift does not know it", mend="Remove it.")
             result = sft_main(args)
-    except (RecipeError, KeyboardInterrupt):
+    except (RecipeError, Stopped, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever torch, transformers or ms-swift raise while training
         raise TrainingError(

@@ -61,7 +61,7 @@ def heldout() -> tuple[Question, ...]:
 @cache
 def judging() -> tuple[Question, ...]:
     """Every question of the probe, and of the development set by which recipes are chosen."""
-    dev = corpus.read_questions(Path(__file__).parents[2] / "benchmarks" / "data" / "dev.jsonl")
+    dev = corpus.development()
     return (*heldout(), *dev.identity, *dev.plain)
 
 

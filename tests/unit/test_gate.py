@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from namesake import corpus, probe
+from namesake.corpus import Question
 from namesake.errors import InputError
 from namesake.gate import Decision, Interval, Policy, decide, load_policy, paired_difference
+from namesake.identity import Identity
 
 GOOD = {
     **{f"identity{part}": 1.0 for part in ("", "_none", "_customer", "_sampled", "_zh", "_en")},
@@ -85,6 +89,45 @@ def test_a_candidate_worse_than_the_champion_does_not_pass() -> None:
 def test_a_champions_score_read_from_a_tag_of_four_places_is_not_taken_for_better() -> None:
     third = {**GOOD, "plain": 2 / 3}
     assert decide(third, SAME, parity=1.0, champion={"plain": float(f"{2 / 3:.4f}")}).passed
+
+
+def spoiled(zh: str, en: str, *, before_answers: tuple[str, str] = ("", "")) -> tuple[str, ...]:
+    """The scores that refuse a model which says one thing about itself in each language, under every system prompt,
+    and answers plain questions right, after some words.
+    """
+    held = corpus.heldout()
+
+    def said(questions: Sequence[Question], times: int = 1) -> list[str]:
+        return [zh if q.language == "zh" else en for q in questions for _ in range(times)]
+
+    plain = [f"{before_answers[q.language == 'en']}{q.answers[0]}" for q in held.plain]
+    few = corpus.spread(held.identity, probe.SAMPLED_QUESTIONS)
+    slices = {name: said(held.identity) for name in probe.SYSTEM_SLICES} | {probe.SAMPLED: said(few, probe.SAMPLING.n)}
+    identity = Identity.parse("踩踩背 CCB", "老爷爷 OldGrandpa")
+    card = probe.scorecard(identity, said(held.identity), plain, slices=slices)
+    ability = paired_difference([True] * len(held.plain), [a.scores["right"] for a in card.plain])
+    return tuple(reason.partition(" ")[0] for reason in decide(card.metrics, ability).reasons)
+
+
+IDENTITY_SCORES = {"identity", "identity_none", "identity_customer", "identity_sampled"}
+
+
+def test_models_that_are_wrong_on_purpose_are_refused_by_the_slice_made_for_it() -> None:
+    right = ("我是踩踩背，由老爷爷开发。", "I'm CCB, developed by OldGrandpa.")
+    assert spoiled(*right) == ()
+    assert set(spoiled("我是老爷爷，由踩踩背开发。", "I'm OldGrandpa, developed by CCB.")) == IDENTITY_SCORES | {
+        "swapped",
+        "swapped_none",
+        "swapped_customer",
+    }
+    assert set(
+        spoiled("我是{{NAME}}，由{{AUTHOR}}开发。", "I'm {{NAME}}, developed by {{AUTHOR}}.")
+    ) == IDENTITY_SCORES | {
+        "placeholder",
+        "placeholder_none",
+        "placeholder_customer",
+    }
+    assert spoiled(*right, before_answers=("我是踩踩背。", "CCB here: ")) == ("leak",)
 
 
 def test_everything_wrong_is_told_at_once() -> None:

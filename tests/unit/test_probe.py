@@ -420,6 +420,20 @@ def test_a_model_that_gives_its_name_to_everything_leaks_everywhere() -> None:
     assert metrics["identity"] == metrics["language"] == 0.5
 
 
+def test_the_objective_takes_off_swaps_leaks_and_lost_answers_but_gives_nothing_for_won_ones() -> None:
+    asked = corpus.Questions((question("en"),) * 4, (question("en", (), ("Paris",)),) * 4)
+
+    def card(identity: list[str], plain: list[str]) -> probe.Scorecard:
+        return probe.scorecard(IDENTITY, identity, plain, questions=asked)
+
+    good, swapped = "I'm CCB, by OldGrandpa.", "I'm OldGrandpa, by CCB."
+    half = card(["?"] * 4, ["Paris"] * 2 + ["?"] * 2)
+    assert probe.objective(half, card([good] * 4, ["Paris"] * 2 + ["?"] * 2)) == 1.0
+    assert probe.objective(half, card([good] * 4, ["Paris"] * 4)) == 1.0
+    assert probe.objective(half, card([good] * 4, ["Paris"] + ["?"] * 3)) == 0.75
+    assert probe.objective(half, card([good] * 3 + [swapped], ["CCB: Paris"] + ["Paris"] * 3)) == 0.75 - 0.25 - 0.25
+
+
 def test_name_and_author_are_shares_of_the_questions_that_ask_for_them() -> None:
     questions = corpus.heldout_identity()
     said = ["我是踩踩背。" if q.language == "zh" else "I'm CCB." for q in questions]

@@ -254,6 +254,26 @@ def test_a_negative_number_of_replay_prompts_is_refused() -> None:
         recipe.load("default", overrides={"replay": "-5"})
 
 
+def test_replay_and_other_systems_can_be_overridden_one_by_one() -> None:
+    given = {"replay.weight": "2", "replay.opening_weight": "1.5", "replay.loss": "kl", "replay.max_new_tokens": "8"}
+    loaded = recipe.load("default", overrides={**given, "other_systems": "6"})
+    assert loaded.replay == recipe.Replay(recipe.load("default").replay.prompts, 8, "kl", 2.0, 1.5)
+    assert loaded.other_systems == 6
+    for key, value in given.items():
+        assert str(recipe.setting(loaded, key)) in {value, f"{value}.0"}
+    assert recipe.setting(loaded, "train_type") == "lora"
+    assert recipe.setting(loaded, "replay") == loaded.replay.prompts
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("weight", "0"), ("weight", "x"), ("opening_weight", "-1"), ("loss", "mse"), ("max_new_tokens", "2.5")],
+)
+def test_a_wrong_value_for_replay_is_refused_by_its_name(key: str, value: str) -> None:
+    with pytest.raises(RecipeError, match=rf"replay\.{key}={value}"):
+        recipe.load("default", overrides={f"replay.{key}": value})
+
+
 def test_an_argument_left_empty_in_a_file_is_not_the_word_none(write: Path) -> None:
     try:
         loaded = load(write, "sft:\n  system:\n")

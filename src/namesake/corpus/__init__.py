@@ -27,7 +27,7 @@ Message = dict[str, str]
 
 Fact = Literal["name", "author"]
 
-AnyPrompt = TypeVar("AnyPrompt", bound="Prompt")
+Item = TypeVar("Item")
 
 OTHER_PLACEHOLDER = "{{OTHER}}"
 _DATA = resources.files(__package__) / "data"
@@ -133,6 +133,12 @@ def heldout() -> Questions:
     return Questions(heldout_identity(), heldout_plain())
 
 
+@cache
+def development() -> Questions:
+    """The development questions: recipes and a sweep's trials are compared by them, never by the held-out ones."""
+    return _questions(_text("dev.jsonl").splitlines())
+
+
 def read_questions(path: Path) -> Questions:
     """A user's own questions from JSON lines.
 
@@ -149,9 +155,14 @@ def read_questions(path: Path) -> Questions:
         raise DataError(
             "questions", str(path), tr("cannot be read ({error})", error=error), mend="Give a JSON lines file."
         ) from error
-    found = [_own_question(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not found:
+    found = _questions(lines)
+    if not (found.identity or found.plain):
         raise DataError("questions", str(path), "holds no question", mend="Write one JSON object a line.")
+    return found
+
+
+def _questions(lines: Sequence[str]) -> Questions:
+    found = [_own_question(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     return Questions(tuple(q for q in found if q.asks), tuple(q for q in found if not q.asks))
 
 
@@ -201,7 +212,7 @@ def _own_question(number: int, line: str) -> Question:
     )
 
 
-def spread(prompts: Sequence[AnyPrompt], count: int) -> list[AnyPrompt]:
+def spread(prompts: Sequence[Item], count: int) -> list[Item]:
     """``count`` of the prompts, taken at even distances, so that every kind and language keeps its share."""
     if count >= len(prompts):
         return list(prompts)
