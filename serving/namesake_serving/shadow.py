@@ -12,6 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Shadow:
         self._file, self._most, self._share = folder / "shadow.jsonl", most, share
         self._challenger, self._metrics = challenger, metrics
         self._tasks: set[asyncio.Task[None]] = set()
+        self._one_at_a_time = asyncio.Lock()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def wants(self) -> bool:
@@ -84,13 +86,16 @@ class Shadow:
         else:
             line["challenger"] = theirs.told()
             self._metrics.shadow.labels("kept").inc()
+        raw = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        if len(raw) > self._most // 2:
+            return
         try:
-            await asyncio.to_thread(self._keep, json.dumps(line, ensure_ascii=False) + "\n")
+            async with self._one_at_a_time:
+                await asyncio.to_thread(self._keep, raw)
         except OSError as error:
             _log.error("shadow: %s", error)
 
-    def _keep(self, line: str) -> None:
-        raw = line.encode("utf-8", "replace")
+    def _keep(self, raw: bytes) -> None:
         if self._file.exists() and self._file.stat().st_size + len(raw) > self._most // 2:
             self._file.replace(self._file.with_name("shadow.1.jsonl"))
         with self._file.open("ab") as stream:
@@ -117,13 +122,13 @@ class Kept:
 
 def text_of(raw: bytes) -> str:
     """What a reply says, whole or streamed; empty where it is neither."""
-    try:
-        if not raw.startswith(b"data:"):
-            return _said(json.loads(raw))
-        events = [line[5:].strip() for line in raw.split(b"\n") if line.startswith(b"data:")]
-        return "".join(_said(json.loads(event)) for event in events if event != b"[DONE]")
-    except (ValueError, TypeError, LookupError, AttributeError):
-        return ""
+    streamed = raw.startswith(b"data:")
+    events = [line[5:] for line in raw.split(b"\n") if line.startswith(b"data:")] if streamed else [raw]
+    said = ""
+    with suppress(ValueError, TypeError, LookupError, AttributeError):  # [DONE], or an event that was cut
+        for event in events:
+            said += _said(json.loads(event))
+    return said
 
 
 def _said(event: Mapping[str, Any]) -> str:
