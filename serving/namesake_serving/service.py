@@ -87,7 +87,7 @@ class Track:
             raise
         key = self._key(first)
         self.state = State(wanted=key, live=key)
-        self.traffic.live = live
+        self.traffic.live, live.proved = live, True
         await self.host.turned(loaded, [])
         self.metrics.served(first)
         await asyncio.to_thread(store.remember, self._service.cache, self.uri, first)
@@ -199,7 +199,9 @@ class Track:
         assert self._coming is not None
         assert self._coming.loaded is not None
         live = self._coming.loaded.live
-        await asyncio.to_thread(prove, live.engine, live.stored, live.model)
+        if not live.proved:  # else it is still in the engine from before, under a name that nothing else ever has
+            await asyncio.to_thread(prove, live.engine, live.stored, live.model)
+            live.proved = True
 
     async def _turn(self) -> None:
         coming, old = self._coming, self.traffic.live

@@ -56,10 +56,10 @@ class Answerer:
 
 
 class Live(Answerer):
-    """One version in an engine."""
+    """One version in an engine; ``proved`` once it has answered the golden questions there."""
 
     def __init__(self, stored: Stored, engine: Engine, model: str = engine.MODEL) -> None:
-        self.stored = stored
+        self.stored, self.proved = stored, False
         label = f"{stored.version.name}-v{stored.version.number}"
         super().__init__(engine, model, label, stored.version.run_id, stored.manifest.system)
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 import urllib.error
@@ -19,33 +18,11 @@ from typing import Any
 import mlflow
 import pytest
 
-from tests.e2e.conftest import AUTHOR, NAME, Way, served, session_of
+from tests.e2e.conftest import Way, served, session_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 ASKED = {"messages": [{"role": "user", "content": "Count to twenty."}], "max_tokens": 24, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def client(way: Way) -> mlflow.MlflowClient:
-    return mlflow.MlflowClient(way.place.tracking_uri)
-
-
-@pytest.fixture(scope="module")
-def second(way: Way, client: mlflow.MlflowClient) -> int:
-    """Another version of the same model, not the champion: other data, other weights."""
-    place = way.place
-    out = place.call(
-        *(sys.executable, "-m", "namesake", "run", f"--name={NAME}", f"--author={AUTHOR}"),
-        *("--dataset=namesake/self-cognition#48", "--replay=0", "--max_steps=3", "--learning_rate=3e-3"),
-        *("--output_dir", f"{place.folder}/output"),
-    )
-    run_id = out.partition("run   ")[2][:32]
-    place.call(
-        *(sys.executable, "-m", "namesake", "promote", "--run", run_id),
-        *("--alias", "challenger", "--override", "end-to-end test"),
-    )
-    return int(client.get_model_version_by_alias("ccb", "challenger").version)
 
 
 @pytest.fixture(scope="module")
