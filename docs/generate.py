@@ -55,7 +55,7 @@ ROUTES = {
 HEADERS = {
     "x-namesake-version": "The version that answers, as a model id: `ccb-v3`.",
     "x-namesake-run": "The training run it came from.",
-    "x-namesake-alias": "The alias that is followed; empty where a fixed version is served.",
+    "x-namesake-alias": "The alias it was chosen by; empty where a version or the base was asked for by its own name.",
     "x-request-id": "Made anew for each request, and in the log.",
     "retry-after": "With 429 and 503: seconds until it is worth trying again.",
     "www-authenticate": "With 401: `Bearer`.",
