@@ -46,6 +46,9 @@ def serve(
         str | None, typer.Option(help="In adapter mode: the base's folder or id. [default: what the version says]")
     ] = None,
     max_adapters: Annotated[str | None, typer.Option(help="Versions in the engine at a time. [default: 4]")] = None,
+    any_version: Annotated[
+        bool | None, typer.Option("--any-version", help="In adapter mode: also versions that no alias points to.")
+    ] = None,
     max_lora_rank: Annotated[
         str | None, typer.Option(help="Greatest rank of an adapter. [default: the first version's]")
     ] = None,
@@ -98,6 +101,7 @@ def serve(
         mode=mode,
         base=base,
         max_adapters=max_adapters,
+        any_version=any_version,
         max_lora_rank=max_lora_rank,
         canary=canary,
         shadow=shadow,

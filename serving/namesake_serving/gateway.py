@@ -243,6 +243,7 @@ class Gateway:
         model, user = asked.get("model"), asked.get("user")
         session = request.headers.get("x-namesake-session", "") or (user if isinstance(user, str) else "")
         routing = self._service.routing
+        await self._service.summon(model)
         try:
             async with routing.enter(model, session) as (live, alias):
                 ended = await self._answer_by(live, alias, request, asked, send)

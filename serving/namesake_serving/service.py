@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,10 @@ Other kernels round otherwise, so a long reply may part ways in a late word; bro
 PROOF_TOKENS = 40
 """Length of the replies asked for: a Chinese sentence with name and author, byte by byte."""
 
+_AT_A_TIME = 2
+"""Versions that are brought in at once because somebody asked for them."""
+
+_MOST_REFUSED = 1000
 _WATCH_SECONDS = 0.5
 _LONGEST_RESTART_WAIT = 30.0
 
@@ -77,7 +82,7 @@ class Track:
         Raises:
             NamesakeError: it cannot be served.
         """
-        stored = await asyncio.to_thread(self._fetch, first)
+        stored = await asyncio.to_thread(self.fetch, first)
         loaded = await self.host.start(stored, tick)
         live = loaded.live
         try:
@@ -177,11 +182,16 @@ class Track:
     async def _bring(self) -> None:
         version = self._versions[self.state.coming or ""]
         begun = time.monotonic()
-        stored = await asyncio.to_thread(self._fetch, version)
+        stored = await asyncio.to_thread(self.fetch, version)
         self._coming = _Coming(stored, time.monotonic())
         _log.info("%s fetched and verified in %.2f s", version.uri, time.monotonic() - begun)
 
-    def _fetch(self, version: Version) -> Stored:
+    def fetch(self, version: Version) -> Stored:
+        """The version's files, checked.
+
+        Raises:
+            RegistryError: it may not be served, or cannot be.
+        """
         if self._settings.require_gate and not version.tags.get("namesake.gate", "").startswith("passed"):
             raise RegistryError(
                 tr("{uri} did not pass the gate.", uri=version.uri), mend="Promote a run that passes it."
@@ -263,6 +273,8 @@ class Service:
         self.judge = Judge(settings.canary_errors, settings.canary_latency, settings.canary_least)
         self._engines = Engines(settings, folder)
         self._background: set[asyncio.Task[None]] = set()
+        self._summoned: dict[int, asyncio.Task[None]] = {}
+        self._refused: dict[int, float] = {}
         traffics = (self.routing.champion, self.routing.challenger)
         adapters = Adapters(self._engines, self.routing, settings, folder) if settings.mode == "adapter" else None
         hosts: list[Host] = [adapters or Merged(self._engines, traffic, settings) for traffic in traffics]
@@ -304,6 +316,8 @@ class Service:
         """End every engine; running answers have been let finish by the server before."""
         for track in self._tracks():
             await track.stop()
+        for task in self._summoned.values():
+            task.cancel()
         await self._engines.stop()
 
     def wake(self) -> None:
@@ -324,6 +338,46 @@ class Service:
             _log.error("canary: %s answers no more: %s", rival.version.uri, why)
             self.metrics.canary_returns.inc()
             self.challenger.withdraw(f"canary: {why}")
+
+    async def summon(self, model: object) -> None:
+        """Bring in a version that a client asks for by its number and that no alias points to, where that is allowed.
+
+        It is checked as any other; where it is refused it stays unknown, and is not tried again for a while.
+        """
+        if not self.settings.any_version or self.settings.mode != "adapter" or not isinstance(model, str):
+            return
+        found = re.fullmatch(rf"{re.escape(self.routing.name)}-v([1-9][0-9]{{0,8}})", model, re.ASCII)
+        if found is None or model in self.routing.names():
+            return
+        number = int(found[1])
+        if number not in self._summoned:
+            if len(self._summoned) >= _AT_A_TIME or time.monotonic() < self._refused.get(number, 0):
+                return
+            self._summoned[number] = asyncio.create_task(self._bring_in(number))
+        # Whoever asked first may go; the others still want it.
+        await asyncio.shield(self._summoned[number])
+
+    async def _bring_in(self, number: int) -> None:
+        host, uri = self.champion.host, f"models:/{self.routing.name}/{number}"
+        try:
+            stored = await asyncio.to_thread(self.champion.fetch, await asyncio.to_thread(registry.resolve, uri))
+            loaded = await host.load(stored)
+            try:
+                if not loaded.live.proved:
+                    await asyncio.to_thread(prove, loaded.live.engine, stored, loaded.live.model)
+                    loaded.live.proved = True
+            except BaseException:
+                await host.undo(loaded)
+                raise
+            await host.turned(loaded, [])
+            _log.info("%s was asked for and is in the engine", uri)
+        except (NamesakeError, OSError) as error:
+            _log.warning("%s was asked for and is not served: %s", uri, _told(error))
+            if len(self._refused) >= _MOST_REFUSED:
+                self._refused.clear()
+            self._refused[number] = time.monotonic() + rollout.FIRST_WAIT
+        finally:
+            del self._summoned[number]
 
     def in_the_background(self, call: Callable[..., None], *arguments: object) -> None:
         """Tell the registry something while everything goes on."""

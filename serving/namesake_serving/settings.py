@@ -34,6 +34,8 @@ class Settings(BaseSettings):
         base: in adapter mode, where the base is to be had: a folder or a ModelScope id; empty: what the version's
             manifest says.
         max_adapters: how many versions may be in the engine at a time, in adapter mode.
+        any_version: in adapter mode, a version that no alias points to is brought in when a client asks for it by its
+            number, and checked as any other.
         max_lora_rank: greatest rank of an adapter; 0: that of the version served first.
         challenger: alias of the version that is compared with the one served, for ``canary`` and ``shadow``.
         canary: share of the requests for the bare name that the challenger answers, ``10%`` or ``0.1``; requests of one
@@ -76,6 +78,7 @@ class Settings(BaseSettings):
     mode: Literal["merged", "adapter"] = "merged"
     base: str = ""
     max_adapters: Annotated[int, Field(ge=3, le=256)] = 4
+    any_version: bool = False
     max_lora_rank: Annotated[int, Field(ge=0, le=512)] = 0
     challenger: Annotated[str, StringConstraints(pattern=r"^[^/@\s]+$")] = "challenger"
     canary: Share = 0.0

@@ -195,6 +195,9 @@ class Serving:
         """Once more."""
         self.woken += 1
 
+    async def summon(self, model: object) -> None:
+        """Nothing is brought in."""
+
     def note(self, answerer: Answerer, failed: bool, seconds: float) -> None:
         """How a request went."""
         assert seconds >= 0

@@ -191,6 +191,64 @@ async def test_a_base_that_cannot_be_had_is_an_error_at_the_start(world: World, 
     assert world.boxes == []
 
 
+@in_a_loop
+async def test_a_version_that_no_alias_points_to_comes_when_it_is_asked_for_once_for_all_who_ask(
+    world: World, tmp_path: Path
+) -> None:
+    gate = world.gate("prove", 7)
+    async with adapters(world, tmp_path, any_version=True) as running:
+        service = running.service
+        asking = [asyncio.create_task(service.summon("ccb-v7")) for _ in range(5)]
+        await running.met("prove", 7)
+        with pytest.raises(UnknownModel):
+            await label(running, "ccb-v7")
+        asking[0].cancel()  # the first to ask goes
+        gate.set()
+        await asyncio.gather(*asking[1:])
+        assert (await label(running, "ccb-v7"), await label(running, None)) == ("ccb-v7", "ccb-v1")
+        await service.summon("ccb-v7")
+        assert did(world) == ["load 1", "asked 1", "load 7", "asked 7"]
+
+
+@pytest.mark.parametrize("where", ["resolve", "fetch", "check", "change", "prove"])
+@in_a_loop
+async def test_a_version_that_is_asked_for_and_broken_stays_unknown_and_is_not_tried_at_once_again(
+    world: World, tmp_path: Path, where: str
+) -> None:
+    world.faults[where, 7] = (
+        RegistryError("it is no good") if where in ("resolve", "fetch", "check") else ServingError("x")
+    )
+    async with adapters(world, tmp_path, any_version=True) as running:
+        for _ in range(3):
+            await running.service.summon("ccb-v7")
+            with pytest.raises(UnknownModel):
+                await label(running, "ccb-v7")
+        assert world.met.count((where, 7)) == 1
+        assert did(world)[2:] == (["load 7", "unload 7"] if where == "prove" else [])
+        assert world.told == [], "nobody but this client asked for it"
+
+
+@pytest.mark.parametrize(
+    ("mode", "allowed", "model"),
+    [
+        ("adapter", False, "ccb-v7"),
+        ("merged", True, "ccb-v7"),
+        *(
+            ("adapter", True, model)
+            for model in (None, "ccb", "ccb-v1", "ccb-v0", "ccb-v07", "ccb-v7 ", "x-v7", "ccb-v" + "9" * 10)
+        ),
+        *(("adapter", True, model) for model in (BASE, "ccb-v７", "ccb-v7/../8", 7, [])),
+    ],
+)
+@in_a_loop
+async def test_nothing_else_is_brought_in(
+    world: World, tmp_path: Path, mode: str, allowed: bool, model: object
+) -> None:
+    async with serving(world, tmp_path, mode=mode, any_version=allowed) as running:
+        await running.service.summon(model)
+        assert world.fetched == [1]
+
+
 # ------------------------------------------------------------------------------------------------------- challenger
 
 
