@@ -281,13 +281,29 @@ class Adapters:
     async def _put_out(self, live: Live) -> None:
         # First out of the names, so that nobody enters while the engine forgets it.
         self._in.pop(live.model, None)
+        self._unname(live)
+        try:
+            if live.engine.alive():
+                await asyncio.to_thread(live.engine.unload_adapter, live.model)
+        except ServingError as error:  # it may still know the name, so the copy stays
+            _log.error("%s", error.message)
+        else:
+            await asyncio.to_thread(shutil.rmtree, self._folder / "adapters" / live.model, True)
+            _log.info("%s is out of the engine", live.label)
+
+    async def _let_go(self, live: Live) -> None:
+        """Out of the engine when its answers have ended, unless an alias points to it by then."""
+        if live in self._pinned():
+            return
+        self._unname(live)
+        await live.idle.wait()
+        async with self._one_at_a_time:
+            if live not in self._pinned() and not live.running and self._in.get(live.model) is live:
+                await self._put_out(live)
+
+    def _unname(self, live: Live) -> None:
         if self._routing.named.get(live.label) is live:
             del self._routing.named[live.label]
-        await live.idle.wait()
-        if live.engine.alive():
-            await asyncio.to_thread(live.engine.unload_adapter, live.model)
-        await asyncio.to_thread(shutil.rmtree, self._folder / "adapters" / live.model, True)
-        _log.info("%s is out of the engine", live.label)
 
     def _pinned(self) -> Collection[Live]:
         pointed = (self._routing.champion.live, self._routing.challenger.live)
@@ -296,8 +312,7 @@ class Adapters:
     async def undo(self, loaded: Loaded) -> None:
         """Out of the engine, unless an alias points to it already."""
         self._proving.remove(loaded.live)
-        if loaded.live not in self._pinned() and loaded.live.model in self._in:
-            await self._put_out(loaded.live)
+        await self._let_go(loaded.live)
 
     async def turned(self, loaded: Loaded, _old: Sequence[Live]) -> None:
         """It is answered to by its number too, and stays so when the alias moves on."""
@@ -306,8 +321,7 @@ class Adapters:
 
     async def retire(self, old: Live) -> None:
         """A challenger that was withdrawn is answered to by nothing."""
-        if old not in self._pinned() and old.model in self._in:
-            await self._put_out(old)
+        await self._let_go(old)
 
     async def lost(self, dead: Engine) -> None:
         """All that was in it is gone."""

@@ -334,6 +334,46 @@ async def test_a_challenger_ends_with_its_alias_or_as_champion(
 
 
 @in_a_loop
+async def test_a_challenger_that_is_answering_leaves_the_engine_when_it_has_answered(
+    world: World, tmp_path: Path
+) -> None:
+    async with compared(world, tmp_path, "adapter") as running:
+        async with running.service.routing.enter("ccb@challenger"):
+            world.challenger = None
+            running.service.wake()
+            await until(lambda: running.service.routing.challenger.live is None)
+            with pytest.raises(UnknownModel):
+                await label(running, "ccb-v2")
+            await asyncio.sleep(0.02)
+            assert did(world)[-1] == "asked 2"
+            running.move(2)  # and it becomes champion meanwhile: it stays
+            await until(lambda: answers(running, 2))
+        await asyncio.sleep(0.05)
+        assert did(world)[-1] == "asked 2"
+        assert await label(running, "ccb-v2") == "ccb-v2"
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@in_a_loop
+async def test_an_engine_that_will_not_forget_an_adapter_keeps_its_copy_and_the_alias_is_followed_on(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: bool
+) -> None:
+    def refuses(box: Box, _name: str) -> None:
+        if dead:
+            box.die()
+        raise ServingError("The engine refused.")
+
+    monkeypatch.setattr(Box, "unload_adapter", refuses)
+    world.says[2] = LIE
+    async with adapters(world, tmp_path) as running:
+        running.move(2)
+        await until(lambda: bool(world.told) or len(world.boxes) > 1)
+        assert len(list((tmp_path / "run" / "adapters").iterdir())) == 2
+        running.move(3)
+        await until(lambda: answers(running, 3))
+
+
+@in_a_loop
 async def test_a_registry_that_is_away_does_not_end_a_challenger(world: World, tmp_path: Path) -> None:
     async with compared(world, tmp_path, "adapter") as running:
         world.challenger = RegistryError("away")
