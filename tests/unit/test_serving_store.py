@@ -715,6 +715,22 @@ def test_a_version_without_an_adapter_cannot_be_served_as_one(server: Server, ca
         store.fetch(version(), cache, None, ADAPTER_FOLDER)
 
 
+@pytest.mark.parametrize("part", [WEIGHTS_FOLDER, ADAPTER_FOLDER])
+def test_what_was_served_last_is_served_again_while_the_registry_is_away(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    before = store.fetch(version(), cache, None, part)
+    store.remember(cache, "models:/ccb@champion", version())
+
+    def away(*_: object) -> Path:
+        raise RegistryError("away")
+
+    monkeypatch.setattr(registry, "fetch", away)
+    last = store.recall(cache, "models:/ccb@champion")
+    assert last is not None
+    assert store.fetch(last, cache, None, part) == before
+
+
 def test_versions_of_one_number_have_names_of_their_own() -> None:
     ids = {Stored(version(3, source), Manifest({}, None, {}, "", {}, {}, {}, {}, {}), Path()).id for source in "abb"}
     assert len(ids) == 2
