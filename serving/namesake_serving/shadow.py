@@ -122,7 +122,7 @@ class Kept:
 
 def text_of(raw: bytes) -> str:
     """What a reply says, whole or streamed; empty where it is neither."""
-    streamed = raw.startswith(b"data:")
+    streamed = raw.startswith((b"data:", b"event:"))
     events = [line[5:] for line in raw.split(b"\n") if line.startswith(b"data:")] if streamed else [raw]
     said = ""
     with suppress(ValueError, TypeError, LookupError, AttributeError):  # [DONE], or an event that was cut
@@ -132,7 +132,12 @@ def text_of(raw: bytes) -> str:
 
 
 def _said(event: Mapping[str, Any]) -> str:
-    for choice in event["choices"]:
+    if event.get("type") == "response.output_text.delta":  # OpenAI's responses, streamed and whole
+        return str(event["delta"])
+    if event.get("object") == "response":
+        parts = [part for item in event["output"] for part in item.get("content") or ()]
+        return "".join(str(part["text"]) for part in parts if part["type"] == "output_text")
+    for choice in event.get("choices", ()):
         if choice["index"] == 0:
             part = choice.get("message") or choice.get("delta") or choice
             return str(part.get("content") or part.get("text") or "")

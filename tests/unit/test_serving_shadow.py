@@ -148,6 +148,17 @@ async def test_what_is_under_way_ends_with_the_server(tmp_path: Path) -> None:
             "ab",
         ),
         (b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\ndata: {"choices":[{"ind', "a"),
+        (
+            b'event: response.created\ndata: {"type":"response.created","response":{}}\n\n'
+            b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"a"}\n\n'
+            b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"b"}\n\n',
+            "ab",
+        ),
+        (
+            b'{"object":"response","output":[{"type":"reasoning","content":null},'
+            b'{"content":[{"type":"output_text","text":"a"},{"type":"refusal"}]}]}',
+            "a",
+        ),
         (b"[]", ""),
         (b"", ""),
     ],
