@@ -17,6 +17,17 @@ JITTER = 0.2
 """So that many servers do not ask at the same moment."""
 
 
+def where_it_points(uri: str) -> Version | None:
+    """The version of an alias that there need not be.
+
+    Raises:
+        RegistryError: the registry does not answer.
+    """
+    name, alias = uri.removeprefix("models:/").split("@")
+    number = registry.alias_of(name, alias)
+    return None if number is None else registry.resolve(f"models:/{name}/{number}")
+
+
 class Follower:
     """Asks where ``models:/ccb@champion`` points, for as long as the server runs.
 

@@ -20,7 +20,7 @@ from namesake.registry import Move, Version
 from namesake_serving import engine, rollout, store
 from namesake_serving.canary import Judge
 from namesake_serving.engine import Engine
-from namesake_serving.follow import Follower
+from namesake_serving.follow import Follower, where_it_points
 from namesake_serving.hosts import Adapters, Engines, Host, Loaded, Merged
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import Command, State
@@ -74,7 +74,7 @@ class Track:
         self._work: asyncio.Task[None] | None = None
         self.follower = Follower(uri, self._settings.poll_seconds, self._seen, self._away)
         if not champion:
-            self.follower.resolve = _where_it_points
+            self.follower.resolve = where_it_points
 
     async def start(self, first: Version, tick: Callable[[float], None]) -> None:
         """Bring up the first version.
@@ -418,17 +418,6 @@ class Service:
                         await host.turned(again, [])
                     else:  # the alias moved on and the new version was faster
                         await host.undo(again)
-
-
-def _where_it_points(uri: str) -> Version | None:
-    """The version of an alias that there need not be.
-
-    Raises:
-        RegistryError: the registry does not answer.
-    """
-    name, alias = uri.removeprefix("models:/").split("@")
-    number = registry.alias_of(name, alias)
-    return None if number is None else registry.resolve(f"models:/{name}/{number}")
 
 
 def _told(error: Exception) -> str:
