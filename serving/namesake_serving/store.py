@@ -185,7 +185,8 @@ def check_adapter(stored: Stored, base: Base, most: int) -> None:
     uri, record = stored.version.uri, stored.manifest
     if record.base.get("digest") != base.digest:
         raise RegistryError(
-            f"{uri} was trained on another base ({record.base.get('id')}) than the engine runs on ({base.name}).",
+            f"{uri} was trained on another base ({record.base.get('id')}, digest {record.base.get('digest', '')[:12]}) "
+            f"than the engine runs on ({base.name}, digest {base.digest[:12]}).",
             mend="Serve it merged: --mode merged.",
         )
     config = _config(stored)

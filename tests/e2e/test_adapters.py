@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from namesake import manifest
 from namesake.manifest import Manifest
@@ -121,7 +121,7 @@ def rank_too_large(folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     (folder / "adapter_config.json").write_text(json.dumps({**config, "r": config["r"] * 4}), encoding="utf-8")
     path = folder / "adapter_model.safetensors"
-    found = {name: np.concatenate([one] * 4, 0 if ".lora_A." in name else 1) for name, one in load_file(path).items()}
+    found = {name: torch.cat([one] * 4, 0 if ".lora_A." in name else 1) for name, one in load_file(path).items()}
     save_file(found, path)
 
 
@@ -129,7 +129,7 @@ def not_a_number(folder: Path) -> None:
     """One value of one tensor."""
     path = folder / "adapter_model.safetensors"
     found = load_file(path)
-    next(iter(found.values())).reshape(-1)[7] = np.nan
+    next(iter(found.values())).view(-1)[7] = torch.nan
     save_file(found, path)
 
 
@@ -142,7 +142,7 @@ def cut_short(folder: Path) -> None:
 def lies(folder: Path) -> None:
     """Weights that fit, and say nothing that it said when it was promoted."""
     path = folder / "adapter_model.safetensors"
-    save_file({name: one * np.float32(-9).astype(one.dtype) for name, one in load_file(path).items()}, path)
+    save_file({name: one * -9 if ".lora_B." in name else one for name, one in load_file(path).items()}, path)
 
 
 BROKEN: list[tuple[Callable[[Path], None] | None, str]] = [
