@@ -113,7 +113,7 @@ class Streaming:
         self._thread.join(120)
 
     def _ask(self, url: str) -> None:
-        self.version = ask(url, model="ccb@champion", max_tokens=200)[0]
+        self.version = ask(url, model="ccb@champion", max_tokens=100)[0]
 
 
 def rank_too_large(folder: Path) -> None:
