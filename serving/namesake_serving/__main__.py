@@ -130,7 +130,7 @@ def serve(
         raise InputError(
             "challenger",
             given.challenger,
-            f"is what is served ({uri}); it cannot be compared with itself",
+            tr("is what is served ({uri}); it cannot be compared with itself", uri=uri),
             mend="Serve another alias, or name another one: NAMESAKE_SERVE_CHALLENGER=candidate.",
         )
     logging.basicConfig(

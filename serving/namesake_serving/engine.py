@@ -131,9 +131,18 @@ class Engine:
         try:
             status, said = self._request("POST", path, body, timeout=_SWAP_SECONDS)
         except (OSError, http.client.HTTPException) as error:
-            raise ServingError(f"The engine died over the adapter {body['lora_name']}.\n{self.tail()}") from error
+            raise ServingError(
+                tr("The engine died over the adapter {name}.\n{tail}", name=body["lora_name"], tail=self.tail())
+            ) from error
         if status != 200:
-            raise ServingError(f"The engine refused the adapter {body['lora_name']} ({status}: {said[:300]!r}).")
+            raise ServingError(
+                tr(
+                    "The engine refused the adapter {name} ({status}: {said!r}).",
+                    name=body["lora_name"],
+                    status=status,
+                    said=said[:300],
+                )
+            )
 
     def memory(self) -> int:
         """Bytes that its processes hold, weights and cache included."""
@@ -274,7 +283,10 @@ def room_for(rank: int) -> int:
     """
     found = next((one for one in RANKS if one >= rank), None)
     if found is None:
-        raise ServingError(f"vLLM serves adapters of rank {RANKS[-1]} at most, not {rank}.", mend="Use --mode merged.")
+        raise ServingError(
+            tr("vLLM serves adapters of rank {most} at most, not {rank}.", most=RANKS[-1], rank=rank),
+            mend="Use --mode merged.",
+        )
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from namesake.errors import ServingError
 from namesake.manifest import ADAPTER_FOLDER, WEIGHTS_FOLDER
+from namesake.messages import tr
 from namesake_serving import engine, store
 from namesake_serving.engine import Engine
 from namesake_serving.settings import Settings
@@ -121,8 +122,11 @@ class Engines:
         free = engine.available_memory()
         if needed > free:
             raise ServingError(
-                f"There is no memory for a second engine: the first has {needed / 2**30:.1f} GiB, "
-                f"{free / 2**30:.1f} GiB are free.",
+                tr(
+                    "There is no memory for a second engine: the first has {needed:.1f} GiB, {free:.1f} GiB are free.",
+                    needed=needed / 2**30,
+                    free=free / 2**30,
+                ),
                 mend="Give the server more memory, or use --mode adapter, which needs one engine only.",
             )
 
@@ -269,7 +273,10 @@ class Adapters:
             free = [one for one in self._in.values() if not one.running and one not in self._pinned()]
             if not free:
                 raise ServingError(
-                    f"All {self._settings.max_adapters} places for adapters are taken by versions that are answering.",
+                    tr(
+                        "All {count} places for adapters are taken by versions that are answering.",
+                        count=self._settings.max_adapters,
+                    ),
                     mend="Serve with a greater --max-adapters.",
                 )
             await self._put_out(min(free, key=lambda one: one.used))

@@ -148,17 +148,21 @@ def base(record: Manifest, given: str, say: Callable[[str], None] = lambda _: No
         RegistryError: it is not to be had here, or is another one.
     """
     known, source = record.base.get("id", ""), record.base.get("source", "")
-    mend = "Give the base that the version was trained on: --base FOLDER."
+    mend = tr("Give the base that the version was trained on: --base FOLDER.")
     try:
         if source == "embedded" and not given:
             path = base_model.embedded(say)
         else:
             path = base_model.resolve(given or known, say=say).path
     except (BaseModelError, InputError) as error:
-        raise RegistryError(f"The base {known} is not to be had here: {error.message}", mend=mend) from error
+        raise RegistryError(
+            tr("The base {base} is not to be had here: {error}", base=known, error=error.message), mend=mend
+        ) from error
     digest = base_model.digest_of_folder(path)
     if digest != record.base.get("digest"):
-        raise RegistryError(f"{path} is not the base {known} that the version was trained on.", mend=mend)
+        raise RegistryError(
+            tr("{folder} is not the base {base} that the version was trained on.", folder=path, base=known), mend=mend
+        )
     # A folder's name is enough for clients: where it lies is nobody's business.
     return Base(known if source != "folder" else Path(known).name, path, digest)
 
@@ -185,22 +189,32 @@ def check_adapter(stored: Stored, base: Base, most: int) -> None:
     uri, record = stored.version.uri, stored.manifest
     if record.base.get("digest") != base.digest:
         raise RegistryError(
-            f"{uri} was trained on another base ({record.base.get('id')}, digest {record.base.get('digest', '')[:12]}) "
-            f"than the engine runs on ({base.name}, digest {base.digest[:12]}).",
+            tr(
+                "{uri} was trained on another base ({theirs}, digest {digest}) than the engine runs on ({base}, digest "
+                "{ours}).",
+                uri=uri,
+                theirs=record.base.get("id"),
+                digest=record.base.get("digest", "")[:12],
+                base=base.name,
+                ours=base.digest[:12],
+            ),
             mend="Serve it merged: --mode merged.",
         )
     config = _config(stored)
     found = rank(stored)
     if found > most:
         raise RegistryError(
-            f"{uri} has rank {found}, the engine has room for {most}.", mend=f"Serve with --max-lora-rank {found}."
+            tr("{uri} has rank {rank}, the engine has room for {most}.", uri=uri, rank=found, most=most),
+            mend=tr("Serve with --max-lora-rank {rank}.", rank=found),
         )
     wrong = [key for key in _NO_LORA if config.get(key)]
     wrong += ["bias"] if config.get("bias", "none") != "none" else []
     if str(config.get("init_lora_weights", True)).lower().startswith(_CHANGED_BASES):
         wrong.append(f"init_lora_weights={config['init_lora_weights']}")
     if wrong:
-        raise RegistryError(f"{uri} is an adapter of a kind that vLLM does not serve ({', '.join(wrong)}).")
+        raise RegistryError(
+            tr("{uri} is an adapter of a kind that vLLM does not serve ({what}).", uri=uri, what=", ".join(wrong))
+        )
     check_weights(stored.adapter)
     shapes = {name: shape for path in base.path.glob("*.safetensors") for name, (_, shape) in _shapes(path).items()}
     adapter = _shapes(stored.adapter / ADAPTER_FILES[1])
@@ -209,13 +223,29 @@ def check_adapter(stored: Stored, base: Base, most: int) -> None:
         target = shapes.get(f"{stem}.weight")
         # A goes from the module's inputs to the rank, B from the rank to its outputs (arXiv 2106.09685).
         if target is None or side not in {"A.weight", "B.weight"} or len(shape) != 2 or len(target) != 2:
-            raise RegistryError(f"{uri}: the base has nothing that {name} would change.")
+            raise RegistryError(tr("{uri}: the base has nothing that {tensor} would change.", uri=uri, tensor=name))
         if (shape[1] if side[0] == "A" else shape[0]) != (target[1] if side[0] == "A" else target[0]):
-            raise RegistryError(f"{uri}: {name} has the shape {shape}, the base's tensor {target}.")
+            raise RegistryError(
+                tr(
+                    "{uri}: {tensor} has the shape {shape}, the base's tensor {target}.",
+                    uri=uri,
+                    tensor=name,
+                    shape=shape,
+                    target=target,
+                )
+            )
         other = adapter.get(name.replace(f".lora_{side[0]}.", ".lora_B." if side[0] == "A" else ".lora_A."))
         inner = shape[0] if side[0] == "A" else shape[1]
         if other is None or inner != (other[1][1] if side[0] == "A" else other[1][0]) or inner > found:
-            raise RegistryError(f"{uri}: {name} of shape {shape} does not fit its other half or the rank {found}.")
+            raise RegistryError(
+                tr(
+                    "{uri}: {tensor} of shape {shape} does not fit its other half or the rank {rank}.",
+                    uri=uri,
+                    tensor=name,
+                    shape=shape,
+                    rank=found,
+                )
+            )
 
 
 def _config(stored: Stored) -> dict[str, Any]:
@@ -230,7 +260,9 @@ def _config(stored: Stored) -> dict[str, Any]:
         if not (stored.adapter / ADAPTER_FILES[1]).is_file():
             raise ValueError(f"{ADAPTER_FILES[1]} is missing")
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise RegistryError(f"{stored.version.uri} holds no LoRA adapter that can be served ({error}).") from error
+        raise RegistryError(
+            tr("{uri} holds no LoRA adapter that can be served ({error}).", uri=stored.version.uri, error=error)
+        ) from error
     return dict(config)
 
 
