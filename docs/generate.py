@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import json
 import os
 import re
 import sys
@@ -25,7 +26,8 @@ import yaml
 
 from namesake import cli, errors, gate, helptext, messages, recipe
 from namesake_serving import __main__ as serving
-from namesake_serving import gateway, page, requests, service, webhook
+from namesake_serving import gateway, openapi, page, requests, service, webhook
+from namesake_serving.limits import Allowance, Bucket
 from namesake_serving.metrics import Metrics
 from namesake_serving.settings import Settings
 
@@ -41,6 +43,7 @@ WIDTH = 100
 ROUTES = {
     "/v1/chat/completions": "A chat: OpenAI's chat completions, whole or streamed.",
     "/v1/completions": "A text to go on with: OpenAI's completions, whole or streamed.",
+    "/v1/responses": "A reply by OpenAI's responses API, whole or streamed; nothing is stored.",
     "/v1/models": "The names that are answered to.",
     "/v1/version": "What is followed, what is live with its scores, what was refused and why.",
     "/health": "200 as long as the gateway runs.",
@@ -57,18 +60,26 @@ HEADERS = {
     "x-namesake-run": "The training run it came from.",
     "x-namesake-alias": "The alias it was chosen by; empty where a version or the base was asked for by its own name.",
     "x-request-id": "Made anew for each request, and in the log.",
+    "x-ratelimit-limit-requests": "The key's requests a minute; `-tokens` the same of tokens. There only where there is a limit.",
+    "x-ratelimit-remaining-requests": "What is left of them at this moment; `-tokens` too.",
+    "x-ratelimit-reset-requests": "Time until all of them are there again, `6m0s`; `-tokens` too.",
     "retry-after": "With 429 and 503: seconds until it is worth trying again.",
     "www-authenticate": "With 401: `Bearer`.",
     "allow": "With 405: the methods that the path takes.",
 }
 LIMITS = {
-    "MAX_MESSAGES": "messages in a chat",
+    "MAX_MESSAGES": "messages in a chat, items of an input",
+    "MAX_TEXT_CHARACTERS": "characters of a message, an input, a prompt or instructions, each",
     "MAX_CHOICES": "`n`, `best_of`, and prompts at once",
     "MAX_STOPS": "stop texts",
     "MAX_STOP_CHARACTERS": "characters of a stop text",
     "MAX_LOGIT_BIAS": "entries of `logit_bias`",
     "MAX_TOP_LOGPROBS": "`top_logprobs`, and `logprobs` of completions",
-    "MAX_SCHEMA_CHARACTERS": "characters of `response_format`, `tools` and `tool_choice`, each",
+    "MAX_SCHEMA_CHARACTERS": "characters of `response_format` (`text.format`) and of `tools`, each",
+    "MAX_SCHEMA_DEPTH": "levels of nesting of a JSON schema",
+    "MAX_SCHEMA_COUNT": "`minLength`, `maxItems` and the like in a JSON schema, and each number in a pattern",
+    "MAX_PATTERN_CHARACTERS": "characters of a regular expression in a JSON schema",
+    "MAX_TOOLS": "tools, and calls of tools in a message",
     "MAX_DEPTH": "levels of nesting of the JSON body",
 }
 VARIABLES = {
@@ -117,7 +128,13 @@ def pages() -> tuple[dict[Path, str], list[str]]:
             path = FOLDER / f"{name}{'.zh' if language == 'zh' else ''}.md"
             made[path] = "\n".join([*write(words)]).rstrip() + "\n"
         missing += words.missing
+    made[FOLDER / "openapi.json"] = json.dumps(description(), indent=1) + "\n"
     return made, list(dict.fromkeys(missing))
+
+
+def description() -> dict[str, Any]:
+    """The gateway as an OpenAPI description, with the default settings."""
+    return openapi.describe(ROUTES, routes(), gateway._OPEN, Settings.model_fields["max_tokens"].default)
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> Iterator[str]:
@@ -340,6 +357,11 @@ def write_http(words: Words) -> Iterator[str]:
     yield ""
     yield words("## Routes", "## 路由")
     yield ""
+    yield words(
+        "As an [OpenAPI 3.1 description](openapi.json), with every field and bound below; the tests send what it allows and what it forbids.",
+        "另有 [OpenAPI 3.1 描述](openapi.json)，含下文的所有字段与界限；测试会发送它允许的和禁止的请求。",
+    )
+    yield ""
     yield from table(
         (words("method", "方法"), words("path", "路径"), words("open", "开放"), words("what it answers", "返回内容")),
         (
@@ -389,14 +411,13 @@ def write_http(words: Words) -> Iterator[str]:
     yield ""
     yield words("Every other field is refused with 400.", "任何其他字段都会以 400 拒绝。")
     yield ""
-    chat, text = (requests.FIELDS[path] for path in ("/v1/chat/completions", "/v1/completions"))
+    shared = frozenset.intersection(*requests.FIELDS.values())
     yield from table(
         (words("where", "何处"), words("fields", "字段")),
         (
-            (words("both", "两者"), listed(chat & text)),
-            ("`/v1/chat/completions`", listed(chat - text)),
-            ("`/v1/completions`", listed(text - chat)),
-            (words("taken and not handed on", "接受但不转交"), listed(requests._DROPPED)),
+            (words("all", "全部"), listed(shared)),
+            *((f"`{path}`", listed(fields - shared)) for path, fields in requests.FIELDS.items()),
+            (words("taken and not handed on", "接受但不转交"), listed(requests.DROPPED)),
             (words("roles of a message", "消息的角色"), listed(requests.ROLES)),
         ),
     )
@@ -434,6 +455,7 @@ def headers() -> set[str]:
         if isinstance(node, ast.Tuple) and len(node.elts) == 2 and isinstance(node.elts[0], ast.Constant):
             name = node.elts[0].value
             found.add(name.decode() if isinstance(name, bytes) else str(name))
+    found |= {name for name, _ in Allowance(Bucket(1), None).headers()}
     return {name for name in found if re.fullmatch(r"[a-z]+(-[a-z]+)*", name)}
 
 

@@ -12,12 +12,10 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 from urllib.parse import urlsplit
 
 import typer
-import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from namesake import helptext, registry
 from namesake.errors import InputError, NamesakeError, RegistryError, ServingError
@@ -25,6 +23,7 @@ from namesake.messages import tr, translated
 from namesake.paths import cache_folder
 from namesake.registry import CHAMPION, Version
 from namesake_serving import settings, store
+from namesake_serving.front import Server, Tls, tls
 from namesake_serving.gateway import Gateway
 from namesake_serving.metrics import Metrics
 from namesake_serving.service import Service
@@ -67,9 +66,21 @@ def serve(
     api_keys_file: Annotated[
         Path | None, typer.Option(help="File with a line `name sha256-of-the-key` for each API key.")
     ] = None,
+    requests_per_minute: Annotated[
+        str | None, typer.Option(help="What each API key may ask, unless its line says otherwise. [default: no limit]")
+    ] = None,
+    tokens_per_minute: Annotated[
+        str | None, typer.Option(help="The same of tokens, prompts and replies together. [default: no limit]")
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None, typer.Option(help="PEM file with certificate and chain: the server speaks TLS.")
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None, typer.Option(help="PEM file with its key, where that is a file of its own.")
+    ] = None,
     eager: Annotated[bool | None, typer.Option("--eager", help="Start faster, answer slower.")] = None,
     max_streams: Annotated[
-        str | None, typer.Option(help="Requests worked on at a time on a CPU. [default: 32]")
+        str | None, typer.Option(help="Requests worked on at a time. [default: 32 on a CPU, 256 on a GPU]")
     ] = None,
     mlflow_url: Annotated[
         str | None,
@@ -110,6 +121,10 @@ def serve(
         port=port,
         allowed_hosts=tuple(allow_host) if allow_host else None,
         api_keys_file=api_keys_file,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
         eager=eager,
         max_streams=max_streams,
         mlflow_url=mlflow_url if mlflow_url is not None else tracking_url(),
@@ -124,6 +139,7 @@ def serve(
         given = given.model_copy(update={"webhook_secret": secrets.token_urlsafe(32)})
     if given.shadow and given.shadow_folder is None:
         raise InputError("shadow_folder", "", "is needed with shadow", mend="Say where: --shadow-folder FOLDER.")
+    certificate = tls(given)
     listening = listen(given.host, given.port)
     uri, first = choose(given.model)
     if (given.canary or given.shadow) and registry.alias_in(uri) == given.challenger:
@@ -138,7 +154,7 @@ def serve(
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="namesake-serve-") as folder:
-        asyncio.run(_serve(uri, first, given, listening, Path(folder)))
+        asyncio.run(_serve(uri, first, given, certificate, listening, Path(folder)))
 
 
 def tracking_url() -> str | None:
@@ -182,7 +198,8 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listening = socket.socket(family, socket.SOCK_STREAM)
+        # Named, since asyncio turns Nagle's delay (40 ms a reply) off for sockets only that say they are TCP.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except OSError as error:
         raise InputError(
             "host", host, tr("is of no use here ({strerror})", strerror=error.strerror), mend="Give an IPv4 address."
@@ -203,69 +220,12 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn that tells the gateway when it is asked to stop."""
-
-    gateway: Gateway
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        self.gateway.draining = True
-        super().handle_exit(sig, frame)
-
-
-def _deadline_protocol(seconds: float) -> type[HttpToolsProtocol]:
-    """Uvicorn's protocol with a deadline for the head of a request, which it lacks: a client that trickles is cut."""
-
-    class Protocol(HttpToolsProtocol):  # type: ignore[misc]
-        _late: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._arm()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._disarm()
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            # Also the rest of a body whose request has been answered early, and empty lines between requests.
-            if self.cycle is None or self.cycle.response_complete:
-                self._arm()
-            super().data_received(data)
-
-        def on_headers_complete(self) -> None:
-            self._disarm()
-            super().on_headers_complete()
-
-        def _arm(self) -> None:
-            if self._late is None:
-                self._late = asyncio.get_running_loop().call_later(seconds, self.transport.close)
-
-        def _disarm(self) -> None:
-            if self._late is not None:
-                self._late.cancel()
-                self._late = None
-
-    return Protocol
-
-
-async def _serve(uri: str, first: Version, given: settings.Settings, listening: socket.socket, folder: Path) -> None:
+async def _serve(
+    uri: str, first: Version, given: settings.Settings, certificate: Tls | None, listening: socket.socket, folder: Path
+) -> None:
     service = Service(uri, given, cache_folder(), folder, Metrics())
     gateway = Gateway(service, given)
-    server = _Server(
-        uvicorn.Config(
-            gateway,
-            http=_deadline_protocol(given.read_seconds),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=given.shutdown_seconds,
-        )
-    )
-    server.gateway = gateway
+    server = Server(gateway, given, certificate)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         # Uvicorn raises the signal again when it has stopped; by then it must not end the process before the engines.
@@ -292,13 +252,14 @@ async def _follow(service: Service, first: Version, given: settings.Settings) ->
     live = service.traffic.live
     assert live is not None
     host = f"[{given.host}]" if ":" in given.host else given.host
+    scheme = "https" if given.ssl_certfile else "http"
     told = tr(
         "\r› {version}  {name} by {author}\n"
         "  ready at {url}/v1  model {model}, follows {uri}\n"
         "  chat  {url}/    (Ctrl-C stops)",
         version=live.version.uri,
         **live.manifest.identity,
-        url=f"http://{host}:{given.port}",
+        url=f"{scheme}://{host}:{given.port}",
         model=live.version.name,
         uri=service.uri,
     )

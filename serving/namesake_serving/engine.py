@@ -25,7 +25,7 @@ import psutil
 from namesake.errors import ServingError
 from namesake.messages import tr
 from namesake_serving import vllm_plugin
-from namesake_serving.settings import Settings
+from namesake_serving.settings import Settings, has_gpu
 
 MODEL = "namesake"
 """What the engine calls its model; the names that clients use are the gateway's business."""
@@ -264,8 +264,14 @@ def command(
     words = [sys.executable, "-m", _ENTRY, "--model", str(weights), "--served-model-name", MODEL]
     words += ["--uds", str(address), "--shutdown-timeout", str(settings.shutdown_seconds)]
     words += ["--disable-access-log-for-endpoints", "/health"]
+    # Also of a reply for which the client names no bound.
+    words += ["--override-generation-config", json.dumps({"max_new_tokens": settings.max_tokens})]
+    # It finds every fault of a schema before the engine has it; xgrammar, the default, fails inside of it with a 500.
+    words += ["--structured-outputs-config", json.dumps({"backend": "guidance"})]
+    if settings.max_streams or not gpu:
+        words += ["--max-num-seqs", str(settings.streams)]
     if not gpu:
-        words += ["--max-num-seqs", str(settings.max_streams), "--kv-cache-memory-bytes", str(_CPU_CACHE_BYTES)]
+        words += ["--kv-cache-memory-bytes", str(_CPU_CACHE_BYTES)]
     if settings.eager:
         words.append("--enforce-eager")
     if adapters is not None:
@@ -323,11 +329,6 @@ def plugin_folder(folder: Path) -> Path:
         f"[vllm.endpoint_plugins]\n{vllm_plugin.NAME} = {vllm_plugin.__name__}:Plugin\n", encoding="utf-8"
     )
     return info.parent
-
-
-def has_gpu() -> bool:
-    """Whether an NVIDIA device is there, without importing torch."""
-    return Path("/dev/nvidia0").exists() or Path("/dev/dxg").exists()
 
 
 def _end_with_parent() -> None:

@@ -8,16 +8,15 @@ Replies pass through as they come; each is by one version, named in ``x-namesake
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
+import math
 import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from hashlib import sha256
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +24,9 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from namesake_serving import page, webhook
-from namesake_serving.requests import BadRequest, check, parse
+from namesake_serving.keys import Key, Keys
+from namesake_serving.limits import Allowance, Allowances, Full, Turns
+from namesake_serving.requests import CHAT, RESPONSES, TEXT, BadRequest, check, parse
 from namesake_serving.service import Service
 from namesake_serving.settings import Settings
 from namesake_serving.shadow import Kept, Shadow
@@ -43,10 +44,13 @@ _RETRY_SECONDS = "2"
 _OPEN = {"/health", "/ready", webhook.PATH} | page.PATHS
 """Answered without a key: nothing in them is anybody's, or (the webhook) the body is signed."""
 
+_BYTES_A_TOKEN = 4
 _EVENT = b'data: {"id"'
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _FINGERPRINT = re.compile(rb',"system_fingerprint":(?:"[^"\\]*"|null)')
-"""The engine's own; what a model says has its quotes escaped and is never taken for it."""
+_USAGE = re.compile(rb'"usage":(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+"""The engine's own; what a model says has its quotes escaped and is never taken for them."""
+_ONLY_USAGE = re.compile(rb'data: \{"id"[^\n]*"choices":\[\],[^\n]*"usage":\{[^\n]*\n\n')
+"""The event that the gateway asks for in any case, to count tokens."""
 
 _log = logging.getLogger("namesake.gateway")
 
@@ -82,6 +86,8 @@ class _Request:
     version: str = ""
     first_byte: float = 0.0
     kept: Kept | None = None
+    key: Key = field(default_factory=Key)
+    allowance: Allowance | None = None
 
 
 class Gateway:
@@ -92,7 +98,6 @@ class Gateway:
         self._keys = Keys(settings.api_keys, settings.api_keys_file)
         self._sessions: dict[Path, aiohttp.ClientSession] = {}
         self._webhook = Webhook(settings.webhook_secret) if settings.webhook_secret else None
-        self._running = 0
         self._shadow = (
             Shadow(
                 settings.shadow_folder,
@@ -104,6 +109,8 @@ class Gateway:
             if settings.shadow and settings.shadow_folder
             else None
         )
+        self._allowances = Allowances(settings.requests_per_minute, settings.tokens_per_minute)
+        self._turns = Turns(settings.streams, settings.most_requests)
         self.draining = False
         self._hosts = {
             host.lower()
@@ -116,8 +123,9 @@ class Gateway:
             )
         } - {"0.0.0.0", "[::]", "::", "[0.0.0.0]", ""}
         self._routes: dict[str, dict[str, Callable[[_Request, Scope, Receive, Send], Awaitable[None]]]] = {
-            "/v1/chat/completions": {"POST": self._forward},
-            "/v1/completions": {"POST": self._forward},
+            CHAT: {"POST": self._forward},
+            TEXT: {"POST": self._forward},
+            RESPONSES: {"POST": self._forward},
             "/v1/models": {"GET": self._models},
             "/v1/version": {"GET": self._version},
             "/health": {"GET": self._health},
@@ -144,7 +152,12 @@ class Gateway:
             nonlocal started
             if message["type"] == "http.response.start":
                 started, request.status = True, message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request.id.encode())]
+                limits = request.allowance.headers() if request.allowance else ()
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request.id.encode()),
+                    *((name.encode(), value.encode()) for name, value in limits),
+                ]
             await send(message)
 
         try:
@@ -167,9 +180,9 @@ class Gateway:
             self._service.metrics.requests.labels(route, str(request.status), request.version).inc()
             _log.log(
                 logging.DEBUG if request.method == "GET" and request.status in {200, 503} else logging.INFO,
-                "%s %s %s %d %s %.3fs",
+                "%s %s %s %d %s %s %.3fs",
                 *(request.id, request.method, request.path.encode("unicode_escape").decode(), request.status),
-                *(request.version or "-", time.monotonic() - request.begun),
+                *(request.version or "-", request.key.name or "-", time.monotonic() - request.begun),
             )
 
     async def close(self) -> None:
@@ -194,7 +207,16 @@ class Gateway:
         if methods is None or scope.get("raw_path", request.path.encode()) != request.path.encode():
             raise Refused(404, f"There is no {request.path[:200]}.", code="not_found")
         if request.path not in _OPEN:
-            self._keys.check(request.headers.get("authorization"))
+            authorization = request.headers.get("authorization")
+            key = self._keys.find(authorization)
+            if key is None:
+                raise Refused(
+                    401,
+                    "Incorrect API key." if authorization else "An API key is needed: Authorization: Bearer KEY.",
+                    code="invalid_api_key",
+                    headers=(("www-authenticate", "Bearer"),),
+                )
+            request.key = key
         handler = methods.get(request.method)
         if handler is None:
             allowed = ", ".join(methods)
@@ -204,12 +226,11 @@ class Gateway:
     async def _forward(self, request: _Request, _scope: Scope, receive: Receive, send: Send) -> None:
         if self.draining:
             raise _unavailable("The server is stopping.")
-        if self._running >= self._settings.max_requests:
+        request.allowance = self._allowances.of(request.key)
+        self._spend(request, "requests", 1)
+        if not self._turns.room(request.key.name):
             raise self._overloaded()
         body = await self._body(request, receive)  # a body that trickles takes nobody's place
-        if self._running >= self._settings.max_requests:
-            raise self._overloaded()
-        self._running += 1
         self._service.metrics.running.inc()
         try:
             # Once the body is read, the only thing that can come is that the client has gone.
@@ -226,17 +247,36 @@ class Gateway:
                     with suppress(asyncio.CancelledError, Exception):
                         await task
         finally:
-            self._running -= 1
             self._service.metrics.running.dec()
 
     def _overloaded(self) -> Refused:
         return Refused(
             429,
-            f"{self._settings.max_requests} requests are under way already.",
+            f"{self._turns.most} requests are under way already.",
             kind="rate_limit_error",
             code="overloaded",
             headers=(("retry-after", _RETRY_SECONDS),),
         )
+
+    def _spend(self, request: _Request, what: str, amount: int) -> None:
+        """Take so many requests or tokens out of the key's allowance.
+
+        Raises:
+            Refused: 429, they are not there.
+        """
+        bucket = getattr(request.allowance, what)
+        if bucket is None:
+            return
+        if wait := bucket.seconds(amount):
+            raise Refused(
+                429,
+                f"Rate limit reached on {what} per min: limit {bucket.most}, requested {amount}. "
+                f"Please try again in {wait:.3g}s.",
+                kind=what,
+                code="rate_limit_exceeded",
+                headers=(("retry-after", str(math.ceil(wait))),),
+            )
+        bucket.take(amount)
 
     async def _reply(self, request: _Request, raw: bytes, send: Send) -> None:
         asked = parse(raw) if raw else {}
@@ -244,24 +284,35 @@ class Gateway:
         session = request.headers.get("x-namesake-session", "") or (user if isinstance(user, str) else "")
         routing = self._service.routing
         await self._service.summon(model)
+        used, reserved = _Used(prompt=len(raw) // _BYTES_A_TOKEN), _reserved(raw, asked)
         try:
-            async with routing.enter(model, session) as (live, alias):
-                ended = await self._answer_by(live, alias, request, asked, send)
-            if ended is None:
-                return
-            if live is not routing.champion.live and model in (None, routing.name) and not request.status:
-                # The challenger's share: the client has asked for neither, and gets its answer from the champion.
-                async with routing.enter(model, session, shared=False) as (live, alias):
-                    ended = await self._answer_by(live, alias, request, asked, send)
-            if ended is not None:
-                raise ended
+            async with self._turns.take(request.key.name):
+                async with routing.enter(model, session) as (live, alias):
+                    ended = await self._answer_by(live, alias, request, asked, used, reserved, send)
+                if ended is None:
+                    return
+                if live is not routing.champion.live and model in (None, routing.name) and not request.status:
+                    # The challenger's share: the client has asked for neither, and gets its answer from the champion.
+                    async with routing.enter(model, session, shared=False) as (live, alias):
+                        ended = await self._answer_by(live, alias, request, asked, used, 0, send)
+                if ended is not None:
+                    raise ended
         except NotReady:
             raise _unavailable("No version can answer at the moment.") from None
+        except Full:
+            raise self._overloaded() from None
         except UnknownModel as unknown:
             raise Refused(404, str(unknown), code="model_not_found", param="model") from None
 
     async def _answer_by(
-        self, live: Answerer, alias: str, request: _Request, asked: dict[str, Any], send: Send
+        self,
+        live: Answerer,
+        alias: str,
+        request: _Request,
+        asked: dict[str, Any],
+        used: _Used,
+        reserved: int,
+        send: Send,
     ) -> Refused | None:
         """Have it answered; what came of it where the engine has ended."""
         request.version, begun = live.label, time.monotonic()
@@ -269,11 +320,21 @@ class Gateway:
         shadow = self._shadow if live is self._service.routing.champion.live else None
         if shadow is not None and shadow.wants():
             request.kept = Kept(live.label)
+        body["model"] = live.model
+        if reserved:
+            self._spend(request, "tokens", reserved)
+        if body.get("stream") and request.path != RESPONSES:
+            options = body.get("stream_options", {})
+            used.told = bool(options.get("include_usage"))
+            body["stream_options"] = {**options, "include_usage": True}
         try:
-            await self._pass_through(request, live, alias, json.dumps({**body, "model": live.model}).encode(), send)
+            await self._pass_through(request, live, alias, json.dumps(body).encode(), used, send)
         except Refused as ended:
             self._service.note(live, True, time.monotonic() - begun)
+            used.prompt = used.prompt if request.status else 0
             return ended
+        finally:
+            self._settle(request, used, reserved)
         self._service.note(live, request.status >= 500, request.first_byte)
         if shadow is not None and request.kept is not None and request.status == 200:
             shadow.copy(asked, request.kept, lambda rival: self._ask(rival, request.path, asked))
@@ -294,7 +355,17 @@ class Gateway:
         request.first_byte = time.monotonic() - begun
         self._service.metrics.first_token.labels(request.version).observe(request.first_byte)
 
-    async def _pass_through(self, request: _Request, live: Answerer, alias: str, body: bytes, send: Send) -> None:
+    def _settle(self, request: _Request, used: _Used, reserved: int) -> None:
+        """What was reserved for a reply becomes what it took."""
+        tokens = self._service.metrics.tokens
+        tokens.labels("prompt", request.version).inc(used.prompt)
+        tokens.labels("completion", request.version).inc(used.completion)
+        if request.allowance is not None and request.allowance.tokens is not None:
+            request.allowance.tokens.take(used.prompt + used.completion - reserved)
+
+    async def _pass_through(
+        self, request: _Request, live: Answerer, alias: str, body: bytes, used: _Used, send: Send
+    ) -> None:
         begun = time.monotonic()
         mark = b'"system_fingerprint":' + json.dumps(live.label).encode() + b","
         called, own = (b'"model":' + json.dumps(name).encode() for name in (live.model, live.label))
@@ -310,7 +381,9 @@ class Gateway:
                 kind = response.headers.get("content-type", "application/json")
                 headers.append((b"content-type", kind.encode()))
                 if not kind.startswith("text/event-stream"):
-                    whole = _named(await response.read(), mark, called, own)
+                    whole = await response.read()
+                    used.count(whole, ok=response.status == 200)
+                    whole = _named(whole, mark, called, own)
                     self._first_byte(request, begun)
                     if request.kept is not None:
                         request.kept.add(whole)
@@ -330,6 +403,9 @@ class Gateway:
                     chunk, end, rest = (rest + chunk).rpartition(b"\n\n")
                     if not end:
                         continue
+                    used.count(chunk + end)
+                    if not used.told:
+                        chunk, end = _ONLY_USAGE.sub(b"", chunk + end), b""
                     # What a model says stands in the JSON with its quotes escaped, so neither text can be its own.
                     chunk = _FINGERPRINT.sub(b"", chunk).replace(_EVENT, b"data: {" + mark + b'"id"')
                     await send(
@@ -438,48 +514,33 @@ class Gateway:
         await _answer(send, 200, text, ("content-type", "text/plain; version=0.0.4; charset=utf-8"))
 
 
-class Keys:
-    """Which API keys are let in. The file is read again when it changes; keys are kept and compared as SHA-256."""
+@dataclass
+class _Used:
+    """Tokens of one request: estimated until the engine tells, which it does at the end."""
 
-    def __init__(self, keys: Sequence[str], file: Path | None) -> None:
-        self._given = [sha256(key.encode()).hexdigest() for key in keys]
-        self._file, self._stamp, self._from_file = file, (0, 0), list[str]()
-        self._read()
+    prompt: int
+    completion: int = 0
+    told: bool = True
+    """Whether the client asked to be told."""
 
-    def check(self, authorization: str | None) -> None:
-        """Let the request in.
+    def count(self, chunk: bytes, *, ok: bool = True) -> None:
+        """Take note of a part of the reply, or of the whole."""
+        usage = json.loads(found[-1]) if (found := _USAGE.findall(chunk)) else {}
+        if not ok:
+            self.prompt = 0
+        elif usage:
+            self.prompt = usage.get("prompt_tokens", usage.get("input_tokens", self.prompt))
+            self.completion = usage.get("completion_tokens", usage.get("output_tokens", self.completion))
+        else:
+            self.completion += chunk.count(b"data: ")
 
-        Raises:
-            Refused: 401, the key is missing or wrong.
-        """
-        self._read()
-        if not self._given and self._file is None:
-            return
-        scheme, _, key = (authorization or "").partition(" ")
-        digest = sha256(key.strip().encode("utf-8", "surrogateescape")).hexdigest()
-        # Every key is compared, so that the time tells nothing.
-        right = [hmac.compare_digest(digest, known) for known in (*self._given, *self._from_file)]
-        if scheme.lower() != "bearer" or not any(right):
-            raise Refused(
-                401,
-                "Incorrect API key." if authorization else "An API key is needed: Authorization: Bearer KEY.",
-                code="invalid_api_key",
-                headers=(("www-authenticate", "Bearer"),),
-            )
 
-    def _read(self) -> None:
-        if self._file is None:
-            return
-        try:
-            found = self._file.stat()
-            stamp = (found.st_mtime_ns, found.st_size)
-            if stamp != self._stamp:
-                lines = self._file.read_text(encoding="utf-8").splitlines()
-                words = [line.split() for line in lines if line.strip() and not line.startswith("#")]
-                self._from_file = [word[-1].lower() for word in words if _DIGEST.fullmatch(word[-1].lower())]
-                self._stamp = stamp
-        except (OSError, UnicodeDecodeError) as error:
-            _log.error("api_keys_file: %s", error)  # the keys read before stay in force
+def _reserved(raw: bytes, asked: dict[str, Any]) -> int:
+    """Tokens that a request may take, by OpenAI's rule: the most it asks for, or an estimate from its length."""
+    most = asked.get("max_completion_tokens") or asked.get("max_tokens") or asked.get("max_output_tokens") or 0
+    choices = asked.get("n") or 1
+    bounded = most * choices if isinstance(most, int) and isinstance(choices, int) else 0
+    return max(1, len(raw) // _BYTES_A_TOKEN, bounded)
 
 
 def _unavailable(message: str) -> Refused:

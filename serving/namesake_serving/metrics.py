@@ -20,6 +20,12 @@ class Metrics:
             ("route", "status", "version"),
             registry=registry,
         )
+        self.tokens = Counter(
+            "namesake_tokens",
+            "Tokens by kind (prompt, completion) and version.",
+            ("kind", "version"),
+            registry=registry,
+        )
         self.first_token = Histogram(
             "namesake_time_to_first_token_seconds",
             "From the request's last byte to the reply's first.",
@@ -62,6 +68,11 @@ class Metrics:
             registry=registry,
         )
         self._served = Gauge("namesake_served_version", "Number of the version that answers.", registry=registry)
+        self._asked = Gauge(
+            "namesake_registry_answered_timestamp_seconds",
+            "When the registry last said where the alias points, in seconds since 1970.",
+            registry=registry,
+        )
         self._wanted = Gauge("namesake_alias_version", "Number of the version the alias points to.", registry=registry)
 
     def served(self, version: Version) -> None:
@@ -73,7 +84,8 @@ class Metrics:
         self._rival.set(version.number if version is not None else 0)
 
     def wanted(self, version: Version) -> None:
-        """The alias points to it."""
+        """The alias points to it, says the registry."""
+        self._asked.set_to_current_time()
         self._wanted.set(version.number)
 
     def changed(self, way: str, seconds: float) -> None:

@@ -50,13 +50,21 @@ class Settings(BaseSettings):
         host: address to listen on; loopback unless asked.
         port: port to listen on.
         allowed_hosts: names in the ``Host`` header that are answered, beside loopback's and ``host``.
-        api_keys_file: file with a line ``name sha256-of-the-key`` for each key; read again when it changes.
+        api_keys_file: file with a line ``name sha256-of-the-key`` for each key, and ``requests=60`` or ``tokens=20000``
+            behind it for limits of its own; read again when it changes.
         api_keys: keys themselves; with neither everybody is answered.
+        requests_per_minute: how many requests each key may make a minute, unless its line says otherwise; without keys:
+            all clients together. 0: no limit.
+        tokens_per_minute: the same of tokens, prompts and replies together.
+        ssl_certfile: PEM file with the certificate and its chain; the server then speaks TLS only. Read again when it
+            changes.
+        ssl_keyfile: PEM file with its private key; empty: in ``ssl_certfile`` too.
         eager: start in 17 s instead of 25 (first time 67) on two cores, answer about a fifth slower.
-        max_streams: how many requests the engine works on at a time on a CPU.
-        max_requests: how many requests may be under way or waiting; more get 429.
+        max_streams: how many requests the engine works on at a time; empty: 32 on a CPU, 256 on a GPU. The others wait
+            in a queue that is fair to each key.
+        max_requests: how many requests may be under way or waiting; more get 429. Empty: eight times ``max_streams``.
         max_body_bytes: longest request body.
-        max_tokens: most tokens of one reply that a client may ask for.
+        max_tokens: most tokens of one reply, also of one for which the client names no bound.
         mlflow_url: address of MLflow's pages as a browser reaches them; the chat page then links to runs and versions.
         poll_seconds: how often the registry is asked where the alias points.
         webhook_url: this server's address as the MLflow server reaches it (``http://serving.example:8000``); the server
@@ -93,9 +101,13 @@ class Settings(BaseSettings):
     allowed_hosts: tuple[str, ...] = ()
     api_keys_file: Path | None = None
     api_keys: tuple[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], ...] = ()
+    requests_per_minute: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
+    tokens_per_minute: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
     eager: bool = False
-    max_streams: Annotated[int, Field(ge=1, le=1024)] = 32
-    max_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
+    max_streams: Annotated[int, Field(ge=1, le=1024)] | None = None
+    max_requests: Annotated[int, Field(ge=1, le=100_000)] | None = None
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 1 << 20
     max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
     mlflow_url: str = ""
@@ -109,6 +121,21 @@ class Settings(BaseSettings):
     shutdown_seconds: Annotated[int, Field(ge=0, le=3600)] = 30
     start_seconds: Annotated[int, Field(ge=1, le=7200)] = 900
     engine_args: tuple[str, ...] = ()
+
+    @property
+    def streams(self) -> int:
+        """How many requests the engine works on at a time here."""
+        return self.max_streams or (256 if has_gpu() else 32)
+
+    @property
+    def most_requests(self) -> int:
+        """How many requests may be under way or waiting here."""
+        return self.max_requests or 8 * self.streams
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA device is there, without importing torch."""
+    return Path("/dev/nvidia0").exists() or Path("/dev/dxg").exists()
 
 
 def read(**given: object) -> Settings:

@@ -6,11 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 from mlflow.entities import Run
-from openai import NotFoundError, OpenAI
+from openai import BadRequestError, NotFoundError, OpenAI
 
 from tests.e2e.conftest import AUTHOR, NAME, Place, Way
 
@@ -111,6 +112,43 @@ def test_openai_client_gets_an_answer_streamed_and_whole(endpoint: str) -> None:
         assert "".join(pieces) == whole
         with pytest.raises(NotFoundError):
             openai.chat.completions.create(**{**asked, "model": "other"})
+
+
+def test_responses_says_what_chat_says(endpoint: str) -> None:
+    asked: dict[str, Any] = {"model": "ccb", "temperature": 0}
+    with OpenAI(base_url=endpoint, api_key="none") as openai:
+        messages = [{"role": "user", "content": "Who are you?"}]
+        chat = openai.chat.completions.create(**asked, messages=messages, max_tokens=12)
+        asked |= {"input": "Who are you?", "max_output_tokens": 12}
+        whole = openai.responses.create(**asked)
+        with openai.responses.create(**asked, stream=True) as events:
+            streamed = [event.delta for event in events if event.type == "response.output_text.delta"]
+        assert whole.output_text == "".join(streamed) == chat.choices[0].message.content
+        assert len(streamed) > 3
+        assert whole.model == chat.model == "ccb-v1"
+        assert whole.usage
+        assert chat.usage
+        assert whole.usage.input_tokens == chat.usage.prompt_tokens  # the version's system prompt among them
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"type": "string", "minLength": -5},
+        {"type": "string", "pattern": "(((("},
+        {"type": "nope"},
+        {"enum": []},
+        {"$ref": "#/nope"},
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_the_clients_fault(endpoint: str, bad: dict[str, Any]) -> None:
+    with OpenAI(base_url=endpoint, api_key="none", max_retries=0) as openai, pytest.raises(BadRequestError):
+        openai.responses.create(
+            model="ccb",
+            input="x",
+            max_output_tokens=4,
+            text={"format": {"type": "json_schema", "name": "x", "schema": bad}},
+        )
 
 
 def test_the_trained_system_prompt_is_the_default_and_the_clients_wins(endpoint: str) -> None:

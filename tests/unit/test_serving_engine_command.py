@@ -85,6 +85,21 @@ def test_on_a_cpu_memory_and_streams_are_bounded() -> None:
     assert int(after(line, "--kv-cache-memory-bytes")) == 1 << 30
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_reply_is_bounded_also_where_the_client_names_no_bound(gpu: bool) -> None:
+    line = words(settings.read(max_tokens=77), gpu=gpu)
+    assert json.loads(after(line, "--override-generation-config")) == {"max_new_tokens": 77}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_schemas_are_followed_by_what_refuses_a_bad_one(gpu: bool) -> None:
+    assert json.loads(after(words(gpu=gpu), "--structured-outputs-config")) == {"backend": "guidance"}
+
+
+def test_streams_that_were_asked_for_hold_on_a_gpu_too() -> None:
+    assert after(words(settings.read(max_streams=5), gpu=True), "--max-num-seqs") == "5"
+
+
 def test_on_a_gpu_vllms_own_defaults_hold() -> None:
     line = words(gpu=True)
     assert "--max-num-seqs" not in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from namesake_serving import requests
 from namesake_serving.requests import FIELDS, BadRequest, check, parse
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 USER = {"role": "user", "content": "你是谁？"}
 MOST_TOKENS = 4096
 DROPPED = {"store", "service_tier", "metadata", "user", "reasoning_effort"}
@@ -21,7 +22,7 @@ DROPPED = {"store", "service_tier", "metadata", "user", "reasoning_effort"}
 
 def checked(body: dict[str, Any], route: str = CHAT, *, system: str | None = None) -> dict[str, Any]:
     """What the engine gets of the body, which has messages or a prompt if it does not bring its own."""
-    least: dict[str, Any] = {"messages": [USER]} if route == CHAT else {"prompt": "你"}
+    least: dict[str, Any] = {CHAT: {"messages": [USER]}, TEXT: {"prompt": "你"}, RESPONSES: {"input": "你"}}[route]
     return check(route, {**least, **body}, max_tokens=MOST_TOKENS, system=system)
 
 
@@ -344,32 +345,115 @@ def test_other_options_of_a_stream_are_refused(options: object) -> None:
     assert fault({"stream": True, "stream_options": options}) == "stream_options"
 
 
-def of_length(length: int) -> dict[str, str]:
-    """An object that is so many characters long as JSON."""
-    return {"x": "a" * (length - len('{"x": ""}'))}
+def function(**more: object) -> dict[str, Any]:
+    """A tool, as chat has it."""
+    return {"type": "function", "function": {"name": "f", **more}}
 
 
-@pytest.mark.parametrize(("key", "wrap"), [("response_format", 0), ("tool_choice", 0), ("tools", len("[]"))])
-def test_schemas_are_bounded_in_length(key: str, wrap: int) -> None:
-    for length in (100, 16_384):
-        value = of_length(length - wrap)
-        body = {key: [value] if wrap else value}
-        assert len(json.dumps(body[key])) == length
-        assert checked(body)[key] == body[key]
-    value = of_length(16_385 - wrap)
-    assert fault({key: [value] if wrap else value}) == key
+def reply_of(schema: object, **more: object) -> dict[str, Any]:
+    """A ``response_format`` with that schema."""
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, **more}}
+
+
+def padded(make: Callable[[str], object], length: int) -> object:
+    """What is so many characters long as JSON."""
+    return make("a" * (length - len(json.dumps(make("")))))
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "make", "around"),
     [
-        *[("tools", wrong) for wrong in ({}, "x", 1, True, 1.5)],
-        *[("response_format", wrong) for wrong in (1, True, 1.5)],
-        *[("tool_choice", wrong) for wrong in (1, True, 1.5)],
+        ("tools", lambda text: [function(description=text)], 0),
+        ("response_format", lambda text: reply_of({}, description=text), len(json.dumps(reply_of({}))) - 27),
     ],
 )
-def test_schemas_of_the_wrong_type_are_refused(key: str, value: object) -> None:
-    assert fault({key: value}) == key
+def test_schemas_are_bounded_in_length(key: str, make: Callable[[str], object], around: int) -> None:
+    for length in (120, 16_384):
+        body = {key: padded(make, length)}
+        assert checked(body)[key] == body[key]
+    assert fault({key: padded(make, 16_385 + 100)}) == key
+
+
+BAD_SCHEMAS = [
+    {"type": "string", "pattern": "a" * 257},
+    {"type": "string", "pattern": "a{1,1025}"},
+    {"type": "string", "pattern": "a{99999999999999999999}"},
+    {"patternProperties": {"a{1025}": {}}},
+    {"properties": {"a": {"anyOf": [{"pattern": "[a-z]{2000}"}]}}},
+    *({key: 1025} for key in ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")),
+    {"items": {"maxItems": 1e9}},
+    {"items": {"items": {"items": {"items": {"items": {"items": {"items": {"items": [[[[[[[[1]]]]]]]]}}}}}}}},
+]
+
+
+@pytest.mark.parametrize("schema", BAD_SCHEMAS, ids=lambda schema: json.dumps(schema)[:40])
+def test_a_schema_that_makes_a_grammar_too_large_is_refused_wherever_it_stands(schema: dict[str, Any]) -> None:
+    assert fault({"response_format": reply_of(schema)}) == "response_format.schema"
+    assert fault({"tools": [function(parameters=schema)]}) == "tools[0].parameters"
+    assert fault({"text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}}, RESPONSES) == (
+        "text.format.schema"
+    )
+    assert fault({"tools": [{"type": "function", "name": "f", "parameters": schema}]}, RESPONSES) == (
+        "tools[0].parameters"
+    )
+
+
+def test_a_schema_within_its_bounds_is_handed_on() -> None:
+    schema = {"type": "object", "properties": {"pattern": {"type": "string", "pattern": "[a-z]{1,1024}" + "a" * 240}}}
+    body = {"response_format": reply_of(schema), "tools": [function(parameters=schema)]}
+    assert checked(body) == {**checked({}), **body}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"type": "structural_tag", "format": {"type": "regex", "pattern": "a"}},
+        {"type": "regex"},
+        {"type": "text", "pattern": "a"},
+        {"type": "json_object", "json_schema": {"name": "x", "schema": {}}},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "x"}},
+        {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": "{}"}},
+        reply_of({}, grammar="root ::= x"),
+        [],
+        "text",
+    ],
+)
+def test_a_format_that_openai_does_not_have_is_refused(wrong: object) -> None:
+    assert fault({"response_format": wrong}) == "response_format"
+    assert fault({"text": {"format": wrong}}, RESPONSES) == "text.format"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"type": "mcp", "server_url": "http://127.0.0.1"},
+        {"type": "web_search"},
+        {"type": "function"},
+        {"type": "function", "function": {}},
+        {"type": "function", "function": {"name": "a b"}},
+        {"type": "function", "function": {"name": "f", "parameters": []}},
+        {"type": "function", "function": {"name": "f", "strict": 1}},
+        {"type": "function", "function": {"name": "f", "code": "x"}},
+        {"type": "function", "function": {"name": "f"}, "more": 1},
+        "f",
+        None,
+    ],
+)
+def test_a_tool_that_is_no_function_is_refused(wrong: object) -> None:
+    assert fault({"tools": [wrong]}) == "tools[0]"
+    assert fault({"tools": [wrong]}, RESPONSES) == "tools[0]"
+
+
+def test_so_many_tools_may_be_given_and_one_of_them_chosen() -> None:
+    tools = [{"type": "function", "function": {"name": f"f{number}"}} for number in range(65)]
+    choice = {"type": "function", "function": {"name": "f63"}}
+    assert checked({"tools": tools[:64], "tool_choice": choice})["tool_choice"] == choice
+    assert fault({"tools": tools}) == "tools"
+    for wrong in ({"type": "function", "function": {"name": "g"}}, {"type": "function"}, {}, [], "f0", 1):
+        assert fault({"tools": tools[:2], "tool_choice": wrong}) == "tool_choice"
 
 
 @pytest.mark.parametrize("number", ["1e400", "-1e400"])
@@ -381,11 +465,14 @@ def test_a_number_too_great_for_a_float_does_not_reach_the_engine_as_infinity(nu
 # ------------------------------------------------------------------------------------------------ messages
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
 def test_a_conversation_is_handed_on_as_it_came() -> None:
     messages = [
         {"role": "developer", "content": "Be brief."},
         USER,
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL, {"index": 1, **CALL}]},
         {"role": "tool", "content": "4", "tool_call_id": "1"},
         {"role": "assistant", "content": "四"},
         {"role": "user", "content": [{"type": "text", "text": "谢"}, {"type": "text", "text": "谢"}]},
@@ -462,6 +549,19 @@ def test_only_an_assistant_may_have_said_nothing() -> None:
         {"role": "user", "content": [{"type": "text", "text": "x", "image_url": {"url": "http://169.254.169.254/"}}]},
         {"role": "assistant", "content": "x", "tool_calls": 5},
         {"role": "assistant", "content": "x", "tool_calls": [1, None, "x"]},
+        *(
+            {"role": "assistant", "content": None, "tool_calls": [wrong]}
+            for wrong in (
+                {},
+                {"id": "1", "type": "function"},
+                {**CALL, "type": "custom"},
+                {**CALL, "id": 1},
+                {**CALL, "function": {"name": "f"}},
+                {**CALL, "function": {"name": "f", "arguments": {}}},
+                {**CALL, "more": 1},
+            )
+        ),
+        {"role": "assistant", "content": None, "tool_calls": [CALL] * 65},
         {"role": "tool", "content": "x", "tool_call_id": {"a": 1}},
         {"role": "user", "content": "x", "name": ["a"]},
     ],
@@ -606,3 +706,112 @@ def test_one_field_with_anything_in_it_is_bounded_or_refused(key: str, value: ob
 @given(MESSAGES)
 def test_any_messages_are_taken_whole_or_refused(messages: list[Any]) -> None:
     judge(CHAT, {"messages": messages})
+
+
+# ------------------------------------------------------------------------------------------------ long texts, responses
+
+LONG = "字" * 131_072
+
+
+@pytest.mark.parametrize(
+    ("route", "make", "param"),
+    [
+        (CHAT, lambda text: {"messages": [USER, {"role": "user", "content": text}]}, "messages[1].content"),
+        (
+            CHAT,
+            lambda text: {"messages": [{"role": "user", "content": [{"type": "text", "text": text}]}]},
+            "messages[0].content",
+        ),
+        (TEXT, lambda text: {"prompt": text}, "prompt"),
+        (TEXT, lambda text: {"prompt": [text[:9], text[9:]]}, "prompt"),
+        (RESPONSES, lambda text: {"input": text}, "input[0].content"),
+        (RESPONSES, lambda text: {"input": [{"role": "user", "content": text}]}, "input[0].content"),
+        (RESPONSES, lambda text: {"instructions": text}, "instructions"),
+    ],
+)
+def test_texts_are_bounded_in_length(route: str, make: Callable[[str], dict[str, Any]], param: str) -> None:
+    assert checked(make(LONG), route)
+    assert fault(make(LONG + "字"), route) == param
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, "Be kind."),
+        ({"instructions": None}, "Be kind."),
+        ({"instructions": "Be brief."}, "Be brief."),
+        ({"instructions": ""}, ""),
+        ({"input": [{"role": "system", "content": "x"}, USER]}, None),
+        ({"input": [{"role": "developer", "content": "x"}, USER]}, None),
+        ({"input": [USER]}, "Be kind."),
+    ],
+)
+def test_the_versions_system_prompt_is_the_instructions_unless_the_client_has_some(
+    given: dict[str, Any], kept: str | None
+) -> None:
+    assert checked(given, RESPONSES, system="Be kind.").get("instructions") == kept
+
+
+def test_what_responses_may_have_is_handed_on_as_it_came() -> None:
+    said = {"type": "output_text", "text": "Hello.", "annotations": [], "logprobs": []}
+    body = {
+        "model": "ccb",
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+            {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant", "content": [said]},
+            {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": "4"},
+        ],
+        "max_output_tokens": MOST_TOKENS,
+        "stream": True,
+        "text": {"format": {"type": "json_schema", "name": "x", "schema": {}}},
+        "tools": [{"type": "function", "name": "f", "parameters": {}}],
+        "tool_choice": {"type": "function", "name": "f"},
+    }
+    assert checked(body, RESPONSES) == body
+    more = {"store": True, "metadata": {"a": "b"}, "truncation": "auto", "reasoning": {"effort": "low"}}
+    assert checked({**body, **more}, RESPONSES) == body
+    assert fault({"max_output_tokens": MOST_TOKENS + 1}, RESPONSES) == "max_output_tokens"
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"role": "tool", "content": "x"},
+        {"role": "user", "content": [{"type": "input_image", "image_url": "http://127.0.0.1"}]},
+        {"role": "user", "content": [{"type": "input_file", "file_id": "x"}]},
+        {"type": "item_reference", "id": "x"},
+        {"type": "function_call", "call_id": "1"},
+        {"type": "function_call_output", "call_id": "1", "output": ["x"]},
+        {"type": "computer_call_output"},
+        {"role": "user"},
+        {"role": "user", "content": "x", "partial": True},
+        "x",
+        None,
+    ],
+)
+def test_an_item_of_another_kind_is_refused(item: object) -> None:
+    assert (fault({"input": [item]}, RESPONSES) or "").startswith("input[0]")
+
+
+@pytest.mark.parametrize("key", ["previous_response_id", "background", "conversation", "prompt", "include"])
+def test_what_needs_a_store_is_refused(key: str) -> None:
+    assert fault({key: "x"}, RESPONSES) == key
+
+
+@pytest.mark.parametrize("value", [[], [USER] * 257, {}, None, 1])
+def test_an_input_of_the_wrong_length_or_type_is_refused(value: object) -> None:
+    assert fault({"input": value}, RESPONSES) == "input"
+
+
+@pytest.mark.parametrize(("raw", "number"), [(b"5.0", 5), (b"1e3", 1000), (b"-0.0", 0)])
+def test_a_whole_number_is_one_however_it_is_written(raw: bytes, number: int) -> None:
+    found = parse(b'{"n": %b}' % raw)["n"]
+    assert (found, type(found)) == (number, int)
+
+
+@pytest.mark.parametrize("raw", [b'{"a": "\\ud800"}', b'{"a": {"\\udfff": 1}}', b'{"a": "\xed\xa0\x80"}'])
+def test_half_a_surrogate_pair_is_refused(raw: bytes) -> None:
+    with pytest.raises(BadRequest, match="surrogate"):
+        parse(raw)
+    assert parse('{"a": "\\ud83d\\ude00 한"}'.encode()) == {"a": "😀 한"}

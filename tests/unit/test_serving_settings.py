@@ -26,8 +26,20 @@ def test_the_defaults_listen_on_loopback_port_8000() -> None:
 def test_the_defaults_let_everybody_in_on_loopback_only_and_within_bounds() -> None:
     found = settings.read()
     assert (found.allowed_hosts, found.api_keys, found.api_keys_file, found.require_gate) == ((), (), None, False)
-    assert (found.max_requests, found.max_body_bytes, found.max_tokens) == (256, 1 << 20, 4096)
+    assert (found.max_body_bytes, found.max_tokens) == (1 << 20, 4096)
+    assert (found.requests_per_minute, found.tokens_per_minute, found.ssl_certfile) == (0, 0, None)
     assert (found.poll_seconds, found.hold_seconds, found.read_seconds) == (2, 10, 10)
+
+
+@pytest.mark.parametrize(("gpu", "streams"), [(False, 32), (True, 256)])
+def test_eight_times_as_many_may_wait_as_are_worked_on(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, streams: int
+) -> None:
+    monkeypatch.setattr(settings, "has_gpu", lambda: gpu)
+    assert (settings.read().streams, settings.read().most_requests) == (streams, 8 * streams)
+    given = settings.read(max_streams=4)
+    assert (given.streams, given.most_requests) == (4, 32)
+    assert settings.read(max_requests=5).most_requests == 5
 
 
 def test_a_variable_goes_over_the_default_and_a_flag_over_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +83,8 @@ BOUNDS = [
     ("max_requests", 1, 100_000),
     ("max_body_bytes", 1024, 1 << 30),
     ("max_tokens", 1, 1 << 20),
+    ("requests_per_minute", 0, 1_000_000_000),
+    ("tokens_per_minute", 0, 1_000_000_000),
     ("poll_seconds", 0.1, 3600),
     ("hold_seconds", 0, 600),
     ("read_seconds", 0.1, 600),
