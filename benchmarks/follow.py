@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--moves", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=24, help="length of an answer")
     parser.add_argument("--poll", type=float, default=0.2, help="the server's poll_seconds")
+    parser.add_argument("--mode", choices=["merged", "adapter"], default="merged", help="the server's mode")
     parser.add_argument("--store", type=Path, help="folder with mlflow.db and two versions of ccb")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -156,6 +157,7 @@ def main() -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         words = ["serve", "--port", str(port), "--eager", "--poll-seconds", str(given.poll), "--max-streams", "64"]
+        words += ["--mode", given.mode]
         with Path(name, "serve.log").open("wb") as log:
             server = subprocess.Popen(
                 [sys.executable, "-m", "namesake", *words],

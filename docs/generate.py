@@ -58,7 +58,7 @@ ROUTES = {
 HEADERS = {
     "x-namesake-version": "The version that answers, as a model id: `ccb-v3`.",
     "x-namesake-run": "The training run it came from.",
-    "x-namesake-alias": "The alias that is followed; empty where a fixed version is served.",
+    "x-namesake-alias": "The alias it was chosen by; empty where a version or the base was asked for by its own name.",
     "x-request-id": "Made anew for each request, and in the log.",
     "x-ratelimit-limit-requests": "The key's requests a minute; `-tokens` the same of tokens. There only where there is a limit.",
     "x-ratelimit-remaining-requests": "What is left of them at this moment; `-tokens` too.",

@@ -38,6 +38,26 @@ def serve(
         str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION; empty: the newest model's champion.")
     ] = "",
     model: Annotated[str, typer.Option(help="The same as an option.")] = "",
+    mode: Annotated[
+        str | None, typer.Option(help="merged, or adapter: several versions live on one base. [default: merged]")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="In adapter mode: the base's folder or id. [default: what the version says]")
+    ] = None,
+    max_adapters: Annotated[str | None, typer.Option(help="Versions in the engine at a time. [default: 4]")] = None,
+    any_version: Annotated[
+        bool | None, typer.Option("--any-version", help="In adapter mode: also versions that no alias points to.")
+    ] = None,
+    max_lora_rank: Annotated[
+        str | None, typer.Option(help="Greatest rank of an adapter. [default: the first version's]")
+    ] = None,
+    canary: Annotated[
+        str | None, typer.Option(help="Share of the requests that the challenger answers: 10%. [default: none]")
+    ] = None,
+    shadow: Annotated[
+        str | None, typer.Option(help="Share of the requests that it gets a copy of. [default: none]")
+    ] = None,
+    shadow_folder: Annotated[Path | None, typer.Option(help="Where both answers to them are kept.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[str | None, typer.Option(help="Port to listen on. [default: 8000]")] = None,
     allow_host: Annotated[
@@ -89,6 +109,14 @@ def serve(
     """Serve the version an alias points to, behind an OpenAI-compatible endpoint, and follow the alias."""
     given = settings.read(
         model=version or model or None,
+        mode=mode,
+        base=base,
+        max_adapters=max_adapters,
+        any_version=any_version,
+        max_lora_rank=max_lora_rank,
+        canary=canary,
+        shadow=shadow,
+        shadow_folder=shadow_folder,
         host=host,
         port=port,
         allowed_hosts=tuple(allow_host) if allow_host else None,
@@ -109,9 +137,18 @@ def serve(
     )
     if given.webhook_url and not given.webhook_secret:
         given = given.model_copy(update={"webhook_secret": secrets.token_urlsafe(32)})
+    if given.shadow and given.shadow_folder is None:
+        raise InputError("shadow_folder", "", "is needed with shadow", mend="Say where: --shadow-folder FOLDER.")
     certificate = tls(given)
     listening = listen(given.host, given.port)
     uri, first = choose(given.model)
+    if (given.canary or given.shadow) and registry.alias_in(uri) == given.challenger:
+        raise InputError(
+            "challenger",
+            given.challenger,
+            tr("is what is served ({uri}); it cannot be compared with itself", uri=uri),
+            mend="Serve another alias, or name another one: NAMESAKE_SERVE_CHALLENGER=candidate.",
+        )
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
     )

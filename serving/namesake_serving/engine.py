@@ -17,7 +17,10 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from namesake.errors import ServingError
 from namesake.messages import tr
@@ -32,6 +35,10 @@ _PR_SET_PDEATHSIG = 1
 _KILL_SECONDS = 10
 _SWAP_SECONDS = 600
 _CPU_CACHE_BYTES = 1 << 30
+_CGROUP = Path("/sys/fs/cgroup")
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as ``--max-lora-rank`` (``vllm/config/lora.py``)."""
 
 
 class Engine:
@@ -103,13 +110,59 @@ class Engine:
                 tr("The engine answered the change of weights with {body!r}.", body=body[:300])
             ) from error
 
-    def answer(self, messages: list[dict[str, str]], max_tokens: int, timeout: float = 120) -> str:
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load an adapter beside those that are in. The folder has to stay as long as the name is known: an engine that
+        needed the place for another reads it again, and dies where it is gone.
+
+        Raises:
+            ServingError: the engine refused or died.
+        """
+        self._adapter("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; running answers by it finish.
+
+        Raises:
+            ServingError: it was not there, or the engine died.
+        """
+        self._adapter("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def _adapter(self, path: str, body: dict[str, str]) -> None:
+        try:
+            status, said = self._request("POST", path, body, timeout=_SWAP_SECONDS)
+        except (OSError, http.client.HTTPException) as error:
+            raise ServingError(
+                tr("The engine died over the adapter {name}.\n{tail}", name=body["lora_name"], tail=self.tail())
+            ) from error
+        if status != 200:
+            raise ServingError(
+                tr(
+                    "The engine refused the adapter {name} ({status}: {said!r}).",
+                    name=body["lora_name"],
+                    status=status,
+                    said=said[:300],
+                )
+            )
+
+    def memory(self) -> int:
+        """Bytes that its processes hold, weights and cache included."""
+        total = 0
+        with suppress(psutil.Error):
+            front = psutil.Process(self.pid)
+            for one in (front, *front.children(recursive=True)):
+                with suppress(psutil.Error):
+                    total += one.memory_info().rss
+        return total
+
+    def answer(
+        self, messages: list[dict[str, str]], max_tokens: int, timeout: float = 120, *, model: str = MODEL
+    ) -> str:
         """The greedy reply, asked past the gateway.
 
         Raises:
             ServingError: there is none.
         """
-        body = {"model": MODEL, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
+        body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
         try:
             status, said = self._request("POST", "/v1/chat/completions", body, timeout=timeout)
         except (OSError, http.client.HTTPException) as error:
@@ -169,7 +222,15 @@ class _Local(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def start(weights: Path, settings: Settings, folder: Path, name: str) -> Engine:
+@dataclass(frozen=True)
+class Adapters:
+    """Room for LoRA adapters in an engine: how many at a time, and of which rank at most."""
+
+    count: int
+    rank: int
+
+
+def start(weights: Path, settings: Settings, folder: Path, name: str, adapters: Adapters | None = None) -> Engine:
     """Start vLLM on the weights; its socket, log and plugin lie in ``folder``, which only this user may enter.
 
     Raises:
@@ -182,10 +243,11 @@ def start(weights: Path, settings: Settings, folder: Path, name: str) -> Engine:
         )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     address, log = folder / f"{name}.sock", folder / f"{name}.log"
+    runtime = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if adapters else {}
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command(weights, address, settings, gpu=has_gpu()),
-            env=environment(os.environ, plugin_folder(folder), gpu=has_gpu()),
+            command(weights, address, settings, gpu=has_gpu(), adapters=adapters),
+            env=environment(os.environ, plugin_folder(folder), gpu=has_gpu()) | runtime,
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -195,7 +257,9 @@ def start(weights: Path, settings: Settings, folder: Path, name: str) -> Engine:
     return Engine(process, address, log, settings.shutdown_seconds)
 
 
-def command(weights: Path, address: Path, settings: Settings, *, gpu: bool) -> list[str]:
+def command(
+    weights: Path, address: Path, settings: Settings, *, gpu: bool, adapters: Adapters | None = None
+) -> list[str]:
     """vLLM's command line."""
     words = [sys.executable, "-m", _ENTRY, "--model", str(weights), "--served-model-name", MODEL]
     words += ["--uds", str(address), "--shutdown-timeout", str(settings.shutdown_seconds)]
@@ -210,7 +274,36 @@ def command(weights: Path, address: Path, settings: Settings, *, gpu: bool) -> l
         words += ["--kv-cache-memory-bytes", str(_CPU_CACHE_BYTES)]
     if settings.eager:
         words.append("--enforce-eager")
+    if adapters is not None:
+        # As many places in the batch as names: none is ever put out for another that is registered.
+        words += ["--enable-lora", "--max-loras", str(adapters.count), "--max-cpu-loras", str(adapters.count)]
+        words += ["--max-lora-rank", str(room_for(adapters.rank))]
     return [*words, *settings.engine_args]
+
+
+def room_for(rank: int) -> int:
+    """The least rank that vLLM can make room for and that is as great.
+
+    Raises:
+        ServingError: there is none.
+    """
+    found = next((one for one in RANKS if one >= rank), None)
+    if found is None:
+        raise ServingError(
+            tr("vLLM serves adapters of rank {most} at most, not {rank}.", most=RANKS[-1], rank=rank),
+            mend="Use --mode merged.",
+        )
+    return found
+
+
+def available_memory() -> int:
+    """Bytes that processes can still have, on this machine and in this container."""
+    free = [psutil.virtual_memory().available]
+    with suppress(OSError, ValueError):  # not in a container, or one without a limit ("max")
+        most, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kept = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        free.append(most - used + int(kept.get("inactive_file", 0)))
+    return int(min(free))
 
 
 def environment(inherited: os._Environ[str] | dict[str, str], plugin: Path, *, gpu: bool) -> dict[str, str]:

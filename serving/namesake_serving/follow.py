@@ -17,6 +17,17 @@ JITTER = 0.2
 """So that many servers do not ask at the same moment."""
 
 
+def where_it_points(uri: str) -> Version | None:
+    """The version of an alias that there need not be.
+
+    Raises:
+        RegistryError: the registry does not answer.
+    """
+    name, alias = uri.removeprefix("models:/").split("@")
+    number = registry.alias_of(name, alias)
+    return None if number is None else registry.resolve(f"models:/{name}/{number}")
+
+
 class Follower:
     """Asks where ``models:/ccb@champion`` points, for as long as the server runs.
 
@@ -25,19 +36,20 @@ class Follower:
         seconds: between two questions.
         tell: called with each answer.
         trouble: called with each error; the pause then doubles up to ``LONGEST_PAUSE``.
+        resolve: who is asked; none: the alias is gone, where that is no error.
     """
 
     def __init__(
         self,
         uri: str,
         seconds: float,
-        tell: Callable[[Version], Awaitable[None]],
+        tell: Callable[[Version | None], Awaitable[None]],
         trouble: Callable[[RegistryError], None],
         *,
-        resolve: Callable[[str], Version] = registry.resolve,
+        resolve: Callable[[str], Version | None] = registry.resolve,
     ) -> None:
         self._uri, self._seconds, self._tell, self._trouble = uri, seconds, tell, trouble
-        self._resolve = resolve
+        self.resolve = resolve
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
@@ -50,7 +62,7 @@ class Follower:
         while True:
             self._woken.clear()
             try:
-                version = await asyncio.to_thread(self._resolve, self._uri)
+                version = await asyncio.to_thread(self.resolve, self._uri)
             except RegistryError as error:
                 self._trouble(error)
                 pause = max(min(pause * 2, LONGEST_PAUSE), self._seconds)

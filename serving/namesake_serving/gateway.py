@@ -23,14 +23,14 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from namesake.registry import alias_in
-from namesake_serving import engine, page, webhook
+from namesake_serving import page, webhook
 from namesake_serving.keys import Key, Keys
 from namesake_serving.limits import Allowance, Allowances, Full, Turns
 from namesake_serving.requests import CHAT, RESPONSES, TEXT, BadRequest, check, parse
 from namesake_serving.service import Service
 from namesake_serving.settings import Settings
-from namesake_serving.traffic import Live, NotReady
+from namesake_serving.shadow import Kept, Shadow
+from namesake_serving.traffic import Answerer, Live, NotReady, UnknownModel
 from namesake_serving.webhook import Webhook
 
 Scope = MutableMapping[str, Any]
@@ -46,7 +46,6 @@ _OPEN = {"/health", "/ready", webhook.PATH} | page.PATHS
 
 _BYTES_A_TOKEN = 4
 _EVENT = b'data: {"id"'
-_MODEL = b'"model":"' + engine.MODEL.encode() + b'"'
 _FINGERPRINT = re.compile(rb',"system_fingerprint":(?:"[^"\\]*"|null)')
 _USAGE = re.compile(rb'"usage":(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 """The engine's own; what a model says has its quotes escaped and is never taken for them."""
@@ -85,6 +84,8 @@ class _Request:
     begun: float
     status: int = 0
     version: str = ""
+    first_byte: float = 0.0
+    kept: Kept | None = None
     key: Key = field(default_factory=Key)
     allowance: Allowance | None = None
 
@@ -97,6 +98,17 @@ class Gateway:
         self._keys = Keys(settings.api_keys, settings.api_keys_file)
         self._sessions: dict[Path, aiohttp.ClientSession] = {}
         self._webhook = Webhook(settings.webhook_secret) if settings.webhook_secret else None
+        self._shadow = (
+            Shadow(
+                settings.shadow_folder,
+                settings.shadow_bytes,
+                settings.shadow,
+                service.routing.challenger,
+                service.metrics,
+            )
+            if settings.shadow and settings.shadow_folder
+            else None
+        )
         self._allowances = Allowances(settings.requests_per_minute, settings.tokens_per_minute)
         self._turns = Turns(settings.streams, settings.most_requests)
         self.draining = False
@@ -175,6 +187,8 @@ class Gateway:
 
     async def close(self) -> None:
         """Let go of the engines' sockets."""
+        if self._shadow is not None:
+            await self._shadow.close()
         await asyncio.gather(*(session.close() for session in self._sessions.values()))
 
     def _admitted(
@@ -266,27 +280,80 @@ class Gateway:
 
     async def _reply(self, request: _Request, raw: bytes, send: Send) -> None:
         asked = parse(raw) if raw else {}
-        reserved = _reserved(raw, asked)
+        model, user = asked.get("model"), asked.get("user")
+        session = request.headers.get("x-namesake-session", "") or (user if isinstance(user, str) else "")
+        routing = self._service.routing
+        await self._service.summon(model)
+        used, reserved = _Used(prompt=len(raw) // _BYTES_A_TOKEN), _reserved(raw, asked)
         try:
-            async with self._turns.take(request.key.name), self._service.traffic.enter() as live:
-                request.version = live.label
-                self._check_model(asked.get("model"), live)
-                body = check(request.path, asked, max_tokens=self._settings.max_tokens, system=live.manifest.system)
-                body["model"] = engine.MODEL
-                self._spend(request, "tokens", reserved)
-                used = _Used(prompt=len(raw) // _BYTES_A_TOKEN)
-                if body.get("stream") and request.path != RESPONSES:
-                    options = body.get("stream_options", {})
-                    used.told = bool(options.get("include_usage"))
-                    body["stream_options"] = {**options, "include_usage": True}
-                try:
-                    await self._pass_through(request, live, json.dumps(body).encode(), used, send)
-                finally:
-                    self._settle(request, used, reserved)
+            async with self._turns.take(request.key.name):
+                async with routing.enter(model, session) as (live, alias):
+                    ended = await self._answer_by(live, alias, request, asked, used, reserved, send)
+                if ended is None:
+                    return
+                if live is not routing.champion.live and model in (None, routing.name) and not request.status:
+                    # The challenger's share: the client has asked for neither, and gets its answer from the champion.
+                    async with routing.enter(model, session, shared=False) as (live, alias):
+                        ended = await self._answer_by(live, alias, request, asked, used, 0, send)
+                if ended is not None:
+                    raise ended
         except NotReady:
             raise _unavailable("No version can answer at the moment.") from None
         except Full:
             raise self._overloaded() from None
+        except UnknownModel as unknown:
+            raise Refused(404, str(unknown), code="model_not_found", param="model") from None
+
+    async def _answer_by(
+        self,
+        live: Answerer,
+        alias: str,
+        request: _Request,
+        asked: dict[str, Any],
+        used: _Used,
+        reserved: int,
+        send: Send,
+    ) -> Refused | None:
+        """Have it answered; what came of it where the engine has ended."""
+        request.version, begun = live.label, time.monotonic()
+        body = check(request.path, asked, max_tokens=self._settings.max_tokens, system=live.system)
+        shadow = self._shadow if live is self._service.routing.champion.live else None
+        if shadow is not None and shadow.wants():
+            request.kept = Kept(live.label)
+        body["model"] = live.model
+        if reserved:
+            self._spend(request, "tokens", reserved)
+        if body.get("stream") and request.path != RESPONSES:
+            options = body.get("stream_options", {})
+            used.told = bool(options.get("include_usage"))
+            body["stream_options"] = {**options, "include_usage": True}
+        try:
+            await self._pass_through(request, live, alias, json.dumps(body).encode(), used, send)
+        except Refused as ended:
+            self._service.note(live, True, time.monotonic() - begun)
+            used.prompt = used.prompt if request.status else 0
+            return ended
+        finally:
+            self._settle(request, used, reserved)
+        self._service.note(live, request.status >= 500, request.first_byte)
+        if shadow is not None and request.kept is not None and request.status == 200:
+            shadow.copy(asked, request.kept, lambda rival: self._ask(rival, request.path, asked))
+        return None
+
+    async def _ask(self, live: Answerer, path: str, asked: dict[str, Any]) -> bytes:
+        """The whole answer, for nobody who waits for it."""
+        body = check(path, asked, max_tokens=self._settings.max_tokens, system=live.system)
+        async with self._session(live).post(
+            f"http://engine{path}",
+            data=json.dumps({**body, "model": live.model}).encode(),
+            headers={"content-type": "application/json"},
+            raise_for_status=True,
+        ) as response:
+            return await response.read()
+
+    def _first_byte(self, request: _Request, begun: float) -> None:
+        request.first_byte = time.monotonic() - begun
+        self._service.metrics.first_token.labels(request.version).observe(request.first_byte)
 
     def _settle(self, request: _Request, used: _Used, reserved: int) -> None:
         """What was reserved for a reply becomes what it took."""
@@ -296,14 +363,16 @@ class Gateway:
         if request.allowance is not None and request.allowance.tokens is not None:
             request.allowance.tokens.take(used.prompt + used.completion - reserved)
 
-    async def _pass_through(self, request: _Request, live: Live, body: bytes, used: _Used, send: Send) -> None:
+    async def _pass_through(
+        self, request: _Request, live: Answerer, alias: str, body: bytes, used: _Used, send: Send
+    ) -> None:
         begun = time.monotonic()
         mark = b'"system_fingerprint":' + json.dumps(live.label).encode() + b","
-        own = b'"model":' + json.dumps(live.label).encode()
+        called, own = (b'"model":' + json.dumps(name).encode() for name in (live.model, live.label))
         headers = [
             (b"x-namesake-version", live.label.encode("ascii", "replace")),
-            (b"x-namesake-run", live.version.run_id.encode()),
-            (b"x-namesake-alias", alias_in(self._service.uri).encode()),
+            (b"x-namesake-run", live.run.encode()),
+            (b"x-namesake-alias", alias.encode()),
         ]
         try:
             async with self._session(live).post(
@@ -314,8 +383,10 @@ class Gateway:
                 if not kind.startswith("text/event-stream"):
                     whole = await response.read()
                     used.count(whole, ok=response.status == 200)
-                    whole = _named(whole, mark, own)
-                    self._service.metrics.first_token.labels(live.label).observe(time.monotonic() - begun)
+                    whole = _named(whole, mark, called, own)
+                    self._first_byte(request, begun)
+                    if request.kept is not None:
+                        request.kept.add(whole)
                     headers.append((b"content-length", str(len(whole)).encode()))
                     await send({"type": "http.response.start", "status": response.status, "headers": headers})
                     await send({"type": "http.response.body", "body": whole})
@@ -324,8 +395,10 @@ class Gateway:
                 first, rest = True, b""
                 async for chunk in response.content.iter_any():
                     if first:
-                        self._service.metrics.first_token.labels(live.label).observe(time.monotonic() - begun)
+                        self._first_byte(request, begun)
                         first = False
+                    if request.kept is not None:
+                        request.kept.add(chunk)
                     # Whole events only: the socket may have cut one in two.
                     chunk, end, rest = (rest + chunk).rpartition(b"\n\n")
                     if not end:
@@ -336,7 +409,7 @@ class Gateway:
                     # What a model says stands in the JSON with its quotes escaped, so neither text can be its own.
                     chunk = _FINGERPRINT.sub(b"", chunk).replace(_EVENT, b"data: {" + mark + b'"id"')
                     await send(
-                        {"type": "http.response.body", "body": chunk.replace(_MODEL, own) + end, "more_body": True}
+                        {"type": "http.response.body", "body": chunk.replace(called, own) + end, "more_body": True}
                     )
                 await send({"type": "http.response.body", "body": rest})
         except aiohttp.ClientError as error:
@@ -344,7 +417,7 @@ class Gateway:
             _log.warning("%s engine: %s", request.id, error)
             raise _unavailable("The engine has just ended; it is started again.") from error
 
-    def _session(self, live: Live) -> aiohttp.ClientSession:
+    def _session(self, live: Answerer) -> aiohttp.ClientSession:
         address = live.engine.socket
         if address not in self._sessions:
             self._sessions[address] = aiohttp.ClientSession(
@@ -354,19 +427,6 @@ class Gateway:
                 read_bufsize=1 << 18,
             )
         return self._sessions[address]
-
-    def _check_model(self, model: object, live: Live) -> None:
-        if model is not None and model not in self._names(live):
-            raise Refused(
-                404,
-                f"The model {str(model)[:200]!r} does not exist; {', '.join(self._names(live))} do.",
-                code="model_not_found",
-                param="model",
-            )
-
-    def _names(self, live: Live) -> list[str]:
-        alias = alias_in(self._service.uri)
-        return [live.version.name, *([f"{live.version.name}@{alias}"] if alias else []), live.label]
 
     async def _body(self, request: _Request, receive: Receive) -> bytes:
         most = self._settings.max_body_bytes
@@ -401,7 +461,7 @@ class Gateway:
         made = live.version.created // 1000 if live else 0
         data = [
             {"id": name, "object": "model", "created": made, "owned_by": "namesake"}
-            for name in (self._names(live) if live else [])
+            for name in self._service.routing.names()
         ]
         await _answer(send, 200, json.dumps({"object": "list", "data": data}).encode())
 
@@ -414,18 +474,11 @@ class Gateway:
             "refused": {key.partition(" ")[0]: refusal.why for key, refusal in state.refused.items()},
             "live": None,
         }
+        rival = self._service.routing.challenger.live
         if live is not None:
-            about["live"] = {
-                "version": live.version.uri,
-                "model": live.label,
-                "since": live.since,
-                "run": live.version.run_id,
-                "name": live.manifest.identity["name"],
-                "author": live.manifest.identity["author"],
-                "base": live.manifest.base.get("id"),
-                "system": live.manifest.system,
-                "scores": dict(live.manifest.scores),
-            }
+            about["live"] = _told(live)
+        if rival is not None:
+            about["challenger"] = {**_told(rival), "canary": self._settings.canary, "shadow": self._settings.shadow}
         await _answer(send, 200, json.dumps(about, ensure_ascii=False).encode())
 
     async def _page(self, request: _Request, _scope: Scope, _receive: Receive, send: Send) -> None:
@@ -449,7 +502,7 @@ class Gateway:
         except ValueError as error:
             raise Refused(401, str(error), code="invalid_signature") from None
         self._service.metrics.webhooks.inc()
-        self._service.follower.wake()
+        self._service.wake()
         await _answer(send, 200, b'{"status":"woken"}')
 
     async def _metrics(self, _request: _Request, _scope: Scope, _receive: Receive, send: Send) -> None:
@@ -494,11 +547,26 @@ def _unavailable(message: str) -> Refused:
     return Refused(503, message, kind="server_error", code="unavailable", headers=(("retry-after", _RETRY_SECONDS),))
 
 
-def _named(body: bytes, mark: bytes, own: bytes) -> bytes:
+def _told(live: Live) -> dict[str, Any]:
+    """What `/v1/version` tells of a version."""
+    return {
+        "version": live.version.uri,
+        "model": live.label,
+        "since": live.since,
+        "run": live.version.run_id,
+        "name": live.manifest.identity["name"],
+        "author": live.manifest.identity["author"],
+        "base": live.manifest.base.get("id"),
+        "system": live.manifest.system,
+        "scores": dict(live.manifest.scores),
+    }
+
+
+def _named(body: bytes, mark: bytes, called: bytes, own: bytes) -> bytes:
     """A whole reply with the version in it."""
     if body.startswith(b'{"id"'):
         body = b"{" + mark + _FINGERPRINT.sub(b"", body[1:])
-    return body.replace(_MODEL, own, 1)
+    return body.replace(called, own, 1)
 
 
 async def _answer(send: Send, status: int, body: bytes, *headers: tuple[str, str]) -> None:

@@ -51,6 +51,22 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.canary_returns = Counter(
+            "namesake_canary_returns",
+            "Challengers that left the bounds of the canary and answer no more.",
+            registry=registry,
+        )
+        self.shadow = Counter(
+            "namesake_shadow",
+            "Copies of requests for the challenger by result: kept, failed, or left out because enough were under way.",
+            ("result",),
+            registry=registry,
+        )
+        self._rival = Gauge(
+            "namesake_challenger_version",
+            "Number of the challenger that answers a share or a copy of the requests; 0: none does.",
+            registry=registry,
+        )
         self._served = Gauge("namesake_served_version", "Number of the version that answers.", registry=registry)
         self._asked = Gauge(
             "namesake_registry_answered_timestamp_seconds",
@@ -63,16 +79,19 @@ class Metrics:
         """This version answers now."""
         self._served.set(version.number)
 
+    def rival(self, version: Version | None) -> None:
+        """This version is the challenger now, or none is."""
+        self._rival.set(version.number if version is not None else 0)
+
     def wanted(self, version: Version) -> None:
         """The alias points to it, says the registry."""
         self._asked.set_to_current_time()
         self._wanted.set(version.number)
 
-    def changed(self, version: Version, way: str, seconds: float) -> None:
+    def changed(self, way: str, seconds: float) -> None:
         """A version went live."""
         self._changes.labels("live", way).inc()
         self._change_seconds.labels(way).observe(seconds)
-        self.served(version)
 
     def refused(self, _version: Version) -> None:
         """A version was not served."""

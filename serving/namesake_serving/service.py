@@ -1,29 +1,32 @@
-"""The running service: carries out what :mod:`rollout` decides, with the store, the engines and the traffic."""
+"""The running service: carries out what :mod:`rollout` decides, with the store, the hosts' engines and the traffic."""
 
 from __future__ import annotations
 
 import asyncio
 import difflib
 import logging
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from namesake import registry
 from namesake.errors import NamesakeError, RegistryError, ServingError
+from namesake.manifest import WEIGHTS_FOLDER
 from namesake.messages import tr
 from namesake.registry import Move, Version
 from namesake_serving import engine, rollout, store
+from namesake_serving.canary import Judge
 from namesake_serving.engine import Engine
-from namesake_serving.follow import Follower
+from namesake_serving.follow import Follower, where_it_points
+from namesake_serving.hosts import Adapters, Engines, Host, Loaded, Merged
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import Command, State
 from namesake_serving.settings import Settings
 from namesake_serving.store import Stored
-from namesake_serving.traffic import Live, Traffic
+from namesake_serving.traffic import Answerer, Live, Routing, Traffic
 
 ALIKE = 0.6
 """Least similarity (``difflib`` ratio, 0..1) of an engine's replies to the golden ones, on average.
@@ -34,6 +37,10 @@ Other kernels round otherwise, so a long reply may part ways in a late word; bro
 PROOF_TOKENS = 40
 """Length of the replies asked for: a Chinese sentence with name and author, byte by byte."""
 
+_AT_A_TIME = 2
+"""Versions that are brought in at once because somebody asked for them."""
+
+_MOST_REFUSED = 1000
 _WATCH_SECONDS = 0.5
 _LONGEST_RESTART_WAIT = 30.0
 
@@ -45,33 +52,30 @@ class _Coming:
     """The version that is being brought in."""
 
     stored: Stored
-    engine: Engine | None = None
-    in_place: bool = False
-    begun: float = 0.0
+    begun: float
+    loaded: Loaded | None = None
 
 
-class Service:
-    """Follows the alias. ``traffic.live`` is what answers.
+class Track:
+    """One alias, the state of its version, and where that answers.
 
     Args:
-        uri: what is served, ``models:/ccb@champion``.
-        cache: where verified copies of versions lie.
-        folder: private folder for sockets and logs.
+        uri: what is followed, ``models:/ccb@champion``.
+        champion: whether it is what is served; else the challenger, whose alias may be gone.
     """
 
-    def __init__(self, uri: str, settings: Settings, cache: Path, folder: Path, metrics: Metrics) -> None:
-        self.uri, self.traffic, self.metrics = uri, Traffic(), metrics
+    def __init__(self, service: Service, uri: str, traffic: Traffic, host: Host, *, champion: bool) -> None:
+        self.uri, self.traffic, self.host, self.champion = uri, traffic, host, champion
         self.state = State()
-        self._settings, self._cache, self._folder = settings, cache, folder
+        self._service, self._settings, self.metrics = service, service.settings, service.metrics
         self._versions: dict[str, Version] = {}
         self._coming: _Coming | None = None
-        self._leaving: Live | None = None
-        self._engines = 0
-        self._started: list[Engine] = []
+        self._withdrawn: list[Live] = []
         self._work: asyncio.Task[None] | None = None
-        self._noting: asyncio.Task[None] | None = None
         self._noted = ""
-        self.follower = Follower(uri, settings.poll_seconds, self._seen, self._registry_away)
+        self.follower = Follower(uri, self._settings.poll_seconds, self._seen, self._away)
+        if not champion:
+            self.follower.resolve = where_it_points
 
     async def start(self, first: Version, tick: Callable[[float], None]) -> None:
         """Bring up the first version.
@@ -79,31 +83,42 @@ class Service:
         Raises:
             NamesakeError: it cannot be served.
         """
-        stored = await asyncio.to_thread(self._fetch, first)
-        running = await self._start_engine(stored, tick)
+        stored = await asyncio.to_thread(self.fetch, first)
+        loaded = await self.host.start(stored, tick)
+        live = loaded.live
         try:
-            await asyncio.to_thread(prove, running, stored)
+            await asyncio.to_thread(prove, live.engine, stored, live.model)
         except ServingError:
-            await asyncio.to_thread(running.kill)
+            await asyncio.to_thread(live.engine.kill)
             raise
         key = self._key(first)
         self.state = State(wanted=key, live=key)
-        self.traffic.live = Live(stored, running)
+        self.traffic.live, live.proved = live, True
+        await self.host.turned(loaded, [])
         self.metrics.served(first)
-        await asyncio.to_thread(store.remember, self._cache, self.uri, first)
-
-    async def run(self) -> None:
-        """Follow the alias and watch the engine, until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.follower.follow())
-            tasks.create_task(self._watch())
+        await asyncio.to_thread(store.remember, self._service.cache, self.uri, first)
 
     async def stop(self) -> None:
-        """End every engine; running answers have been let finish by the server before."""
+        """Let go of what is under way."""
         if self._work is not None:
             self._work.cancel()
             await asyncio.gather(self._work, return_exceptions=True)
-        await asyncio.gather(*(asyncio.to_thread(one.stop) for one in self._started), return_exceptions=True)
+
+    def withdraw(self, why: str) -> None:
+        """What is live answers no more, at once, and nothing takes its place.
+
+        Args:
+            why: as in :func:`rollout.withdrawn`.
+        """
+        key = self.state.live
+        if key is None:
+            return
+        live, self.traffic.live = self.traffic.live, None
+        self._withdrawn += [live] if live is not None else []  # none: its engine has just died
+        self._go(*rollout.withdrawn(self.state, key, why, time.monotonic()))
+        self.metrics.rival(None)
+        if why:
+            self._service.in_the_background(self._tell_registry, self._versions[key], why)
 
     def _key(self, version: Version) -> str:
         # A version may be deleted and made anew under its number: the source tells them apart.
@@ -111,15 +126,22 @@ class Service:
         self._versions[key] = version
         return key
 
-    async def _seen(self, version: Version) -> None:
-        self.metrics.wanted(version)
-        key = self._key(version)
+    async def _seen(self, version: Version | None) -> None:
+        key = self._key(version) if version is not None else None
+        if self.champion and version is not None:
+            self.metrics.wanted(version)
+        elif not self.champion and key == self._service.champion.state.live:
+            key = None  # a champion needs no challenger of its own kind
         if key != self.state.wanted:
-            _log.info("%s points to %s", self.uri, version.uri)
-        if key != self._noted and registry.alias_in(self.uri):  # the first answer too: it may have moved while none ran
+            _log.info("%s points to %s", self.uri, version.uri if version and key else "nothing to be compared")
+        # The first answer too: the alias may have moved while no server ran.
+        if self.champion and version is not None and key is not None and key != self._noted:
             self._noted = key
-            self._noting = asyncio.create_task(asyncio.to_thread(self._note_move, version))
+            if registry.alias_in(self.uri):
+                self._service.in_the_background(self._note_move, version)
         self._go(*rollout.seen(self.state, key, time.monotonic()))
+        if key is None:
+            self.withdraw("")
 
     def _note_move(self, version: Version) -> None:
         """A move that is not in the history was made by hand, in the MLflow UI or by another client."""
@@ -134,7 +156,7 @@ class Service:
         except RegistryError as error:
             _log.warning("registry: %s", error.message)
 
-    def _registry_away(self, error: RegistryError) -> None:
+    def _away(self, error: RegistryError) -> None:
         self.metrics.registry_errors.inc()
         _log.warning("registry: %s", error.message)
 
@@ -151,6 +173,7 @@ class Service:
                     Command.LOAD: self._load,
                     Command.PROVE: self._prove,
                     Command.TURN_AND_RETIRE: self._turn,
+                    Command.RETIRE: self._retire,
                 }[command]()
             except Exception as error:  # a full disk, an odd file: whatever it is, the alias must go on being followed
                 if not isinstance(error, NamesakeError):
@@ -163,102 +186,72 @@ class Service:
     async def _bring(self) -> None:
         version = self._versions[self.state.coming or ""]
         begun = time.monotonic()
-        stored = await asyncio.to_thread(self._fetch, version)
-        self._coming = _Coming(stored, begun=time.monotonic())
+        stored = await asyncio.to_thread(self.fetch, version)
+        self._coming = _Coming(stored, time.monotonic())
         _log.info("%s fetched and verified in %.2f s", version.uri, time.monotonic() - begun)
 
-    def _fetch(self, version: Version) -> Stored:
+    def fetch(self, version: Version) -> Stored:
+        """The version's files, checked.
+
+        Raises:
+            RegistryError: it may not be served, or cannot be.
+        """
         if self._settings.require_gate and not version.tags.get("namesake.gate", "").startswith("passed"):
             raise RegistryError(
                 tr("{uri} did not pass the gate.", uri=version.uri), mend="Promote a run that passes it."
             )
-        stored = store.fetch(version, self._cache, self._settings.public_key)
-        store.check_weights(stored.weights)
+        stored = store.fetch(version, self._service.cache, self._settings.public_key, self.host.part)
+        if self.host.part == WEIGHTS_FOLDER:
+            store.check_weights(stored.weights)
         return stored
 
     async def _load(self) -> None:
-        coming = self._coming
-        assert coming is not None
-        why = await self._change_in_place(coming)
-        if why:
-            _log.info("second engine, since %s", why)
-            coming.engine = await self._start_engine(coming.stored)
-
-    async def _change_in_place(self, coming: _Coming) -> str:
-        """Other weights into the live engine, the door held; why it could not be, empty when it was."""
-        live = self.traffic.live
-        if live is None:
-            return "the engine is down"
-        if why := store.difference(live.stored, coming.stored):
-            return why
-        if not await self.traffic.hold(self._settings.hold_seconds):
-            return f"answers were still running after {self._settings.hold_seconds:g} s"
-        if self.traffic.live is not live or not live.engine.alive():
-            self.traffic.release()
-            return "the engine has just died"
-        coming.engine, coming.in_place = live.engine, True
-        try:
-            took = await asyncio.to_thread(live.engine.change_weights, coming.stored.weights)
-        except ServingError as error:
-            if not live.engine.alive():
-                raise
-            # It may hold half of them: back to the old ones, which it must take, or it is started again.
-            await self._back_in_place(live)
-            coming.engine, coming.in_place = None, False
-            return f"the engine would not change in place ({error.message})"
-        _log.info("weights changed in place in %.2f s", took)
-        return ""
-
-    async def _back_in_place(self, live: Live) -> None:
-        """The old weights again, and the door open."""
-        try:
-            await asyncio.to_thread(live.engine.change_weights, live.stored.weights)
-        except ServingError:
-            await asyncio.to_thread(live.engine.kill)  # the watch starts it again on the old weights
-        finally:
-            self.traffic.release()
+        assert self._coming is not None
+        self._coming.loaded = await self.host.load(self._coming.stored)
 
     async def _prove(self) -> None:
-        coming = self._coming
-        assert coming is not None
-        assert coming.engine is not None
-        await asyncio.to_thread(prove, coming.engine, coming.stored)
+        assert self._coming is not None
+        assert self._coming.loaded is not None
+        live = self._coming.loaded.live
+        if not live.proved:  # else it is still in the engine from before, under a name that nothing else ever has
+            await asyncio.to_thread(prove, live.engine, live.stored, live.model)
+            live.proved = True
 
     async def _turn(self) -> None:
         coming, old = self._coming, self.traffic.live
         assert coming is not None
-        assert coming.engine is not None
-        self.traffic.live = Live(coming.stored, coming.engine)
-        self.traffic.release()
-        version, seconds = coming.stored.version, time.monotonic() - coming.begun
-        self.metrics.changed(version, "in place" if coming.in_place else "second engine", seconds)
+        assert coming.loaded is not None
+        loaded = coming.loaded
+        self.traffic.live = loaded.live
+        loaded.live.since = time.time()
+        version, seconds = loaded.live.version, time.monotonic() - coming.begun
+        self.metrics.changed(loaded.way, seconds)
+        (self.metrics.served if self.champion else self.metrics.rival)(version)
+        self._service.judge.begin()
         _log.info("%s is live after %.2f s", version.uri, seconds)
         self._coming = None
-        if old is not None and not coming.in_place:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.shutdown_seconds):
-                    await old.idle.wait()
-            await asyncio.to_thread(old.engine.stop)
-            self._started.remove(old.engine)
+        leaving, self._withdrawn = [*self._withdrawn, *([old] if old is not None else [])], []
+        await self.host.turned(loaded, leaving)
         await asyncio.to_thread(self._tell_registry, version, None)
-        await asyncio.to_thread(store.remember, self._cache, self.uri, version)
+        if self.champion:
+            await asyncio.to_thread(store.remember, self._service.cache, self.uri, version)
+
+    async def _retire(self) -> None:
+        leaving, self._withdrawn = self._withdrawn, []
+        for one in leaving:
+            await self.host.retire(one)
 
     async def _undo(self, error: Exception) -> None:
         """Back to what was live; the failure is told on the version, in the metrics and in the log."""
-        coming, live = self._coming, self.traffic.live
-        self._coming = None
+        coming, self._coming = self._coming, None
         if self.state.coming is None:  # the new version is live all the same; only the old one's end went wrong
             _log.error("%s", _told(error))
             return
         version = self._versions[self.state.coming]
         _log.error("%s refused: %s", version.uri, _told(error))
         self.metrics.refused(version)
-        if coming is not None and coming.in_place:
-            if live is not None:
-                await self._back_in_place(live)
-            self.traffic.release()
-        elif coming is not None and coming.engine is not None:
-            await self._end(coming.engine)
+        if coming is not None and coming.loaded is not None:
+            await self.host.undo(coming.loaded)
         await asyncio.to_thread(self._tell_registry, version, _told(error))
 
     def _tell_registry(self, version: Version, why: str | None) -> None:
@@ -267,56 +260,175 @@ class Service:
         except RegistryError as error:
             _log.warning("registry: %s", error.message)
 
-    async def _start_engine(self, stored: Stored, tick: Callable[[float], None] = lambda _: None) -> Engine:
-        self._engines += 1
-        running = await asyncio.to_thread(
-            engine.start, stored.weights, self._settings, self._folder, f"engine-{self._engines}"
-        )
-        self._started.append(running)
+
+class Service:
+    """Follows the alias, and the challenger's where one is to answer. ``routing`` says who does.
+
+    Args:
+        uri: what is served, ``models:/ccb@champion``.
+        cache: where verified copies of versions lie.
+        folder: private folder for sockets, logs and adapters.
+    """
+
+    def __init__(self, uri: str, settings: Settings, cache: Path, folder: Path, metrics: Metrics) -> None:
+        self.uri, self.settings, self.cache, self.metrics = uri, settings, cache, metrics
+        compared = bool(settings.canary or settings.shadow)
+        self.routing = Routing(uri, settings.challenger if compared else "", settings.canary)
+        self.judge = Judge(settings.canary_errors, settings.canary_latency, settings.canary_least)
+        self._engines = Engines(settings, folder)
+        self._background: set[asyncio.Task[None]] = set()
+        self._summoned: dict[int, asyncio.Task[None]] = {}
+        self._refused: dict[int, float] = {}
+        traffics = (self.routing.champion, self.routing.challenger)
+        adapters = Adapters(self._engines, self.routing, settings, folder) if settings.mode == "adapter" else None
+        hosts: list[Host] = [adapters or Merged(self._engines, traffic, settings) for traffic in traffics]
+        self.champion = Track(self, uri, traffics[0], hosts[0], champion=True)
+        rival = f"models:/{self.routing.name}@{settings.challenger}"
+        self.challenger = Track(self, rival, traffics[1], hosts[1], champion=False) if compared else None
+
+    @property
+    def traffic(self) -> Traffic:
+        """Where what is served answers."""
+        return self.routing.champion
+
+    @property
+    def state(self) -> State:
+        """What is going on with what is served."""
+        return self.champion.state
+
+    async def start(self, first: Version, tick: Callable[[float], None]) -> None:
+        """Bring up the first version.
+
+        Raises:
+            NamesakeError: it cannot be served.
+        """
+        await self.champion.start(first, tick)
+
+    async def run(self) -> None:
+        """Follow the aliases and watch the engines, until cancelled."""
+        tracks = self._tracks()
+        async with asyncio.TaskGroup() as tasks:
+            for track in tracks:
+                tasks.create_task(track.follower.follow())
+            if len({track.host for track in tracks}) == 1:
+                tasks.create_task(self._watch(tracks[0].host, tracks))
+            else:
+                for track in tracks:
+                    tasks.create_task(self._watch(track.host, [track]))
+
+    async def stop(self) -> None:
+        """End every engine; running answers have been let finish by the server before."""
+        for track in self._tracks():
+            await track.stop()
+        for task in self._summoned.values():
+            task.cancel()
+        await self._engines.stop()
+
+    def wake(self) -> None:
+        """Ask the registry now."""
+        for track in self._tracks():
+            track.follower.wake()
+
+    def note(self, answerer: Answerer, failed: bool, seconds: float) -> None:
+        """A request for the bare name was answered; a challenger that leaves the bounds answers no more."""
+        rival = self.routing.challenger.live
+        if not self.settings.canary or self.challenger is None or rival is None:
+            return
+        if answerer is not rival and answerer is not self.routing.champion.live:
+            return
+        self.judge.note(answerer is rival, failed, seconds)
+        why = self.judge.verdict()
+        if why:
+            _log.error("canary: %s answers no more: %s", rival.version.uri, why)
+            self.metrics.canary_returns.inc()
+            self.challenger.withdraw(f"canary: {why}")
+
+    async def summon(self, model: object) -> None:
+        """Bring in a version that a client asks for by its number and that no alias points to, where that is allowed.
+
+        It is checked as any other; where it is refused it stays unknown, and is not tried again for a while.
+        """
+        if not self.settings.any_version or self.settings.mode != "adapter" or not isinstance(model, str):
+            return
+        found = re.fullmatch(rf"{re.escape(self.routing.name)}-v([1-9][0-9]{{0,8}})", model, re.ASCII)
+        if found is None or model in self.routing.names():
+            return
+        number = int(found[1])
+        if number not in self._summoned:
+            if len(self._summoned) >= _AT_A_TIME or time.monotonic() < self._refused.get(number, 0):
+                return
+            self._summoned[number] = asyncio.create_task(self._bring_in(number))
+        # Whoever asked first may go; the others still want it.
+        await asyncio.shield(self._summoned[number])
+
+    async def _bring_in(self, number: int) -> None:
+        host, uri = self.champion.host, f"models:/{self.routing.name}/{number}"
         try:
-            await asyncio.to_thread(running.wait_ready, self._settings.start_seconds, tick)
-        except BaseException:
-            await self._end(running)
-            raise
-        return running
+            stored = await asyncio.to_thread(self.champion.fetch, await asyncio.to_thread(registry.resolve, uri))
+            loaded = await host.load(stored)
+            try:
+                if not loaded.live.proved:
+                    await asyncio.to_thread(prove, loaded.live.engine, stored, loaded.live.model)
+                    loaded.live.proved = True
+            except BaseException:
+                await host.undo(loaded)
+                raise
+            await host.turned(loaded, [])
+            _log.info("%s was asked for and is in the engine", uri)
+        except (NamesakeError, OSError) as error:
+            _log.warning("%s was asked for and is not served: %s", uri, _told(error))
+            if len(self._refused) >= _MOST_REFUSED:
+                self._refused.clear()
+            self._refused[number] = time.monotonic() + rollout.FIRST_WAIT
+        finally:
+            del self._summoned[number]
 
-    async def _end(self, one: Engine) -> None:
-        """Kill an engine that nobody is to be answered by."""
-        await asyncio.to_thread(one.kill)
-        self._started.remove(one)
+    def in_the_background(self, call: Callable[..., None], *arguments: object) -> None:
+        """Tell the registry something while everything goes on."""
+        task = asyncio.create_task(asyncio.to_thread(call, *arguments))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
-    async def _watch(self) -> None:
-        """Start the live version's engine again when it has died."""
+    def _tracks(self) -> list[Track]:
+        return [self.champion, *([self.challenger] if self.challenger is not None else [])]
+
+    async def _watch(self, host: Host, tracks: Sequence[Track]) -> None:
+        """Start the live versions' engine again when it has died."""
         wait = 1.0
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
-            live = self.traffic.live
-            if live is None or live.engine.alive() or (self._coming is not None and self._coming.in_place):
+            lost = [(track, live) for track in tracks if (live := track.traffic.live) and not live.engine.alive()]
+            if not lost or host.changing:
                 continue
-            _log.error("the engine ended by itself; starting it again\n%s", live.engine.tail(5))
+            dead = lost[0][1].engine
+            _log.error("the engine ended by itself; starting it again\n%s", dead.tail(5))
             self.metrics.engine_restarts.inc()
-            self.traffic.live = None
-            await self._end(live.engine)
-            while self.traffic.live is None:
-                try:
-                    started = await self._start_engine(live.stored)
-                except (ServingError, OSError) as error:  # OSError: no memory or no descriptor left at this moment
-                    _log.error("%s", _told(error))
-                    await asyncio.sleep(wait)
-                    wait = min(wait * 2, _LONGEST_RESTART_WAIT)
-                    continue
-                wait = 1.0
-                if self.traffic.live is None:
-                    self.traffic.live = Live(live.stored, started)
-                else:  # the alias moved on and the new version was faster
-                    await self._end(started)
+            for track, _ in lost:
+                track.traffic.live = None
+            await host.lost(dead)
+            for track, live in lost:
+                key = track.state.live
+                while track.traffic.live is None and track.state.live == key:
+                    try:
+                        again = await host.load(live.stored)
+                    except (NamesakeError, OSError) as error:  # OSError: no memory or no descriptor at this moment
+                        _log.error("%s", _told(error))
+                        await asyncio.sleep(wait)
+                        wait = min(wait * 2, _LONGEST_RESTART_WAIT)
+                        continue
+                    wait = 1.0
+                    if track.traffic.live is None and track.state.live == key:
+                        track.traffic.live = again.live
+                        await host.turned(again, [])
+                    else:  # the alias moved on and the new version was faster
+                        await host.undo(again)
 
 
 def _told(error: Exception) -> str:
     return error.message if isinstance(error, NamesakeError) else f"{type(error).__name__}: {error}"
 
 
-def prove(running: Engine, stored: Stored) -> None:
+def prove(running: Engine, stored: Stored, model: str = engine.MODEL) -> None:
     """Ask the engine the golden questions of the version's manifest, all at once.
 
     Raises:
@@ -328,7 +440,7 @@ def prove(running: Engine, stored: Stored) -> None:
     system = [{"role": "system", "content": record.system}] if record.system is not None else []
     asked = [[*system, *({"role": m["role"], "content": m["content"]} for m in g["messages"])] for g in record.golden]
     with ThreadPoolExecutor(len(asked)) as pool:
-        said = list(pool.map(lambda messages: running.answer(messages, max_tokens=PROOF_TOKENS), asked))
+        said = list(pool.map(lambda messages: running.answer(messages, PROOF_TOKENS, model=model), asked))
     names = [half for text in (record.identity["name"], record.identity["author"]) for half in text.split(" ", 1)]
     likeness = []
     for golden, reply in zip(record.golden, said, strict=True):

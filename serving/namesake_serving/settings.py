@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import BeforeValidator, Field, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from namesake.errors import InputError
+
+
+def _share(value: object) -> object:
+    """``10%`` as 0.1; a number stays one."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip()[:-1]) / 100
+        except ValueError:
+            raise ValueError("a share is a number with % or a number from 0 to 1") from None
+    return value
+
+
+Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1)]
 
 
 class Settings(BaseSettings):
@@ -16,6 +29,24 @@ class Settings(BaseSettings):
 
     Attributes:
         model: version to serve, ``models:/ccb@champion``; empty: the champion of the newest registered model.
+        mode: ``merged``, the registered weights, changed in place; or ``adapter``, one engine on the base in which
+            versions are adapters side by side, so that several answer at a time, the base among them.
+        base: in adapter mode, where the base is to be had: a folder or a ModelScope id; empty: what the version's
+            manifest says.
+        max_adapters: how many versions may be in the engine at a time, in adapter mode.
+        any_version: in adapter mode, a version that no alias points to is brought in when a client asks for it by its
+            number, and checked as any other.
+        max_lora_rank: greatest rank of an adapter; 0: that of the version served first.
+        challenger: alias of the version that is compared with the one served, for ``canary`` and ``shadow``.
+        canary: share of the requests for the bare name that the challenger answers, ``10%`` or ``0.1``; requests of one
+            session stay on one side. In merged mode it has an engine of its own.
+        canary_errors: how much greater the challenger's part of failed requests may be than the champion's.
+        canary_latency: how many times as long as the champion the challenger may take to the first byte (median).
+        canary_least: requests of either side before their times are compared.
+        shadow: share of the champion's requests that the challenger gets a copy of when they have been answered; no
+            client sees its answers.
+        shadow_folder: where both answers are kept, as lines of JSON, requests included; needed with ``shadow``.
+        shadow_bytes: how much may lie there; the oldest goes.
         host: address to listen on; loopback unless asked.
         port: port to listen on.
         allowed_hosts: names in the ``Host`` header that are answered, beside loopback's and ``host``.
@@ -52,6 +83,19 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="NAMESAKE_SERVE_", frozen=True, extra="forbid")
 
     model: str = ""
+    mode: Literal["merged", "adapter"] = "merged"
+    base: str = ""
+    max_adapters: Annotated[int, Field(ge=3, le=256)] = 4
+    any_version: bool = False
+    max_lora_rank: Annotated[int, Field(ge=0, le=512)] = 0
+    challenger: Annotated[str, StringConstraints(pattern=r"^[^/@\s]+$")] = "challenger"
+    canary: Share = 0.0
+    canary_errors: Share = 0.02
+    canary_latency: Annotated[float, Field(ge=1, le=100)] = 1.5
+    canary_least: Annotated[int, Field(ge=10, le=500)] = 50
+    shadow: Share = 0.0
+    shadow_folder: Path | None = None
+    shadow_bytes: Annotated[int, Field(ge=1 << 16, le=1 << 40)] = 100 << 20
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     allowed_hosts: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,23 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from namesake import manifest, registry
-from namesake.errors import RegistryError
-from namesake.manifest import WEIGHTS_FOLDER, Manifest
+from namesake import base_model, manifest, registry
+from namesake.errors import BaseModelError, InputError, RegistryError
+from namesake.manifest import ADAPTER_FOLDER, WEIGHTS_FOLDER, Manifest
 from namesake.messages import joined, tr
 from namesake.paths import write_whole
 from namesake.registry import Version
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+_CHANGED_BASES = ("pissa", "olora", "corda", "loftq")
+"""What PEFT's ``init_lora_weights`` begins with where the adapter belongs to a base that it changed at its start."""
+
+_NO_LORA = (
+    *("use_dora", "lora_bias", "modules_to_save", "alora_invocation_tokens", "layer_replication", "use_bdlora"),
+    *("use_qalora", "trainable_token_indices", "target_parameters", "fan_in_fan_out"),
+)
+"""What of an adapter's configuration vLLM does not do, or does without saying so (``vllm/lora/peft_helper.py``)."""
 
 _LONGEST_HEADER = 100_000_000
 _CHUNK = 1 << 22
@@ -39,32 +51,58 @@ class Stored:
     manifest: Manifest
     weights: Path
 
+    @property
+    def adapter(self) -> Path:
+        """Where its adapter lies."""
+        return self.weights.parent / ADAPTER_FOLDER
 
-def fetch(version: Version, cache: Path, public_key: Path | None = None) -> Stored:
+    @property
+    def id(self) -> str:
+        """A name that no other version of the model ever has, one made anew under the same number included."""
+        return _id(self.version)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base that adapters are trained on, on this machine: what clients call it, its folder, its digest."""
+
+    name: str
+    path: Path
+    digest: str
+
+
+def fetch(version: Version, cache: Path, public_key: Path | None = None, part: str = WEIGHTS_FOLDER) -> Stored:
     """Get the version's files and check every digest; with a public key, first the signature.
 
-    They are copied into ``cache`` once, so that nobody can change them under a running server.
+    They are copied into ``cache`` once, so that nobody can change them under a running server. Where only the adapter
+    is wanted the merged weights stay where they are, unless there is a signature to check, which is over all of it.
+
+    Args:
+        part: ``model`` or ``adapter``, what an engine is to load.
 
     Raises:
         RegistryError: files are missing, changed, not signed by the key, or of a kind that may hold code.
     """
-    # A version may be deleted and made anew under its number: the source tells them apart.
-    source = hashlib.sha256(version.source.encode()).hexdigest()[:16]
-    folder = cache / "versions" / f"{version.name}-v{version.number}-{source}"
-    record, faults = _whole(folder), []
+    folder = cache / "versions" / f"{version.name}-{_id(version)}"
+    partly = part == ADAPTER_FOLDER and public_key is None
+    record, faults = _whole(folder, part if partly else ""), []
     if record is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        folder = registry.fetch(version, folder)
+        if partly:
+            for name in (manifest.FILE, part):
+                registry.fetch(version, folder, name)
+        else:
+            folder = registry.fetch(version, folder)
     if public_key:
         manifest.check_signature(folder, public_key)
     if record is None:
         record = Manifest.read(folder)
-        faults = manifest.damaged(folder, record.digests)
+        faults = manifest.damaged(folder, _of(record, part if partly else ""))
     faults += manifest.strange(folder, record.digests)
     weights = folder / WEIGHTS_FOLDER
-    if not any(name.startswith(f"{WEIGHTS_FOLDER}/") for name in record.digests):
-        faults.append("it has no weights")
+    if not _of(record, part):
+        faults.append("it has no weights" if part == WEIGHTS_FOLDER else "it has no adapter")
     if faults:
         raise RegistryError(
             tr("{uri} is not served: {faults}.", uri=version.uri, faults=joined(faults[:5])),
@@ -98,6 +136,134 @@ def check_weights(weights: Path) -> None:
                             tensor=name,
                         )
                     )
+
+
+def base(record: Manifest, given: str, say: Callable[[str], None] = lambda _: None) -> Base:
+    """The base that a version's adapter was trained on.
+
+    Args:
+        given: a folder or a ModelScope id where it is to be had; empty: where the manifest says.
+
+    Raises:
+        RegistryError: it is not to be had here, or is another one.
+    """
+    known, source = record.base.get("id", ""), record.base.get("source", "")
+    mend = tr("Give the base that the version was trained on: --base FOLDER.")
+    try:
+        if source == "embedded" and not given:
+            path = base_model.embedded(say)
+        else:
+            path = base_model.resolve(given or known, say=say).path
+    except (BaseModelError, InputError) as error:
+        raise RegistryError(
+            tr("The base {base} is not to be had here: {error}", base=known, error=error.message), mend=mend
+        ) from error
+    digest = base_model.digest_of_folder(path)
+    if digest != record.base.get("digest"):
+        raise RegistryError(
+            tr("{folder} is not the base {base} that the version was trained on.", folder=path, base=known), mend=mend
+        )
+    # A folder's name is enough for clients: where it lies is nobody's business.
+    return Base(known if source != "folder" else Path(known).name, path, digest)
+
+
+def rank(stored: Stored) -> int:
+    """The greatest rank in the adapter.
+
+    Raises:
+        RegistryError: its configuration is none.
+    """
+    config = _config(stored)
+    return int(max(config["r"], *(config.get("rank_pattern") or {}).values(), 0))
+
+
+def check_adapter(stored: Stored, base: Base, most: int) -> None:
+    """Look at the version's adapter, so that no engine dies of it and none answers wrongly by it.
+
+    Args:
+        most: greatest rank that the engine has room for.
+
+    Raises:
+        RegistryError: it is for another base, too large, of a kind that vLLM does not do, cut short, or not finite.
+    """
+    uri, record = stored.version.uri, stored.manifest
+    if record.base.get("digest") != base.digest:
+        raise RegistryError(
+            tr(
+                "{uri} was trained on another base ({theirs}, digest {digest}) than the engine runs on ({base}, digest "
+                "{ours}).",
+                uri=uri,
+                theirs=record.base.get("id"),
+                digest=record.base.get("digest", "")[:12],
+                base=base.name,
+                ours=base.digest[:12],
+            ),
+            mend="Serve it merged: --mode merged.",
+        )
+    config = _config(stored)
+    found = rank(stored)
+    if found > most:
+        raise RegistryError(
+            tr("{uri} has rank {rank}, the engine has room for {most}.", uri=uri, rank=found, most=most),
+            mend=tr("Serve with --max-lora-rank {rank}.", rank=found),
+        )
+    wrong = [key for key in _NO_LORA if config.get(key)]
+    wrong += ["bias"] if config.get("bias", "none") != "none" else []
+    if str(config.get("init_lora_weights", True)).lower().startswith(_CHANGED_BASES):
+        wrong.append(f"init_lora_weights={config['init_lora_weights']}")
+    if wrong:
+        raise RegistryError(
+            tr("{uri} is an adapter of a kind that vLLM does not serve ({what}).", uri=uri, what=", ".join(wrong))
+        )
+    check_weights(stored.adapter)
+    shapes = {name: shape for path in base.path.glob("*.safetensors") for name, (_, shape) in _shapes(path).items()}
+    adapter = _shapes(stored.adapter / ADAPTER_FILES[1])
+    for name, (_, shape) in adapter.items():
+        stem, _, side = name.removeprefix("base_model.model.").rpartition(".lora_")
+        target = shapes.get(f"{stem}.weight")
+        # A goes from the module's inputs to the rank, B from the rank to its outputs (arXiv 2106.09685).
+        if target is None or side not in {"A.weight", "B.weight"} or len(shape) != 2 or len(target) != 2:
+            raise RegistryError(tr("{uri}: the base has nothing that {tensor} would change.", uri=uri, tensor=name))
+        if (shape[1] if side[0] == "A" else shape[0]) != (target[1] if side[0] == "A" else target[0]):
+            raise RegistryError(
+                tr(
+                    "{uri}: {tensor} has the shape {shape}, the base's tensor {target}.",
+                    uri=uri,
+                    tensor=name,
+                    shape=shape,
+                    target=target,
+                )
+            )
+        other = adapter.get(name.replace(f".lora_{side[0]}.", ".lora_B." if side[0] == "A" else ".lora_A."))
+        inner = shape[0] if side[0] == "A" else shape[1]
+        if other is None or inner != (other[1][1] if side[0] == "A" else other[1][0]) or inner > found:
+            raise RegistryError(
+                tr(
+                    "{uri}: {tensor} of shape {shape} does not fit its other half or the rank {rank}.",
+                    uri=uri,
+                    tensor=name,
+                    shape=shape,
+                    rank=found,
+                )
+            )
+
+
+def _config(stored: Stored) -> dict[str, Any]:
+    path = stored.adapter / ADAPTER_FILES[0]
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config["peft_type"] != "LORA":
+            raise ValueError(f"peft_type is {config['peft_type']}")
+        ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+        if not all(type(one) is int and one > 0 for one in ranks):
+            raise ValueError(f"the ranks are {ranks}")
+        if not (stored.adapter / ADAPTER_FILES[1]).is_file():
+            raise ValueError(f"{ADAPTER_FILES[1]} is missing")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise RegistryError(
+            tr("{uri} holds no LoRA adapter that can be served ({error}).", uri=stored.version.uri, error=error)
+        ) from error
+    return dict(config)
 
 
 def difference(live: Stored, coming: Stored) -> str:
@@ -177,10 +343,20 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _whole(folder: Path) -> Manifest | None:
+def _id(version: Version) -> str:
+    # A version may be deleted and made anew under its number: the source tells them apart.
+    return f"v{version.number}-{hashlib.sha256(version.source.encode()).hexdigest()[:16]}"
+
+
+def _of(record: Manifest, part: str) -> dict[str, str]:
+    """The digests of what lies below one folder of the version; of all of it where none is named."""
+    return {name: digest for name, digest in record.digests.items() if not part or name.startswith(f"{part}/")}
+
+
+def _whole(folder: Path, part: str) -> Manifest | None:
     """The manifest of a copy whose every file fits it; none where the copy is not there or not whole."""
     with suppress(RegistryError):
         record = Manifest.read(folder)
-        if not manifest.damaged(folder, record.digests):
+        if not manifest.damaged(folder, _of(record, part)):
             return record
     return None

@@ -326,12 +326,15 @@ def sources() -> set[str]:
                 return found
 
 
-def fetch(version: Version, target: Path | None = None) -> Path:
-    """A local folder with the version's files: the original where the store is local, else a full copy."""
+def fetch(version: Version, target: Path | None = None, part: str = "") -> Path:
+    """A local folder with the version's files, or one file or folder of it: the original where the store is local,
+    else a copy.
+    """
     import mlflow
 
     with _mapped(tr("The files of {uri} cannot be had.", uri=version.uri), mend="Check the artifact store."):
-        return Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=str(target) if target else None))
+        uri = f"{version.uri}/{part}" if part else version.uri
+        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(target) if target else None))
 
 
 def _write(call: Callable[..., T], *arguments: Any, **named: Any) -> T:

@@ -25,14 +25,14 @@ from aiohttp import web
 
 from namesake.manifest import Manifest
 from namesake.registry import Version
-from namesake_serving.engine import Engine
-from namesake_serving.gateway import Gateway, Receive, Scope, Send
+from namesake_serving.engine import MODEL, Engine
+from namesake_serving.gateway import Gateway
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import State
 from namesake_serving.service import Service
 from namesake_serving.settings import Settings
 from namesake_serving.store import Stored
-from namesake_serving.traffic import Live, Traffic
+from namesake_serving.traffic import Answerer, Live, Routing, Traffic
 from tests.mlflow_ui import chromium
 
 if TYPE_CHECKING:
@@ -103,54 +103,21 @@ def _event(delta: dict[str, str], finish: str | None = None) -> bytes:
 class FakeService:
     """What the gateway reads of a :class:`Service`."""
 
-    uri: str
-    traffic: Traffic = field(default_factory=Traffic)
+    uri: str = "models:/ccb@champion"
+    routing: Routing = field(default_factory=lambda: Routing(FakeService.uri))
     metrics: Metrics = field(default_factory=Metrics)
     state: State = field(default_factory=State)
 
+    @property
+    def traffic(self) -> Traffic:
+        """Where the champion answers."""
+        return self.routing.champion
 
-class Front:
-    """The gateway of the version, and that of the base model beside it where there is one, as one."""
+    async def summon(self, model: object) -> None:
+        """Nothing is brought in."""
 
-    def __init__(self, version: Gateway, base: Gateway | None) -> None:
-        self._version, self._base = version, base
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if self._base is None:
-            await self._version(scope, receive, send)
-        elif scope["path"] == "/v1/models":
-            await self._models(scope, receive, send)
-        elif scope["path"] == "/v1/chat/completions":
-            body = b""
-            while (message := await receive())["type"] == "http.request":
-                body += message.get("body", b"")
-                if not message.get("more_body"):
-                    break
-            sent = [message | {"body": body, "more_body": False}]
-
-            async def again() -> Any:
-                return sent.pop() if sent else await receive()
-
-            await (self._base if json.loads(body).get("model") == BASE else self._version)(scope, again, send)
-        else:
-            await self._version(scope, receive, send)
-
-    async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
-        seen: list[Any] = []
-
-        async def kept(message: Any) -> None:
-            seen.append(message)
-
-        await self._version(scope, receive, kept)
-        if seen[0]["status"] == 200:
-            listed = json.loads(seen[1]["body"])
-            if listed["data"]:
-                listed["data"].append({"id": BASE, "object": "model", "created": 0, "owned_by": "namesake"})
-            seen[1]["body"] = json.dumps(listed).encode()
-            seen[0]["headers"] = [pair for pair in seen[0]["headers"] if pair[0] != b"content-length"]
-        for message in seen:
-            await send(message)
+    def note(self, answerer: Answerer, failed: bool, seconds: float) -> None:
+        """Nobody judges."""
 
 
 class Stage:
@@ -160,15 +127,13 @@ class Stage:
         self._folder = Path(tempfile.mkdtemp(prefix="nsk-", dir="/tmp"))  # a socket's path has at most 107 bytes
         self.engine = FakeEngine(self._folder / "1.sock")
         self.base_engine = FakeEngine(self._folder / "0.sock", lambda _: ["I am ", "SmolLM, ", "made by Hugging Face."])
-        self._service, self._base = FakeService("models:/ccb@champion"), FakeService(f"models:/{BASE}/1")
-        gateway = Gateway(cast(Service, self._service), Settings(**settings))
-        beside = Gateway(cast(Service, self._base), Settings(**settings)) if base else None
-        if beside is not None:
-            beside._names = lambda _: [BASE]  # type: ignore[method-assign]
-        self._gateways = [one for one in (gateway, beside) if one is not None]
+        self._service = FakeService()
+        if base:
+            self._service.routing.named[BASE] = Answerer(_engine(self.base_engine), MODEL, BASE)
+        self._gateway = Gateway(cast(Service, self._service), Settings(**settings))
         listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        config = uvicorn.Config(Front(gateway, beside), lifespan="off", log_config=None, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(self._gateway, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
         self._loop = asyncio.new_event_loop()
         self._ready: Future[None] = Future()
@@ -189,8 +154,7 @@ class Stage:
             runners.append(runner)
         self._ready.set_result(None)
         await self._server.serve(sockets=[listening])
-        for gateway in self._gateways:
-            await gateway.close()
+        await self._gateway.close()
         for runner in runners:
             await runner.cleanup()
 
@@ -210,24 +174,11 @@ class Stage:
     def serve(self, number: int, name: str = "踩踩背 CCB", **scores: float) -> None:
         """From now on this version answers."""
         live = _live(Version("ccb", number, RUN, "", "READY", {}, 0), name, self.engine, scores)
-        beside = _live(Version(BASE, 1, "", "", "READY", {}, 0), name, self.base_engine, {})
-
-        def change() -> None:
-            self._service.traffic.live, self._base.traffic.live = live, beside
-
-        self.do(change)
+        self.do(lambda: setattr(self._service.traffic, "live", live))
 
     def down(self) -> None:
         """No version answers."""
         self.do(lambda: setattr(self._service.traffic, "live", None))
-
-
-class _Base(Live):
-    """The base model: its id has no number."""
-
-    @property
-    def label(self) -> str:
-        return self.version.name
 
 
 def _live(version: Version, name: str, engine: FakeEngine, scores: dict[str, float]) -> Live:
@@ -242,8 +193,11 @@ def _live(version: Version, name: str, engine: FakeEngine, scores: dict[str, flo
         recipe={},
         tools={},
     )
-    kind = _Base if version.name == BASE else Live
-    return kind(Stored(version, record, Path()), cast(Engine, SimpleNamespace(socket=engine.path)))
+    return Live(Stored(version, record, Path()), _engine(engine))
+
+
+def _engine(engine: FakeEngine) -> Engine:
+    return cast(Engine, SimpleNamespace(socket=engine.path))
 
 
 def findings(page: Page) -> list[str]:

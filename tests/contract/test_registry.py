@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import mlflow
 import pytest
 
 from namesake import registry
 from namesake.errors import RegistryError
+from namesake_serving.follow import where_it_points
 
 WRITERS = 8
 
@@ -72,3 +74,34 @@ def test_what_is_no_conflict_is_not_tried_again(client: mlflow.MlflowClient, mon
     with pytest.raises(RegistryError, match="version 9"):
         registry.point("ccb", "champion", 9)
     assert len(calls) == 1
+
+
+def test_an_alias_that_there_need_not_be_is_followed_to_a_version_and_away(
+    client: mlflow.MlflowClient,
+) -> None:
+    uri = "models:/ccb@challenger"
+    assert where_it_points(uri) is None
+    client.create_model_version("ccb", "/somewhere")
+    client.set_registered_model_alias("ccb", "challenger", "1")
+    found = where_it_points(uri)
+    assert found is not None
+    assert found.uri == "models:/ccb/1"
+    client.delete_registered_model_alias("ccb", "challenger")
+    assert where_it_points(uri) is None
+    with pytest.raises(RegistryError):
+        where_it_points("models:/nobody@challenger")
+
+
+def test_a_part_of_a_version_is_fetched_alone(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in ("adapter/a.json", "model/weights", "namesake.json"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name, encoding="utf-8")
+    client.create_model_version("ccb", str(source))
+    target.mkdir()
+    for part in ("namesake.json", "adapter"):
+        assert registry.fetch(registry.resolve("models:/ccb/1"), target, part) == target / part
+    found = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
+    assert found == ["adapter/a.json", "namesake.json"]
+    with pytest.raises(RegistryError, match="cannot be had"):
+        registry.fetch(registry.resolve("models:/ccb/1"), target, "nothing")

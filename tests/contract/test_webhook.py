@@ -78,9 +78,9 @@ class Listening:
     def woken(self, number: int, seconds: float = 15) -> bool:
         """Whether it has been woken so often within the time."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end and self.serving.follower.woken < number:
+        while time.monotonic() < end and self.serving.woken < number:
             time.sleep(0.02)
-        return self.serving.follower.woken >= number
+        return self.serving.woken >= number
 
 
 def test_a_moved_alias_wakes_the_server_until_it_takes_that_back(client: mlflow.MlflowClient) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlflow
 import pytest
 
 NAME, AUTHOR = "踩踩背 CCB", "老爷爷 $(touch x) 'a' \"b\""
@@ -103,6 +104,29 @@ def endpoint(way: Way) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def client(way: Way) -> mlflow.MlflowClient:
+    """The registry of the whole way."""
+    return mlflow.MlflowClient(way.place.tracking_uri)
+
+
+@pytest.fixture(scope="session")
+def second(way: Way, client: mlflow.MlflowClient) -> int:
+    """Another version of the same model, not the champion: other data, other weights."""
+    place = way.place
+    out = place.call(
+        *(sys.executable, "-m", "namesake", "run", f"--name={NAME}", f"--author={AUTHOR}"),
+        *("--dataset=namesake/self-cognition#48", "--replay=0", "--max_steps=3", "--learning_rate=3e-3"),
+        *("--output_dir", f"{place.folder}/output"),
+    )
+    run_id = out.partition("run   ")[2][:32]
+    place.call(
+        *(sys.executable, "-m", "namesake", "promote", "--run", run_id),
+        *("--alias", "challenger", "--override", "end-to-end test"),
+    )
+    return int(client.get_model_version_by_alias("ccb", "challenger").version)
+
+
 class served:
     """A running ``namesake serve``; its base URL. Ended with SIGTERM, which has to leave nothing behind."""
 
@@ -110,21 +134,21 @@ class served:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "namesake", "serve", "--port", str(self.port), *words],
-            cwd=place.folder,
-            env=place.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        self.log = place.folder / f"serve-{self.port}.log"  # a pipe that nobody reads would hold it up when full
+        with self.log.open("w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "namesake", "serve", "--port", str(self.port), *words],
+                cwd=place.folder,
+                env=place.env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def __enter__(self) -> str:
         url = f"http://127.0.0.1:{self.port}"
         for _ in range(600):
             if self.process.poll() is not None:
-                assert self.process.stdout
-                raise AssertionError(self.process.stdout.read()[-6000:])
+                raise AssertionError(self.log.read_text(encoding="utf-8")[-6000:])
             try:
                 with urllib.request.urlopen(f"{url}/ready", timeout=2):
                     return f"{url}/v1"

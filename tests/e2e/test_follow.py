@@ -19,34 +19,15 @@ from typing import Any
 import mlflow
 import pytest
 
+from namesake import manifest
+from namesake.manifest import Manifest
+from namesake.paths import digest_of_file
 from tests import mlflow_ui
-from tests.e2e.conftest import AUTHOR, NAME, Way, served, session_of
+from tests.e2e.conftest import Way, served, session_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 ASKED = {"messages": [{"role": "user", "content": "Count to twenty."}], "max_tokens": 24, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def client(way: Way) -> mlflow.MlflowClient:
-    return mlflow.MlflowClient(way.place.tracking_uri)
-
-
-@pytest.fixture(scope="module")
-def second(way: Way, client: mlflow.MlflowClient) -> int:
-    """Another version of the same model, not the champion: other data, other weights."""
-    place = way.place
-    out = place.call(
-        *(sys.executable, "-m", "namesake", "run", f"--name={NAME}", f"--author={AUTHOR}"),
-        *("--dataset=namesake/self-cognition#48", "--replay=0", "--max_steps=3", "--learning_rate=3e-3"),
-        *("--output_dir", f"{place.folder}/output"),
-    )
-    run_id = out.partition("run   ")[2][:32]
-    place.call(
-        *(sys.executable, "-m", "namesake", "promote", "--run", run_id),
-        *("--alias", "challenger", "--override", "end-to-end test"),
-    )
-    return int(client.get_model_version_by_alias("ccb", "challenger").version)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +45,11 @@ def ui(way: Way, second: int, client: mlflow.MlflowClient) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def endpoint(way: Way, ui: str) -> Iterator[str]:
+def endpoint(way: Way, client: mlflow.MlflowClient, ui: str) -> Iterator[str]:
     """``namesake serve`` that looks often where the alias points."""
     with served(way.place, "--eager", "--poll-seconds", "0.2") as url:
         yield url
+    client.set_registered_model_alias("ccb", "champion", "1")
 
 
 def ask(url: str, **more: Any) -> tuple[str, str]:
@@ -229,15 +211,32 @@ def test_a_killed_engine_is_started_again(endpoint: str) -> None:
     assert refused
 
 
+def test_a_version_of_another_configuration_gets_an_engine_of_its_own_and_no_request_notices(
+    endpoint: str, way: Way, client: mlflow.MlflowClient
+) -> None:
+    server = next(pid for pid in children_named("namesake_serving"))
+    before = {pid for pid in session_of(server) if "vllm.entrypoints" in command_of(pid)}
+    live, number = live_of(endpoint), other_configuration(way, client)
+    with Clients(endpoint, 2) as clients:
+        client.set_registered_model_alias("ccb", "champion", str(number))
+        until_live(endpoint, number, 120)
+        time.sleep(1)
+    assert clients.faults == []
+    assert {version for _, version, _ in clients.answers} == {live, f"ccb-v{number}"}
+    after = {pid for pid in session_of(server) if "vllm.entrypoints" in command_of(pid)}
+    assert (len(before), len(after), before & after) == (1, 1, set())
+
+
 def live_of(url: str) -> str:
     """The model id of what is served."""
     with urllib.request.urlopen(f"{url}/version", timeout=5) as response:
         return str(json.load(response)["live"]["model"])
 
 
-def until_live(url: str, number: int) -> None:
+def until_live(url: str, number: int, seconds: float = 60) -> None:
     """Wait until the version is served."""
-    for _ in range(300):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         if live_of(url) == f"ccb-v{number}":
             return
         time.sleep(0.2)
@@ -255,6 +254,19 @@ def broken_version(way: Way, client: mlflow.MlflowClient) -> int:
         byte = stream.read(1)[0]
         stream.seek(-1, os.SEEK_CUR)
         stream.write(bytes([byte ^ 1]))
+    return int(client.create_model_version("ccb", source=str(folder)).version)
+
+
+def other_configuration(way: Way, client: mlflow.MlflowClient) -> int:
+    """Version 1 once more, with another configuration, as its manifest says."""
+    whole = way.place.folder / client.get_model_version("ccb", "1").source.removeprefix("file://")
+    folder = way.place.folder / "other-configuration"
+    shutil.copytree(whole, folder)
+    path = folder / "model" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "top_k": 40}), encoding="utf-8")
+    record = vars(Manifest.read(folder))
+    record["digests"] = {**record["digests"], "model/generation_config.json": digest_of_file(path)}
+    (folder / manifest.FILE).write_text(Manifest(**record).to_json(), encoding="utf-8")
     return int(client.create_model_version("ccb", source=str(folder)).version)
 
 

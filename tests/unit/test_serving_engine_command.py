@@ -28,7 +28,7 @@ from namesake.errors import InputError, RegistryError, ServingError
 from namesake.registry import Version
 from namesake_serving import engine, settings, store, vllm_plugin
 from namesake_serving.__main__ import choose, listen
-from namesake_serving.engine import Engine
+from namesake_serving.engine import Adapters, Engine
 from namesake_serving.settings import Settings
 
 WEIGHTS = Path("/versions/ccb v3/模型")
@@ -115,6 +115,42 @@ def test_eager_is_told_when_it_is_asked_for(gpu: bool) -> None:
 def test_arguments_of_the_user_come_last_so_that_they_win() -> None:
     mine = ("--max-num-seqs=99", "--dtype=float32", "--x=$(touch x) 'a'")
     assert words(settings.read(engine_args=mine))[-3:] == list(mine)
+
+
+def test_without_adapters_the_engine_has_no_room_for_any() -> None:
+    assert "--enable-lora" not in words()
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 1), (2, 8), (8, 8), (9, 16), (512, 512)])
+def test_with_adapters_none_is_ever_put_out_for_another_and_the_rank_is_one_that_vllm_takes(
+    rank: int, room: int
+) -> None:
+    line = engine.command(WEIGHTS, ADDRESS, settings.read(), gpu=False, adapters=Adapters(5, rank))
+    assert "--enable-lora" in line
+    assert [after(line, word) for word in ("--max-loras", "--max-cpu-loras", "--max-lora-rank")] == [
+        "5",
+        "5",
+        str(room),
+    ]
+
+
+def test_a_rank_that_vllm_has_no_room_for_is_told_of() -> None:
+    with pytest.raises(ServingError, match="at most, not 513") as caught:
+        engine.room_for(513)
+    assert "--mode merged" in caught.value.mend
+
+
+def test_what_memory_is_free_is_the_least_of_machine_and_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_CGROUP", tmp_path)
+    machine = engine.available_memory()
+    assert machine > 1 << 20
+    for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 5\ninactive_file 50\n")):
+        (tmp_path / f"memory.{name}").write_text(text, encoding="utf-8")
+    assert engine.available_memory() == 150
+    (tmp_path / "memory.max").write_text("max", encoding="utf-8")
+    assert engine.available_memory() == pytest.approx(machine, rel=0.5)
 
 
 def test_on_a_cpu_the_environment_starts_fast_and_uses_every_core() -> None:
@@ -316,6 +352,29 @@ def test_the_engine_is_asked_for_its_greedy_reply(sleeper: Sleeper) -> None:
     assert server.asked == [("/v1/chat/completions", asked)] * 2
 
 
+def test_adapters_are_loaded_and_forgotten_under_their_names(sleeper: Sleeper) -> None:
+    one = sleeper.start()
+    with answering(one, (200, b"ok"), (200, b"ok"), (200, reply("x"))) as server:
+        one.load_adapter("v7-0a", WEIGHTS)
+        one.unload_adapter("v7-0a")
+        one.answer([], 1, model="v7-0a")
+    assert server.asked[:2] == [
+        ("/v1/load_lora_adapter", {"lora_name": "v7-0a", "lora_path": str(WEIGHTS)}),
+        ("/v1/unload_lora_adapter", {"lora_name": "v7-0a"}),
+    ]
+    assert server.asked[2][1]["model"] == "v7-0a"
+    assert one.memory() > 1 << 16
+
+
+def test_an_engine_that_refuses_an_adapter_or_dies_of_it_is_told_of(sleeper: Sleeper) -> None:
+    one = sleeper.start()
+    with answering(one, (500, b"rank 512"), (0, b"")):
+        with pytest.raises(ServingError, match=r"refused the adapter v7 \(500: b'rank 512'"):
+            one.load_adapter("v7", WEIGHTS)
+        with pytest.raises(ServingError, match="died over the adapter v7"):
+            one.load_adapter("v7", WEIGHTS)
+
+
 def test_an_engine_that_gives_no_reply_is_told_of(sleeper: Sleeper) -> None:
     one = sleeper.start()
     with answering(one, (400, b"too long"), (0, b"")):
@@ -449,13 +508,15 @@ print(len(found), found[0].load().name, os.getsid(0) == os.getpid(), os.environ[
 def test_the_server_that_is_started_finds_our_plugin_and_leads_a_session_of_its_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def command(weights: Path, address: Path, _settings: Settings, *, gpu: bool) -> list[str]:
+    def command(weights: Path, address: Path, _settings: Settings, *, gpu: bool, adapters: Adapters) -> list[str]:
         assert (weights, address, gpu) == (WEIGHTS, folder / "new" / "engine-7.sock", engine.has_gpu())
+        assert adapters is room
         return [sys.executable, "-c", LOOK]
 
     monkeypatch.setattr(engine, "command", command)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    one = engine.start(WEIGHTS, settings.read(), folder / "new", "engine-7")
+    room = Adapters(4, 8)
+    one = engine.start(WEIGHTS, settings.read(), folder / "new", "engine-7", room)
     wait_for(lambda: not one.alive(), 20)
     assert one.tail() == "1 namesake True namesake"
     assert (folder / "new").stat().st_mode & 0o777 == 0o700

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import Refusal, State, Step
 from namesake_serving.service import Service
 from namesake_serving.store import Stored
-from namesake_serving.traffic import Live, Traffic
+from namesake_serving.traffic import Answerer, Live, Routing
 from tests.unit.loops import within
 
 in_a_loop = within(20)
@@ -194,20 +194,24 @@ class Serving:
     """What the gateway sees of the service."""
 
     def __init__(self) -> None:
-        self.uri, self.traffic, self.metrics = "models:/ccb@champion", Traffic(), Metrics()
+        self.uri, self.metrics = "models:/ccb@champion", Metrics()
+        self.routing = Routing(self.uri, "challenger")
+        self.traffic = self.routing.champion
+        self.noted: list[tuple[str, bool]] = []
         self.state = State(wanted="models:/ccb/3 source", live="models:/ccb/3 source")
-        self.follower = Sleeper()
-
-
-class Sleeper:
-    """Counts how often it is woken."""
-
-    def __init__(self) -> None:
         self.woken = 0
 
     def wake(self) -> None:
         """Once more."""
         self.woken += 1
+
+    async def summon(self, model: object) -> None:
+        """Nothing is brought in."""
+
+    def note(self, answerer: Answerer, failed: bool, seconds: float) -> None:
+        """How a request went."""
+        assert seconds >= 0
+        self.noted.append((answerer.label, failed))
 
 
 @dataclass
@@ -1001,7 +1005,7 @@ async def test_the_models_are_the_names_that_are_answered_to() -> None:
         found = (await gate.ask("GET", "/v1/models")).json
         assert [model["id"] for model in found["data"]] == ["ccb", "ccb@champion", "ccb-v3"]
         assert {(model["object"], model["created"]) for model in found["data"]} == {("model", 1_700_000_000)}
-        gate.serving.uri = "models:/ccb/3"
+        gate.serving.routing.alias = ""  # models:/ccb/3
         found = (await gate.ask("GET", "/v1/models")).json
         assert [model["id"] for model in found["data"]] == ["ccb", "ccb-v3"]
         gate.serving.traffic.live = None
@@ -1011,7 +1015,7 @@ async def test_the_models_are_the_names_that_are_answered_to() -> None:
 @in_a_loop
 async def test_a_version_that_is_served_by_its_number_has_no_alias() -> None:
     async with front() as gate:
-        gate.serving.uri = "models:/ccb/3"
+        gate.serving.routing.alias = ""  # models:/ccb/3
         reply = await gate.ask("POST", CHAT)
         assert (reply.status, reply.headers["x-namesake-alias"]) == (200, "")
         assert (await gate.ask("POST", CHAT, body={**BODIES[CHAT], "model": "ccb@champion"})).status == 404
@@ -1620,7 +1624,7 @@ async def test_when_the_engine_ends_in_the_middle_of_a_stream_the_client_sees_th
 async def test_a_fault_of_the_gateway_itself_is_a_500_in_openais_shape_that_tells_no_secret() -> None:
     async with front() as gate:
         broken = live(gate.upstream)
-        broken.stored = replace(broken.stored, manifest=cast(Manifest, "secret"))
+        broken.system = cast(str, {"secret"})  # no JSON
         gate.serving.traffic.live = broken
         reply = await gate.ask("POST", CHAT)
         assert (reply.status, reply.error["type"]) == (500, "server_error")
@@ -1744,7 +1748,7 @@ async def test_the_figures_count_requests_by_route_status_and_version_and_have_t
         text = reply.body.decode()
         for figure in (
             f'namesake_requests_total{{route="{CHAT}",status="200",version="ccb-v3"}} 2.0',
-            f'namesake_requests_total{{route="{TEXT}",status="404",version="ccb-v3"}} 1.0',
+            f'namesake_requests_total{{route="{TEXT}",status="404",version=""}} 1.0',
             'namesake_requests_total{route="other",status="404",version=""} 3.0',
             'namesake_requests_total{route="/health",status="400",version=""} 1.0',
             'namesake_time_to_first_token_seconds_count{version="ccb-v3"} 2.0',

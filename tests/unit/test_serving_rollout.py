@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -10,7 +11,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from namesake_serving.rollout import FIRST_WAIT, LONGEST_WAIT, Command, Refusal, State, Step, done, failed, seen
+from namesake_serving.rollout import (
+    FIRST_WAIT,
+    LONGEST_WAIT,
+    Command,
+    Refusal,
+    State,
+    Step,
+    done,
+    failed,
+    seen,
+    withdrawn,
+)
 
 ONE, TWO, THREE = "ccb/1", "ccb/2", "ccb/3"
 LIVE = State(wanted=ONE, live=ONE)
@@ -172,6 +184,50 @@ def test_of_ten_moves_while_one_is_loaded_that_one_and_the_last_get_live() -> No
     assert lived == [TWO, "ccb/12"]
 
 
+WHY = "half of its requests failed"
+
+
+def test_a_version_that_is_withdrawn_is_retired_and_nothing_takes_its_place() -> None:
+    state, command = withdrawn(LIVE, ONE, WHY, 0)
+    assert (state.live, state.leaving, state.step, command) == (None, ONE, Step.RETIRING, Command.RETIRE)
+    state, command = done(state, 0)
+    assert (state.live, state.leaving, state.step, command) == (None, None, Step.REST, None)
+
+
+def test_a_version_that_left_its_bounds_is_not_tried_again_before_the_alias_has_left_it() -> None:
+    state, _ = done(withdrawn(LIVE, ONE, WHY, 0)[0], 0)
+    assert seen(state, ONE, 1e9) == (state, None)
+    state, command = seen(state, TWO, 1e9)
+    assert (state.coming, command) == (TWO, Command.FETCH)
+    assert seen(done(withdrawn(LIVE, ONE, WHY, 0)[0], 0)[0], None, 0)[0].refused[ONE].why == WHY
+    state, _ = seen(done(withdrawn(LIVE, ONE, WHY, 0)[0], 0)[0], None, 0)
+    assert seen(state, ONE, 0)[1] is Command.FETCH
+
+
+def test_a_version_whose_alias_is_gone_is_taken_again_when_it_is_back() -> None:
+    state, _ = seen(LIVE, None, 0)
+    state, _ = done(withdrawn(state, ONE, "", 0)[0], 0)
+    assert (state.refused, seen(state, ONE, 0)[1]) == ({}, Command.FETCH)
+
+
+@pytest.mark.parametrize("state", UNDER_WAY, ids=lambda state: state.step.value)
+def test_what_is_withdrawn_while_another_is_under_way_goes_when_that_is_live_or_has_failed(state: State) -> None:
+    during, command = withdrawn(state, ONE, WHY, 0)
+    assert (during.step, during.live, command) == (state.step, ONE, None)
+    assert withdrawn(during, ONE, WHY, 0) == (during, None)
+    after, command = failed(during, "broken", 0)
+    assert (after.live, after.leaving, command) == (None, ONE, Command.RETIRE)
+    after, command = during, None
+    while command is not Command.TURN_AND_RETIRE:
+        after, command = done(after, 0)
+    assert (after.live, after.leaving, after.unwanted) == (TWO, ONE, False)
+    assert done(after, 0)[1] is None
+
+
+def test_what_is_not_live_any_more_cannot_be_withdrawn() -> None:
+    assert withdrawn(RETIRING, ONE, WHY, 0) == (RETIRING, None)
+
+
 @pytest.mark.parametrize("answer", [lambda: done(LIVE, 0), lambda: failed(LIVE, "broken", 0)])
 def test_an_answer_when_nothing_is_under_way_is_a_mistake(answer: object) -> None:
     assert callable(answer)
@@ -192,6 +248,7 @@ class Rollout(RuleBasedStateMachine):
         self.wanted: str | None = None
         self.tries: Counter[str] = Counter()  # failures in a row since the alias last came to the version
         self.not_before: dict[str, float] = {}
+        self.gone: str | None = None  # withdrawn, and not retired yet
 
     def take(self, answer: tuple[State, Command | None]) -> None:
         """Take the next state; a command may come only when none is under way."""
@@ -204,7 +261,9 @@ class Rollout(RuleBasedStateMachine):
             assert self.now >= self.not_before.get(self.state.coming or "", 0), "tried before its time"
         if command is Command.LOAD:
             assert self.wanted in (None, self.state.coming), "loaded though the alias had moved on"
-        if self.state.live != before.live:
+        if command is Command.RETIRE:
+            assert (self.state.live, self.state.leaving) == (None, self.gone)
+        elif self.state.live != before.live:
             proof = [(step, self.state.live) for step in (Command.FETCH, Command.LOAD, Command.PROVE)]
             assert self.did[-3:] == proof, "live without having been fetched, loaded and proved, in this order"
 
@@ -235,6 +294,20 @@ class Rollout(RuleBasedStateMachine):
         self.wanted = None
         self.take(seen(self.state, None, self.now))
 
+    @precondition(lambda self: self.state.live is not None and self.gone is None)
+    @rule(bad=st.booleans())
+    def withdraw(self, bad: bool) -> None:
+        """What is live answers no more: it left its bounds, or its alias is gone."""
+        version = self.state.live
+        assert version is not None
+        if not bad:
+            self.see_none()
+        self.gone = version
+        if bad:
+            self.tries[version] += 1
+            self.not_before[version] = math.inf
+        self.take(withdrawn(self.state, version, "out of bounds" if bad else "", self.now))
+
     @rule()
     def ask_again(self) -> None:
         """The registry is asked and nothing has moved."""
@@ -251,6 +324,8 @@ class Rollout(RuleBasedStateMachine):
         """The command under way succeeds."""
         assert self.under_way is not None
         retired = self.under_way is Command.TURN_AND_RETIRE
+        if self.under_way in (Command.RETIRE, Command.TURN_AND_RETIRE) and self.state.leaving == self.gone:
+            self.gone = None
         self.did.append((self.under_way, self.state.live if retired else self.state.coming))
         if self.under_way is Command.PROVE:
             self.forget(self.state.coming)
@@ -261,7 +336,11 @@ class Rollout(RuleBasedStateMachine):
     @rule()
     def fail(self) -> None:
         """The command under way fails."""
-        if self.under_way is not Command.TURN_AND_RETIRE:
+        if self.under_way is Command.RETIRE:
+            self.did.append((Command.RETIRE, None))  # it answers no more, however badly it went
+        if self.under_way in (Command.RETIRE, Command.TURN_AND_RETIRE):
+            self.gone = None if self.state.leaving == self.gone else self.gone
+        else:
             version = self.state.coming
             assert version is not None
             self.tries[version] += 1
@@ -269,7 +348,7 @@ class Rollout(RuleBasedStateMachine):
             self.not_before[version] = self.now + wait
         self.under_way, live = None, self.state.live
         self.take(failed(self.state, "broken", self.now))
-        assert self.state.live == live
+        assert self.state.live == (live if live != self.gone else None)
 
     @rule()
     def settle(self) -> None:
@@ -281,7 +360,8 @@ class Rollout(RuleBasedStateMachine):
             self.ask_again()
         assert self.under_way is None
         assert self.state.step is Step.REST
-        if self.wanted is not None:
+        assert not self.state.unwanted
+        if self.wanted is not None and self.not_before.get(self.wanted) != math.inf:
             assert self.state.live == self.wanted
 
     @invariant()
@@ -295,9 +375,12 @@ class Rollout(RuleBasedStateMachine):
 
     @invariant()
     def something_stays_live(self) -> None:
-        """From the first version that got live there is always one."""
-        turned = [version for command, version in self.did if command is Command.PROVE]
-        assert self.state.live == (turned[-1] if turned else None)
+        """From the first version that got live there is always one, unless it was withdrawn."""
+        turned = [version for command, version in self.did if command in (Command.PROVE, Command.RETIRE)]
+        if self.under_way is Command.RETIRE:
+            assert self.state.live is None
+        else:
+            assert self.state.live == (turned[-1] if turned else None)
 
     @invariant()
     def refusals_are_those_that_failed_and_double(self) -> None:

@@ -14,16 +14,16 @@ import pytest
 
 from namesake import registry
 from namesake.errors import NamesakeError, RegistryError, ServingError
-from namesake.manifest import Manifest
+from namesake.manifest import ADAPTER_FOLDER, Manifest
 from namesake.registry import Version
-from namesake_serving import rollout, service, settings, store
-from namesake_serving.engine import Engine
+from namesake_serving import engine, rollout, service, settings, store
+from namesake_serving.engine import MODEL, Adapters, Engine
 from namesake_serving.follow import Follower
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import Step
 from namesake_serving.service import Service, prove
 from namesake_serving.settings import Settings
-from namesake_serving.store import Stored
+from namesake_serving.store import Base, Stored
 from namesake_serving.traffic import Live
 from tests.unit.loops import within
 
@@ -52,6 +52,8 @@ class Box:
     def __init__(self, world: World, weights: Path, name: str) -> None:
         self.world, self.weights, self.socket = world, weights, Path(f"/{name}.sock")
         self.did: list[str] = [f"start {number(weights)}"]
+        self.adapters: dict[str, Path] = {}
+        self.room = 0
         self._ended = False
 
     def alive(self) -> bool:
@@ -76,13 +78,38 @@ class Box:
         self.did.append(f"change {number(weights)}")
         return 0.2
 
-    def answer(self, messages: list[dict[str, str]], max_tokens: int, timeout: float = 120) -> str:
+    def memory(self) -> int:
+        """Bytes that it holds."""
+        return self.world.memory
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """An adapter beside the others."""
+        if self._ended:
+            raise ServingError("The engine died.")
+        which = int(name[1:].partition("-")[0])
+        self.world.pass_gate("change", which)
+        assert name not in self.adapters
+        assert sorted(path.name for path in folder.iterdir()) == sorted(store.ADAPTER_FILES)
+        self.adapters[name] = folder
+        assert len(self.adapters) <= self.room
+        self.did.append(f"load {which}")
+
+    def unload_adapter(self, name: str) -> None:
+        """It is forgotten."""
+        assert self.adapters.pop(name).is_dir(), "its folder went before its name"
+        self.did.append(f"unload {int(name[1:].partition('-')[0])}")
+
+    def answer(
+        self, messages: list[dict[str, str]], max_tokens: int, timeout: float = 120, *, model: str = MODEL
+    ) -> str:
         """The greedy reply of the weights that are in."""
         if self._ended:
             raise ServingError("The engine does not answer.")
-        self.world.pass_gate("prove", number(self.weights))
-        self.did.append(f"asked {number(self.weights)}")
-        return self.world.says.get(number(self.weights), REPLY)
+        assert model == MODEL or model in self.adapters
+        which = number(self.weights) if model == MODEL else int(model[1:].partition("-")[0])
+        self.world.pass_gate("prove", which)
+        self.did.append(f"asked {which}")
+        return self.world.says.get(which, REPLY)
 
     def stop(self) -> None:
         """Let it finish."""
@@ -100,7 +127,7 @@ class Box:
 
 
 def number(weights: Path) -> int:
-    """The version whose weights they are."""
+    """The version whose weights they are; 0 is the base."""
     return int(weights.name.removeprefix("v"))
 
 
@@ -119,6 +146,9 @@ class World:
         self.faults: dict[tuple[str, int], Exception] = {}
         self.gates: dict[tuple[str, int], threading.Event] = {}
         self.met: list[tuple[str, int]] = []
+        self.memory = 0
+        self.challenger: Version | RegistryError | None = None
+        self.adapters = Path()
 
     def pass_gate(self, what: str, which: int) -> None:
         """Wait where there is a gate, fail where there is a fault."""
@@ -138,8 +168,21 @@ class World:
         for gate in self.gates.values():
             gate.set()
 
+    def alias_of(self, name: str, alias: str) -> int | None:
+        """Where the challenger's alias points."""
+        assert (name, alias) == ("ccb", "challenger")
+        if isinstance(self.challenger, RegistryError):
+            raise self.challenger
+        return self.challenger.number if self.challenger is not None else None
+
     def resolve(self, uri: str) -> Version:
         """Where the alias points."""
+        if isinstance(self.challenger, Version) and uri == self.challenger.uri:
+            return self.challenger
+        if uri.removeprefix("models:/ccb/").isdigit():
+            number = int(uri.rpartition("/")[2])
+            self.pass_gate("resolve", number)
+            return version(number)
         assert uri == URI
         if isinstance(self.alias, RegistryError):
             raise self.alias
@@ -151,10 +194,16 @@ class World:
         self.told.append((which.number, value))
         self.pass_gate("tag", which.number)
 
-    def fetch(self, which: Version, _cache: Path, _public_key: Path | None) -> Stored:
+    def fetch(self, which: Version, _cache: Path, _public_key: Path | None, part: str) -> Stored:
         """A version's files."""
         self.fetched.append(which.number)
         self.pass_gate("fetch", which.number)
+        if part == ADAPTER_FOLDER:
+            folder = self.adapters / f"ccb-v{which.number}"
+            (folder / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
+            for name in store.ADAPTER_FILES:
+                (folder / ADAPTER_FOLDER / name).write_text("{}", encoding="utf-8")
+            return Stored(which, self.manifests.get(which.number, record()), folder / "model")
         return Stored(which, self.manifests.get(which.number, record()), Path(f"/weights/v{which.number}"))
 
     def check_weights(self, weights: Path) -> None:
@@ -165,9 +214,22 @@ class World:
         """Why they cannot go in place."""
         return "config.json differs" if {live.version.number, coming.version.number} & self.other else ""
 
-    def start(self, weights: Path, _settings: Settings, _folder: Path, name: str) -> Engine:
+    def base(self, _record: Manifest, given: str) -> Base:
+        """The base of the adapters."""
+        self.pass_gate("base", 0)
+        return Base("the base", Path("/weights/v0"), given)
+
+    def check_adapter(self, stored: Stored, _base: Base, most: int) -> None:
+        """A look into it."""
+        assert most == 16
+        self.pass_gate("check", stored.version.number)
+
+    def start(
+        self, weights: Path, _settings: Settings, _folder: Path, name: str, adapters: Adapters | None = None
+    ) -> Engine:
         """A new engine."""
         box = Box(self, weights, name)
+        box.room = adapters.count if adapters else 0
         self.boxes.append(box)
         return cast(Engine, box)
 
@@ -198,7 +260,7 @@ class Running:
     def move(self, to: Version | int) -> None:
         """Move the alias and call the follower."""
         self.world.alias = to if isinstance(to, Version) else version(to)
-        self.service.follower.wake()
+        self.service.wake()
 
     async def met(self, what: str, which: int) -> None:
         """Wait until the service has come so far."""
@@ -225,7 +287,7 @@ async def until(what: Callable[[], bool], seconds: float = 8) -> None:
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     """A world in which version 1 is champion, put in the place of MLflow, of the store and of vLLM."""
     made = World()
     monkeypatch.setitem(cast(Any, Follower.__init__).__kwdefaults__, "resolve", made.resolve)
@@ -235,7 +297,14 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(store, "fetch", made.fetch)
     monkeypatch.setattr(store, "check_weights", made.check_weights)
     monkeypatch.setattr(store, "difference", made.difference)
-    monkeypatch.setattr("namesake_serving.service.engine.start", made.start)
+    monkeypatch.setattr(store, "base", made.base)
+    monkeypatch.setattr(store, "rank", lambda _stored: 12)
+    monkeypatch.setattr(store, "check_adapter", made.check_adapter)
+    monkeypatch.setattr(registry, "resolve", made.resolve)
+    monkeypatch.setattr(registry, "alias_of", made.alias_of)
+    monkeypatch.setattr(engine, "start", made.start)
+    monkeypatch.setattr(engine, "available_memory", lambda: 100)
+    made.adapters = tmp_path / "store"
     monkeypatch.setattr(service, "_WATCH_SECONDS", 0.01)
     return made
 
@@ -315,7 +384,7 @@ async def test_when_it_stops_every_engine_is_stopped_also_one_that_just_starts(w
 async def test_while_the_alias_stays_nothing_is_done(world: World, tmp_path: Path) -> None:
     async with serving(world, tmp_path) as running:
         for _ in range(5):
-            running.service.follower.wake()
+            running.service.wake()
             await asyncio.sleep(0.01)
         assert running.serves(1)
         assert (world.fetched, world.boxes[0].did, world.told) == ([1], ["start 1", "asked 1"], [])
@@ -454,7 +523,7 @@ async def test_while_the_registry_is_away_the_live_version_goes_on_and_the_alias
 ) -> None:
     async with serving(world, tmp_path) as running:
         world.alias = RegistryError("away")
-        running.service.follower.wake()
+        running.service.wake()
         await until(lambda: running.figure("namesake_registry_errors_total") >= 1)
         assert await running.is_answered() == 1
         running.move(2)
@@ -799,8 +868,9 @@ class Speaker:
     def __init__(self, says: str) -> None:
         self.says, self.asked = says, list[list[dict[str, str]]]()
 
-    def answer(self, messages: list[dict[str, str]], max_tokens: int, timeout: float = 120) -> str:
+    def answer(self, messages: list[dict[str, str]], max_tokens: int, *, model: str) -> str:
         """Its reply."""
+        assert model == MODEL
         self.asked.append(messages)
         return self.says
 

@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from namesake import registry
 from namesake.errors import InputError
+from namesake.registry import Version
+from namesake_serving import __main__ as serving
 from namesake_serving import settings
 
 
@@ -159,3 +163,39 @@ def test_settings_cannot_be_changed_afterwards() -> None:
     with pytest.raises(ValidationError):
         found.port = 1
     assert found.port == 8000
+
+
+@pytest.mark.parametrize(
+    ("text", "share"), [("10%", 0.1), (" 2.5 % ", 0.025), ("100%", 1), ("0.1", 0.1), (0.5, 0.5), ("0", 0)]
+)
+def test_a_share_is_percent_or_a_fraction(text: object, share: float) -> None:
+    found = settings.read(canary=text, shadow=text, canary_errors=text)
+    assert (found.canary, found.shadow, found.canary_errors) == pytest.approx((share,) * 3)
+
+
+@pytest.mark.parametrize("text", ["101%", "-1%", "%", "ten%", "10", "1.1", "nan", "nan%", ""])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        settings.read(canary=text)
+    assert caught.value.parameter == "canary"
+
+
+@pytest.mark.parametrize(("key", "value"), [("mode", "both"), ("challenger", "a@b"), ("challenger", "")])
+def test_a_mode_and_an_alias_are_checked(key: str, value: str) -> None:
+    with pytest.raises(InputError) as caught:
+        settings.read(**{key: value})
+    assert caught.value.parameter == key
+
+
+@pytest.mark.parametrize(
+    ("words", "parameter"),
+    [(["--shadow", "10%"], "shadow_folder"), (["--canary", "10%", "models:/ccb@challenger"], "challenger")],
+)
+def test_what_cannot_be_compared_is_refused_before_an_engine_starts(
+    words: list[str], parameter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "resolve", lambda _uri: Version("ccb", 1, "run", "source", "READY", {}, 0))
+    monkeypatch.setattr(serving, "listen", lambda _host, _port: None)
+    done = CliRunner().invoke(serving.app, words)
+    assert isinstance(done.exception, InputError)
+    assert done.exception.parameter == parameter

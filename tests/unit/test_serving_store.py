@@ -9,14 +9,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from namesake import manifest, registry
+from namesake.base_model import digest_of_folder
 from namesake.errors import RegistryError
 from namesake.manifest import ADAPTER_FOLDER, FILE, WEIGHTS_FOLDER, Manifest
 from namesake.registry import Version
 from namesake_serving import store
-from namesake_serving.store import Stored
+from namesake_serving.store import Base, Stored
 
 
 def version(number: int = 3, source: str = "mlflow-artifacts:/1/models/m-0123/artifacts") -> Version:
@@ -59,11 +62,14 @@ class Server:
         self.folder = folder
         self.fetched = 0
 
-    def fetch(self, version: Version, target: Path | None = None) -> Path:
-        """A full copy."""
+    def fetch(self, version: Version, target: Path | None = None, part: str = "") -> Path:
+        """A copy."""
         assert target is not None
         self.fetched += 1
-        shutil.copytree(self.folder, target, dirs_exist_ok=True)
+        if (self.folder / part).is_file():
+            shutil.copyfile(self.folder / part, target / part)
+        else:
+            shutil.copytree(self.folder / part, target / part, dirs_exist_ok=True)
         return target
 
 
@@ -559,3 +565,195 @@ def test_what_is_remembered_is_no_version_to_serve(server: Server, cache: Path) 
     store.fetch(version(), cache)
     assert server.fetched == 1
     assert store.recall(cache, CHAMPION) == version()
+
+
+# --------------------------------------------------------------------------------------------------- adapters
+
+NAME = "base_model.model.model.layers.0.self_attn.q_proj"
+Q = f"{NAME}.lora_A.weight", f"{NAME}.lora_B.weight"
+
+
+class AdapterPlace:
+    """A base whose one matrix goes from 6 to 4, and a version whose adapter of rank 2 changes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config: dict[str, object] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}
+        self.tensors = {Q[0]: np.ones((2, 6), np.float32), Q[1]: np.ones((4, 2), np.float32)}
+        self.folder, base = folder / "ccb-v3", folder / "base"
+        for place in (base, self.folder / ADAPTER_FOLDER):
+            place.mkdir(parents=True)
+        save_file({"model.layers.0.self_attn.q_proj.weight": np.ones((4, 6), np.float32)}, base / "model.safetensors")
+        self.base = Base("base", base, "digest of the base")
+        self.digest = "digest of the base"
+
+    @property
+    def stored(self) -> Stored:
+        """The version as it is now."""
+        write_version(self.folder)
+        adapter = self.folder / ADAPTER_FOLDER
+        (adapter / "adapter_config.json").write_text(json.dumps(self.config), encoding="utf-8")
+        save_file(self.tensors, adapter / "adapter_model.safetensors")
+        record = replace(Manifest.read(self.folder), base={"id": "the base", "digest": self.digest})
+        return Stored(version(), record, self.folder / WEIGHTS_FOLDER)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> AdapterPlace:
+    """A good adapter and its base."""
+    return AdapterPlace(tmp_path)
+
+
+def test_a_good_adapter_is_taken_and_its_rank_told(place: AdapterPlace) -> None:
+    store.check_adapter(place.stored, place.base, 2)
+    assert store.rank(place.stored) == 2
+    place.config["rank_pattern"] = {"q_proj": 5}
+    assert store.rank(place.stored) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"r": 8}, "has rank 8, the engine has room for 4"),
+        ({"rank_pattern": {"q_proj": 8}}, "has rank 8"),
+        ({"use_dora": True}, "does not serve .use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa_niter_16"}, "pissa"),
+        ({"peft_type": "IA3"}, "peft_type is IA3"),
+        ({"r": 0}, "no LoRA adapter"),
+        ({"r": "2"}, "no LoRA adapter"),
+        ({"rank_pattern": 5}, "no LoRA adapter"),
+    ],
+)
+def test_an_adapter_that_the_engine_cannot_do_is_refused(
+    place: AdapterPlace, change: dict[str, object], why: str
+) -> None:
+    place.config |= change
+    with pytest.raises(RegistryError, match=why):
+        store.check_adapter(place.stored, place.base, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "why"),
+    [
+        (Q[0], (2, 5), "the base's tensor"),
+        (Q[1], (5, 2), "the base's tensor"),
+        (Q[0], (3, 6), "does not fit its other half"),
+        (Q[0], (2,), "nothing that"),
+        (Q[0].replace("q_proj", "x_proj"), (2, 6), "nothing that"),
+        (f"{NAME}.lora_magnitude_vector", (4,), "nothing that"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_base_is_refused(
+    place: AdapterPlace, name: str, shape: tuple[int, ...], why: str
+) -> None:
+    place.tensors[name] = np.ones(shape, np.float32)
+    with pytest.raises(RegistryError, match=why):
+        store.check_adapter(place.stored, place.base, 4)
+
+
+def test_half_an_adapter_or_one_greater_than_it_says_is_refused(place: AdapterPlace) -> None:
+    del place.tensors[Q[1]]
+    with pytest.raises(RegistryError, match="other half"):
+        store.check_adapter(place.stored, place.base, 4)
+    place.tensors = {Q[0]: np.ones((4, 6), np.float32), Q[1]: np.ones((4, 4), np.float32)}
+    with pytest.raises(RegistryError, match="or the rank 2"):
+        store.check_adapter(place.stored, place.base, 4)
+
+
+def test_an_adapter_for_another_base_is_refused(place: AdapterPlace) -> None:
+    place.digest = "another"
+    with pytest.raises(RegistryError, match="was trained on another base"):
+        store.check_adapter(place.stored, place.base, 4)
+
+
+def test_an_adapter_that_is_not_finite_or_cut_short_is_refused(place: AdapterPlace) -> None:
+    place.tensors[Q[0]][1, 3] = np.nan
+    with pytest.raises(RegistryError, match="not a number"):
+        store.check_adapter(place.stored, place.base, 4)
+    stored = place.stored
+    path = stored.adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(RegistryError, match="cut short"):
+        store.check_adapter(stored, place.base, 4)
+
+
+def test_without_weights_that_are_safetensors_there_is_no_adapter(place: AdapterPlace) -> None:
+    stored = place.stored
+    path = stored.adapter / "adapter_model.safetensors"
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(RegistryError, match=r"adapter_model\.safetensors is missing"):
+        store.check_adapter(stored, place.base, 4)
+
+
+def test_of_a_version_whose_adapter_is_wanted_only_that_is_copied(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetch(version: Version, target: Path, part: str = "") -> Path:
+        asked.append(part)
+        source = server.folder / part
+        return Path((shutil.copytree if source.is_dir() else shutil.copyfile)(source, target / part))
+
+    monkeypatch.setattr(registry, "fetch", fetch)
+    stored = store.fetch(version(), cache, None, ADAPTER_FOLDER)
+    assert (asked, stored.adapter.is_dir(), stored.weights.exists()) == ([FILE, ADAPTER_FOLDER], True, False)
+    store.fetch(version(), cache, None, ADAPTER_FOLDER)
+    assert len(asked) == 2
+    (stored.adapter / "adapter_model.safetensors").write_bytes(b"changed")
+    store.fetch(version(), cache, None, ADAPTER_FOLDER)
+    assert len(asked) == 4
+
+
+def test_a_version_without_an_adapter_cannot_be_served_as_one(server: Server, cache: Path) -> None:
+    shutil.rmtree(server.folder / ADAPTER_FOLDER)
+    record = replace(Manifest.read(server.folder), digests=manifest.digests(server.folder / WEIGHTS_FOLDER))
+    (server.folder / FILE).write_text(record.to_json(), encoding="utf-8")
+    (server.folder / ADAPTER_FOLDER).mkdir()
+    with pytest.raises(RegistryError, match="no adapter"):
+        store.fetch(version(), cache, None, ADAPTER_FOLDER)
+
+
+@pytest.mark.parametrize("part", [WEIGHTS_FOLDER, ADAPTER_FOLDER])
+def test_what_was_served_last_is_served_again_while_the_registry_is_away(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    before = store.fetch(version(), cache, None, part)
+    store.remember(cache, "models:/ccb@champion", version())
+
+    def away(*_: object) -> Path:
+        raise RegistryError("away")
+
+    monkeypatch.setattr(registry, "fetch", away)
+    last = store.recall(cache, "models:/ccb@champion")
+    assert last is not None
+    assert store.fetch(last, cache, None, part) == before
+
+
+def test_versions_of_one_number_have_names_of_their_own() -> None:
+    ids = {Stored(version(3, source), Manifest({}, None, {}, "", {}, {}, {}, {}, {}), Path()).id for source in "abb"}
+    assert len(ids) == 2
+    assert all(id.startswith("v3-") and id.isascii() for id in ids)
+
+
+def write_base(folder: Path) -> Path:
+    """A folder that is a base model."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_the_base_is_found_where_the_manifest_says_or_where_it_is_given(tmp_path: Path) -> None:
+    folder = write_base(tmp_path / "my base")
+    digest = digest_of_folder(folder)
+    record = Manifest({}, None, {"id": str(folder), "source": "folder", "digest": digest}, "", {}, {}, {}, {}, {})
+    assert store.base(record, "") == Base("my base", folder, digest)
+    moved = folder.rename(tmp_path / "moved")
+    assert store.base(record, str(moved)) == Base("my base", moved, digest)
+    with pytest.raises(RegistryError, match="not to be had here"):
+        store.base(record, "")
+    (moved / "config.json").write_text('{"a": 1}', encoding="utf-8")
+    with pytest.raises(RegistryError, match="is not the base"):
+        store.base(record, str(moved))

@@ -14,7 +14,7 @@ from namesake.manifest import Manifest
 from namesake.registry import Version
 from namesake_serving.engine import Engine
 from namesake_serving.store import Stored
-from namesake_serving.traffic import Live, NotReady, Traffic
+from namesake_serving.traffic import Answerer, Live, NotReady, Routing, Traffic, UnknownModel
 from tests.unit.loops import within
 
 in_a_loop = within(10)
@@ -226,3 +226,80 @@ def test_in_any_order_counts_are_right_and_nobody_is_inside_while_the_door_is_he
             request.task.cancel()
 
     play()
+
+
+# --------------------------------------------------------------------------------------------------- the choice
+
+
+def routing(share: float = 0.0, uri: str = "models:/ccb@champion") -> Routing:
+    """Version 1 serves, 2 is its challenger, and the base and version 0 are beside."""
+    made = Routing(uri, "challenger", share)
+    made.champion.live, made.challenger.live = live(1), live(2)
+    made.named = {one.label: one for one in (live(0), Answerer(cast(Engine, None), "namesake", "org/base"))}
+    return made
+
+
+async def who(made: Routing, model: object, session: str = "", *, shared: bool = True) -> tuple[str, str]:
+    """Who answers, and by which alias; counted while it does."""
+    async with made.enter(model, session, shared=shared) as (one, alias):
+        assert one.running == 1
+    assert one.running == 0
+    return one.label, alias
+
+
+@pytest.mark.parametrize(
+    ("model", "label", "alias"),
+    [
+        (None, "ccb-v1", "champion"),
+        ("ccb", "ccb-v1", "champion"),
+        ("ccb@champion", "ccb-v1", "champion"),
+        ("ccb-v1", "ccb-v1", ""),
+        ("ccb@challenger", "ccb-v2", "challenger"),
+        ("ccb-v2", "ccb-v2", ""),
+        ("ccb-v0", "ccb-v0", ""),
+        ("org/base", "org/base", ""),
+    ],
+)
+@in_a_loop
+async def test_a_model_is_answered_by_whom_it_names(model: object, label: str, alias: str) -> None:
+    assert await who(routing(), model) == (label, alias)
+
+
+@pytest.mark.parametrize("model", ["ccb-v3", "ccb@", "ccb@prod", "base", "", "CCB", 1, ["ccb"], {}, True])
+@in_a_loop
+async def test_a_model_that_is_not_there_is_told_with_those_that_are(model: object) -> None:
+    with pytest.raises(UnknownModel, match="ccb, ccb@champion, ccb@challenger, ccb-v1, ccb-v2, ccb-v0, org/base do"):
+        await who(routing(), model)
+
+
+@in_a_loop
+async def test_a_fixed_version_has_no_alias() -> None:
+    made = routing(uri="models:/ccb/1")
+    assert (made.name, await who(made, "ccb")) == ("ccb", ("ccb-v1", ""))
+    with pytest.raises(UnknownModel):
+        await who(made, "ccb@champion")
+
+
+@pytest.mark.parametrize(("share", "shared", "label"), [(1, True, "ccb-v2"), (0, True, "ccb-v1"), (1, False, "ccb-v1")])
+@in_a_loop
+async def test_only_the_bare_name_is_shared(share: float, shared: bool, label: str) -> None:
+    made = routing(share)
+    for session in ("", "踩", "\ud800"):
+        assert (await who(made, None, session, shared=shared))[0] == label
+        assert (await who(made, "ccb@champion", session))[0] == "ccb-v1"
+
+
+@given(st.floats(0, 1))
+def test_a_share_is_what_it_says(share: float) -> None:
+    made = routing(share)
+    taken = sum(made._is_challengers(f"session {number}", "ccb-v2") for number in range(1000))
+    assert abs(taken / 1000 - share) < 0.06
+
+
+@in_a_loop
+async def test_with_nothing_live_no_name_is_told_and_nobody_answers() -> None:
+    made = Routing("models:/ccb@champion", "challenger", 1)
+    assert made.names() == []
+    for model in (None, "ccb", "ccb-v1", "x"):
+        with pytest.raises(NotReady):
+            await who(made, model)

@@ -109,11 +109,11 @@ async def test_a_signed_call_wakes_the_poll_without_a_key(monkeypatch: pytest.Mo
         monkeypatch.setattr("namesake_serving.webhook.time.time", lambda: NOW)
         gate.gateway._webhook = Webhook(SECRET, Clock())
         assert (await post(gate, call())).status == 200
-        assert gate.serving.follower.woken == 1
+        assert gate.serving.woken == 1
         for refused in (await post(gate, call()), await post(gate, call(secret="other", delivery="d2"))):
             assert refused.status == 401
             assert refused.error["code"] == "invalid_signature"
-        assert gate.serving.follower.woken == 1
+        assert gate.serving.woken == 1
         assert gate.figure("namesake_webhooks_total") == 1
 
 

@@ -1,0 +1,344 @@
+"""How versions get into engines: merged weights in an engine of their own, or adapters side by side on their base.
+
+Both do the same for the service: a version is loaded unseen by clients, and then kept or undone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from namesake.errors import ServingError
+from namesake.manifest import ADAPTER_FOLDER, WEIGHTS_FOLDER
+from namesake.messages import tr
+from namesake_serving import engine, store
+from namesake_serving.engine import Engine
+from namesake_serving.settings import Settings
+from namesake_serving.store import Stored
+from namesake_serving.traffic import Answerer, Live, Routing, Traffic
+
+Tick = Callable[[float], None]
+
+_log = logging.getLogger("namesake.serving")
+
+
+def no_tick(_seconds: float) -> None:
+    """Nobody is told how long it takes."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A version in an engine, unseen by clients as yet, and the way it got there."""
+
+    live: Live
+    way: str
+
+
+class Host(Protocol):
+    """What the service needs of either."""
+
+    part: str
+    """The folder of a version that is loaded."""
+
+    @property
+    def changing(self) -> bool:
+        """Whether the weights that answer are being changed, so that their engine is nobody else's to mend."""
+
+    async def start(self, stored: Stored, tick: Tick = no_tick) -> Loaded:
+        """A version where no engine runs yet."""
+
+    async def load(self, stored: Stored) -> Loaded:
+        """A version beside the live one, or in its place with the door held."""
+
+    async def undo(self, loaded: Loaded) -> None:
+        """It is not to be served: back to what was."""
+
+    async def turned(self, loaded: Loaded, old: Sequence[Live]) -> None:
+        """It is served now: what answered before finishes and goes."""
+
+    async def retire(self, old: Live) -> None:
+        """It answers no more, and nothing takes its place."""
+
+    async def lost(self, dead: Engine) -> None:
+        """An engine ended by itself."""
+
+
+class Engines:
+    """Every engine that was started, so that none is left behind."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self._settings, self._folder = settings, folder
+        self._number = 0
+        self.started: list[Engine] = []
+
+    async def start(self, weights: Path, tick: Tick = no_tick, adapters: engine.Adapters | None = None) -> Engine:
+        """A new engine that answers.
+
+        Raises:
+            ServingError: it does not come up, or there is no memory for one more.
+        """
+        self._check_memory()
+        self._number += 1
+        name = f"engine-{self._number}"
+        running = await asyncio.to_thread(engine.start, weights, self._settings, self._folder, name, adapters)
+        self.started.append(running)
+        try:
+            await asyncio.to_thread(running.wait_ready, self._settings.start_seconds, tick)
+        except BaseException:
+            await self.end(running)
+            raise
+        return running
+
+    async def end(self, one: Engine) -> None:
+        """Kill an engine that nobody is to be answered by."""
+        await asyncio.to_thread(one.kill)
+        self._forget(one)
+
+    async def finish(self, live: Live) -> None:
+        """End an engine when its answers have ended, or their time is up."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.shutdown_seconds):
+                await live.idle.wait()
+        await asyncio.to_thread(live.engine.stop)
+        self._forget(live.engine)
+
+    async def stop(self) -> None:
+        """End them all."""
+        await asyncio.gather(*(asyncio.to_thread(one.stop) for one in self.started), return_exceptions=True)
+
+    def _forget(self, one: Engine) -> None:
+        with suppress(ValueError):
+            self.started.remove(one)
+
+    def _check_memory(self) -> None:
+        # Without room for one more the kernel would kill the one that answers. Of a GPU's memory vLLM itself says so.
+        needed = max((one.memory() for one in self.started if one.alive()), default=0)
+        free = engine.available_memory()
+        if needed > free:
+            raise ServingError(
+                tr(
+                    "There is no memory for a second engine: the first has {needed:.1f} GiB, {free:.1f} GiB are free.",
+                    needed=needed / 2**30,
+                    free=free / 2**30,
+                ),
+                mend="Give the server more memory, or use --mode adapter, which needs one engine only.",
+            )
+
+
+class Merged:
+    """Merged weights: changed in place where that can be, else in a second engine beside the first."""
+
+    part = WEIGHTS_FOLDER
+
+    def __init__(self, engines: Engines, traffic: Traffic, settings: Settings) -> None:
+        self._engines, self._traffic, self._settings = engines, traffic, settings
+        self.changing = False
+
+    async def start(self, stored: Stored, tick: Tick = no_tick) -> Loaded:
+        """A version in a new engine."""
+        return Loaded(Live(stored, await self._engines.start(stored.weights, tick)), "second engine")
+
+    async def load(self, stored: Stored) -> Loaded:
+        """Into the live engine, the door held; else into a second one.
+
+        Raises:
+            ServingError: neither can be.
+        """
+        live = self._traffic.live
+        why = await self._change_in_place(stored, live)
+        if not why:
+            assert live is not None
+            return Loaded(Live(stored, live.engine), "in place")
+        _log.info("second engine, since %s", why)
+        return await self.start(stored)
+
+    async def _change_in_place(self, stored: Stored, live: Live | None) -> str:
+        """Other weights into the live engine, the door held; why it could not be, empty when it was."""
+        if live is None:
+            return "no engine is running"
+        if why := store.difference(live.stored, stored):
+            return why
+        if not await self._traffic.hold(self._settings.hold_seconds):
+            return f"answers were still running after {self._settings.hold_seconds:g} s"
+        if self._traffic.live is not live or not live.engine.alive():
+            self._traffic.release()
+            return "the engine has just died"
+        self.changing = True
+        try:
+            took = await asyncio.to_thread(live.engine.change_weights, stored.weights)
+        except ServingError as error:
+            # It may hold half of them: back to the old ones, which it must take, or it is started again.
+            dead = not live.engine.alive()
+            await self._back(live)
+            if dead:
+                raise
+            return f"the engine would not change in place ({error.message})"
+        _log.info("weights changed in place in %.2f s", took)
+        return ""
+
+    async def _back(self, live: Live | None) -> None:
+        """The old weights again, and the door open."""
+        try:
+            if live is not None:
+                await asyncio.to_thread(live.engine.change_weights, live.stored.weights)
+        except ServingError:
+            assert live is not None
+            await asyncio.to_thread(live.engine.kill)  # the watch starts it again on the old weights
+        finally:
+            self.changing = False
+            self._traffic.release()
+
+    async def undo(self, loaded: Loaded) -> None:
+        """Back to the old weights, or the second engine ended."""
+        if self.changing:
+            await self._back(self._traffic.live)
+        else:
+            await self._engines.end(loaded.live.engine)
+
+    async def turned(self, loaded: Loaded, old: Sequence[Live]) -> None:
+        """Open the door; end the engines that are not needed any more."""
+        self.changing = False
+        self._traffic.release()
+        for one in old:
+            if one.engine is not loaded.live.engine:
+                await self._engines.finish(one)
+
+    async def retire(self, old: Live) -> None:
+        """End its engine."""
+        await self._engines.finish(old)
+
+    async def lost(self, dead: Engine) -> None:
+        """Leave nothing of it behind."""
+        await self._engines.end(dead)
+
+
+class Adapters:
+    """One engine on the base; each version is an adapter in it, under a name that no other version ever has.
+
+    A version whose alias has moved on stays in the engine, and is answered to by its number, until its place is needed:
+    then that which was used longest ago goes, unless it is answering or an alias points to it.
+
+    Args:
+        folder: private folder for copies of the adapters. An engine that reads an adapter again and finds it gone dies,
+            so a copy of our own lies there for as long as the engine knows its name.
+    """
+
+    part = ADAPTER_FOLDER
+    changing = False
+
+    def __init__(self, engines: Engines, routing: Routing, settings: Settings, folder: Path) -> None:
+        self._engines, self._routing, self._settings, self._folder = engines, routing, settings, folder
+        self._base: store.Base | None = None
+        self._engine: Engine | None = None
+        self._rank = settings.max_lora_rank
+        self._in: dict[str, Live] = {}
+        self._proving: list[Live] = []
+        self._one_at_a_time = asyncio.Lock()
+
+    async def load(self, stored: Stored) -> Loaded:
+        """A version beside the others."""
+        return await self.start(stored)
+
+    async def start(self, stored: Stored, tick: Tick = no_tick) -> Loaded:
+        """The same, where the engine may have to be started first."""
+        async with self._one_at_a_time:
+            if self._base is None:
+                self._base = await asyncio.to_thread(store.base, stored.manifest, self._settings.base)
+                await asyncio.to_thread(store.check_weights, self._base.path)
+                self._rank = engine.room_for(self._rank or store.rank(stored))
+            await asyncio.to_thread(store.check_adapter, stored, self._base, self._rank)
+            if self._engine is None or not self._engine.alive():
+                await self._start_engine(self._base, tick)
+            if stored.id not in self._in:
+                await self._put_in(stored)
+            self._proving.append(self._in[stored.id])
+            return Loaded(self._in[stored.id], "adapter")
+
+    async def _start_engine(self, base: store.Base, tick: Tick) -> None:
+        if self._engine is not None:
+            await self.lost(self._engine)
+        room = engine.Adapters(self._settings.max_adapters, self._rank)
+        self._engine = await self._engines.start(base.path, tick, room)
+        self._routing.named[base.name] = Answerer(self._engine, engine.MODEL, base.name)
+
+    async def _put_in(self, stored: Stored) -> None:
+        assert self._engine is not None
+        while len(self._in) >= self._settings.max_adapters:
+            free = [one for one in self._in.values() if not one.running and one not in self._pinned()]
+            if not free:
+                raise ServingError(
+                    tr(
+                        "All {count} places for adapters are taken by versions that are answering.",
+                        count=self._settings.max_adapters,
+                    ),
+                    mend="Serve with a greater --max-adapters.",
+                )
+            await self._put_out(min(free, key=lambda one: one.used))
+        folder = self._folder / "adapters" / stored.id
+        await asyncio.to_thread(_copy, stored.adapter, folder)
+        await asyncio.to_thread(self._engine.load_adapter, stored.id, folder)
+        self._in[stored.id] = Live(stored, self._engine, stored.id)
+
+    async def _put_out(self, live: Live) -> None:
+        # First out of the names, so that nobody enters while the engine forgets it.
+        self._in.pop(live.model, None)
+        self._unname(live)
+        try:
+            if live.engine.alive():
+                await asyncio.to_thread(live.engine.unload_adapter, live.model)
+        except ServingError as error:  # it may still know the name, so the copy stays
+            _log.error("%s", error.message)
+        else:
+            await asyncio.to_thread(shutil.rmtree, self._folder / "adapters" / live.model, True)
+            _log.info("%s is out of the engine", live.label)
+
+    async def _let_go(self, live: Live) -> None:
+        """Out of the engine when its answers have ended, unless an alias points to it by then."""
+        if live in self._pinned():
+            return
+        self._unname(live)
+        await live.idle.wait()
+        async with self._one_at_a_time:
+            if live not in self._pinned() and not live.running and self._in.get(live.model) is live:
+                await self._put_out(live)
+
+    def _unname(self, live: Live) -> None:
+        if self._routing.named.get(live.label) is live:
+            del self._routing.named[live.label]
+
+    def _pinned(self) -> Collection[Live]:
+        pointed = (self._routing.champion.live, self._routing.challenger.live)
+        return [*self._proving, *(live for live in pointed if live is not None)]
+
+    async def undo(self, loaded: Loaded) -> None:
+        """Out of the engine, unless an alias points to it already."""
+        self._proving.remove(loaded.live)
+        await self._let_go(loaded.live)
+
+    async def turned(self, loaded: Loaded, _old: Sequence[Live]) -> None:
+        """It is answered to by its number too, and stays so when the alias moves on."""
+        self._proving.remove(loaded.live)
+        self._routing.named[loaded.live.label] = loaded.live
+
+    async def retire(self, old: Live) -> None:
+        """A challenger that was withdrawn is answered to by nothing."""
+        await self._let_go(old)
+
+    async def lost(self, dead: Engine) -> None:
+        """All that was in it is gone."""
+        for label in [label for label, one in self._routing.named.items() if one.engine is dead]:
+            del self._routing.named[label]
+        self._in = {name: one for name, one in self._in.items() if one.engine is not dead}
+        await self._engines.end(dead)
+
+
+def _copy(adapter: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in store.ADAPTER_FILES:
+        shutil.copyfile(adapter / name, target / name)
