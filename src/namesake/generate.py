@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -254,21 +255,37 @@ def token_counts(model: Path, dialogues: Sequence[Sequence[Message]]) -> list[in
 def convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
     """Write a GGUF model as bf16 safetensors in Hugging Face layout, with its tokenizer and chat template."""
     torch, transformers = _torch(), _transformers()
-    with redirect_stderr(io.StringIO()):  # a bar that no setting of transformers turns off
+    with redirect_stderr(io.StringIO()), _gguf_read_once():  # a bar that no setting of transformers turns off
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=gguf_file,
             dtype=torch.bfloat16,
             quantization_config=transformers.GgufConfig(gguf_file=gguf_file, dequantize=True),
         )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
     # The weights are plain now; these marks would make every later loader look for the GGUF file.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(target)
-    transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(target)
+    tokenizer.save_pretrained(target)
     for path in target.iterdir():
         path.chmod(0o644)
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """transformers parses the file for the configuration, the weights and the tokenizer, and makes a map of all names
+    for each tensor; here each is made once.
+    """
+    import gguf
+
+    kept = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(cache, kept)  # type: ignore[misc, assignment, arg-type]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = kept  # type: ignore[misc]
 
 
 def _torch() -> Any:
