@@ -1,0 +1,53 @@
+"""Pushing an exported version to ModelScope, by its own client."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from namesake.errors import HubError, InputError
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def check_repository(repository: str) -> None:
+    """Refuse what is no ``OWNER/NAME``.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise InputError("push", repository, "is no repository", mend="Write OWNER/NAME, as ModelScope shows it.")
+
+
+def push(folder: Path, repository: str, *, token: str = "", message: str = "") -> str:
+    """Upload the folder to a model repository, which is made (private) where there is none; its address.
+
+    Args:
+        token: of ModelScope; empty for the one that ``modelscope login`` or ``MODELSCOPE_API_TOKEN`` gave.
+        message: of the commit.
+
+    Raises:
+        HubError: the hub cannot be reached, refuses the token, or did not take the files.
+    """
+    import modelscope_hub.errors
+    from modelscope_hub import HubApi
+    from modelscope_hub.config import HubConfig
+    from modelscope_hub.errors import AlreadyExistsError
+
+    try:
+        api = HubApi(token=token or None)
+        with suppress(AlreadyExistsError):
+            api.create_repo(repository, "model", visibility="private")
+        api.upload_folder(
+            repository, "model", folder, commit_message=message or "Upload", use_cache=False, disable_tqdm=True
+        )
+        return f"{HubConfig().endpoint}/models/{repository}"
+    except (modelscope_hub.errors.HubError, OSError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise HubError(
+            f"ModelScope did not take {repository}: {said}.",
+            mend="Check the connection and the token (--token, or MODELSCOPE_API_TOKEN); the exported folder is kept, "
+            f"so that `modelscope upload {repository} {folder}` can try again.",
+        ) from error
