@@ -580,6 +580,18 @@ def forged(folder: Path) -> None:
     (folder / manifest.FILE).write_text(replace(record, digests=digests).to_json(), encoding="utf-8")
 
 
+def advertised(folder: Path) -> None:
+    """The model card says something else."""
+    card = folder / manifest.CARD
+    card.write_text(card.read_text(encoding="utf-8") + "It is the best of all.", encoding="utf-8")
+
+
+def disowned(folder: Path) -> None:
+    """The statement of provenance names somebody else."""
+    path = folder / manifest.PROVENANCE
+    path.write_text(path.read_text(encoding="utf-8").replace("OldGrandpa", "Somebody"), encoding="utf-8")
+
+
 def unsigned(folder: Path) -> None:
     """The signature is gone."""
     (folder / manifest.SIGNATURE).unlink()
@@ -610,7 +622,9 @@ def test_a_signed_version_is_verified_and_served(signed: tuple[Path, Path], tmp_
     assert serving.fetch(registry.resolve("models:/ccb@champion"), tmp_path / "store", signed[1]).weights.is_dir()
 
 
-@pytest.mark.parametrize("change", [flipped, added, removed, renamed, linked, coded, forged, unsigned])
+@pytest.mark.parametrize(
+    "change", [flipped, added, removed, renamed, linked, coded, forged, advertised, disowned, unsigned]
+)
 def test_whatever_is_changed_in_a_signed_version_is_refused(
     signed: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
@@ -677,6 +691,9 @@ def test_an_exported_version_is_what_transformers_and_peft_load(store: Store, ru
     found = merged.state_dict()
     assert all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in wanted.items())
     assert sorted(path.name for path in target.parent.iterdir()) == ["adapter", "merged"]
+    cards = [(folder / manifest.CARD).read_text(encoding="utf-8") for folder in (target, adapter)]
+    assert ["library_name: transformers" in cards[0], "library_name: peft" in cards[1]] == [True, True]
+    assert NAME in store.client().get_model_version("ccb", "1").description
 
 
 def test_what_is_damaged_or_in_the_way_is_not_exported(signed: tuple[Path, Path], tmp_path: Path) -> None:
