@@ -516,14 +516,15 @@ def export(
     """Copy a version, once it is checked, into a folder that transformers, PEFT, vLLM and ms-swift load."""
     from pathlib import Path
 
-    from namesake import hub, versions
+    from namesake import base_model, hub, versions
 
     if push:
         hub.check_repository(push)
     made = versions.export(target, Path(folder), adapter=adapter, public_key=_file(public_key))
     print(made)
     if push:
-        print(hub.push(made, push, token=token, message=f"{target} from Namesake"))
+        license_ = base_model.license_in(made)
+        print(hub.push(made, push, token=token, message=f"{target} from Namesake", license_=license_))
 
 
 @app.command()

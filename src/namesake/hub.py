@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -21,12 +22,13 @@ def check_repository(repository: str) -> None:
         raise InputError("push", repository, "is no repository", mend="Write OWNER/NAME, as ModelScope shows it.")
 
 
-def push(folder: Path, repository: str, *, token: str = "", message: str = "") -> str:
+def push(folder: Path, repository: str, *, token: str = "", message: str = "", license_: str = "") -> str:
     """Upload the folder to a model repository, which is made (private) where there is none; its address.
 
     Args:
         token: of ModelScope; empty for the one that ``modelscope login`` or ``MODELSCOPE_API_TOKEN`` gave.
         message: of the commit.
+        license_: of a repository that is made; ``other`` where it is not known.
 
     Raises:
         HubError: the hub cannot be reached, refuses the token, or did not take the files.
@@ -36,14 +38,16 @@ def push(folder: Path, repository: str, *, token: str = "", message: str = "") -
     from modelscope_hub.config import HubConfig
     from modelscope_hub.errors import AlreadyExistsError
 
+    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
+    endpoint = HubConfig().endpoint
     try:
-        api = HubApi(token=token or None)
+        api = HubApi(endpoint=endpoint, token=token or None)
         with suppress(AlreadyExistsError):
-            api.create_repo(repository, "model", visibility="private")
+            api.create_repo(repository, "model", visibility="private", license=license_ or "other")
         api.upload_folder(
             repository, "model", folder, commit_message=message or "Upload", use_cache=False, disable_tqdm=True
         )
-        return f"{HubConfig().endpoint}/models/{repository}"
+        return f"{endpoint}/models/{repository}"
     except (modelscope_hub.errors.HubError, OSError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise HubError(
