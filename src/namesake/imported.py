@@ -138,10 +138,10 @@ def read(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise _refused(folder, "is no folder")
     if not (folder / _CONFIG).is_file():
-        below = sorted(path.parent for path in folder.glob(f"*/{_CONFIG}"))
+        below = sorted(path.parent for path in folder.glob(f"checkpoint-*/{_CONFIG}"))
         if below:
             raise InputError("checkpoint", str(folder), "holds checkpoints", mend=f"Give one of them: {below[-1]}.")
-        if any(folder.glob("*.safetensors")):
+        if (folder / "config.json").is_file():
             raise _refused(folder, "holds whole weights, no LoRA adapter", "Train with --tuner_type lora.")
         raise _refused(folder, f"has no {_CONFIG}")
     if not (folder / _WEIGHTS).is_file():

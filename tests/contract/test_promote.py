@@ -132,11 +132,15 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def store(
-    parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    parts: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    fresh_store: Callable[[Path], str],
 ) -> Iterator[Store]:
     """A fresh SQLite store; with ``everywhere``, on each of the back ends."""
     server = getattr(request, "param", SQLITE)
-    uri = f"sqlite:///{tmp_path}/mlflow.db" if server == SQLITE else request.getfixturevalue(server)
+    uri = fresh_store(tmp_path) if server == SQLITE else request.getfixturevalue(server)
     monkeypatch.chdir(tmp_path)
     for key, value in {"MLFLOW_TRACKING_URI": uri, "NAMESAKE_CACHE": str(tmp_path / "cache"), **CREDENTIALS}.items():
         monkeypatch.setenv(key, value)
