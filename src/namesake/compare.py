@@ -156,7 +156,7 @@ def compare(request: Request, screen: Screen) -> Comparison:
     scores: list[Score] = []
     replies: list[Said] = []
     asked = 0
-    if not (a.questions and a.questions == b.questions):
+    if not _same_questions(a, b):
         notes.append("they were asked different questions, so scores and replies are left out; --ask asks both anew")
     else:
         scores = [*_scores(a, b)]
@@ -243,7 +243,7 @@ def _flat(parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
 
 
 def _facts(a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    for what in dict.fromkeys((*a, *b)):
+    for what in sorted({*a, *b}):
         # A run has no policy and no override: what only one kind of side has is no difference between them.
         if a.get(what, "") != b.get(what, "") and not (what in {"policy", "override"} and (what in a) != (what in b)):
             yield what, a.get(what, ""), b.get(what, "")
@@ -263,12 +263,24 @@ def _scores(a: Side, b: Side) -> Iterator[Score]:
         yield Score(metric, value, b.scores[metric], low, high)
 
 
+def _same_questions(a: Side, b: Side) -> bool:
+    if a.questions and b.questions:
+        return a.questions == b.questions
+    # Runs of older releases kept no digest of what they were asked; their replies have the questions beside them.
+    return bool(a.card and b.card) and _asked_of(a) == _asked_of(b)
+
+
+def _asked_of(side: Side) -> list[tuple[str, str]]:
+    card = side.card or {}
+    return [(row["id"], row["question"]) for part in ("identity", "plain") for row in card.get(part, ())]
+
+
 def _replies(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[int, list[Said]]:
     asked, found = 0, []
     for part, ours, theirs in (
         ("", a["identity"], b["identity"]),
         ("plain", a["plain"], b["plain"]),
-        *((name, a["slices"].get(name, []), b["slices"].get(name, [])) for name in _SLICES),
+        *((name, *(card.get("slices", {}).get(name, []) for card in (a, b))) for name in _SLICES),
     ):
         others = {row["id"]: row for row in theirs}
         for row in ours:
