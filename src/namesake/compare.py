@@ -179,17 +179,20 @@ def compare(request: Request, screen: Screen) -> Comparison:
 def show(found: Comparison, screen: Screen, limit: int) -> None:
     """All of it on the terminal, at most ``limit`` replies (0: all)."""
     if found.replies:
-        shown = found.replies[: limit or None]
+        few = found.replies[: limit or None]
         screen.table(
             ("question", found.a, found.b),
-            [(_asked(said), _told(said.a, said.a_found), _told(said.b, said.b_found)) for said in shown],
+            [(_asked(said), _told(said.a, said.a_found), _told(said.b, said.b_found)) for said in few],
         )
-        if len(shown) < len(found.replies):
-            screen.result(f"  {len(found.replies) - len(shown)} more differ; --limit 0 shows them")
+        if len(few) < len(found.replies):
+            screen.result(f"  {len(found.replies) - len(few)} more differ; --limit 0 shows them")
     if found.asked:
         screen.result(f"  replies  {len(found.replies)} of {found.asked} differ")
     if found.scores:
-        screen.table(("score", found.a, found.b, "difference"), [_score_row(score) for score in found.scores])
+        shown = [score for score in found.scores if score.difference or score.metric in _PAIRED]
+        screen.table(("score", found.a, found.b, "difference"), [_score_row(score) for score in shown])
+        if len(shown) < len(found.scores):
+            screen.result(f"  {len(found.scores) - len(shown)} more scores are the same")
     if found.distance:
         _show_distance(found.distance, screen)
     if found.facts:
