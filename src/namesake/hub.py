@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from contextlib import suppress
+import sys
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 from namesake.errors import HubError, InputError
@@ -44,9 +45,10 @@ def push(folder: Path, repository: str, *, token: str = "", message: str = "", l
         api = HubApi(endpoint=endpoint, token=token or None)
         with suppress(AlreadyExistsError):
             api.create_repo(repository, "model", visibility="private", license=license_ or "other")
-        api.upload_folder(
-            repository, "model", folder, commit_message=message or "Upload", use_cache=False, disable_tqdm=True
-        )
+        with redirect_stdout(sys.stderr):  # its report
+            api.upload_folder(
+                repository, "model", folder, commit_message=message or "Upload", use_cache=False, disable_tqdm=True
+            )
         return f"{endpoint}/models/{repository}"
     except (modelscope_hub.errors.HubError, OSError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mlflow
 import pytest
+from typer.testing import CliRunner
 
 from namesake import hub
+from namesake.cli import app
 from namesake.errors import HubError, InputError
+from tests.contract.test_versions import version
 
 WEIGHTS = b"w" * 1000
 
@@ -134,3 +138,22 @@ def test_a_wrong_token_is_one_clear_message(there: Hub, folder: Path) -> None:
 def test_what_is_no_repository_is_told_before_anything_is_exported(wrong: str) -> None:
     with pytest.raises(InputError, match="is no repository"):
         hub.check_repository(wrong)
+
+
+def test_the_command_exports_and_pushes(there: Hub, client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    version(client, tmp_path, 1)
+    target = tmp_path / "out"
+    words = ["export", "models:/ccb/1", str(target), "--adapter", "--push", "me/ccb"]
+    done = CliRunner().invoke(app, words, env={"MODELSCOPE_API_TOKEN": "good"})
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [str(target), f"{there.url}/models/me/ccb"]
+    assert sorted(there.files) == ["README.md", "adapter_config.json", "provenance.json"]
+    assert b"library_name: peft" in there.files["README.md"]
+    assert there.made[0]["License"] == "other"  # the base's is not known
+
+
+def test_without_a_repository_nothing_is_exported(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    version(client, tmp_path, 1)
+    done = CliRunner().invoke(app, ["export", "models:/ccb/1", str(tmp_path / "out"), "--push", "ccb"])
+    assert isinstance(done.exception, InputError)
+    assert not (tmp_path / "out").exists()

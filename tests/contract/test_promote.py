@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import mlflow
 import peft
 import pytest
@@ -39,6 +40,7 @@ from namesake.terminal import Screen
 from namesake_serving import store as serving
 from tests.servers import CREDENTIALS, Link, mlflow_server, object_store, postgres
 from tests.unit.test_merge import write_adapter, write_base
+from tests.unit.test_provenance import SCHEMA
 
 NAME, AUTHOR = "踩踩背 CCB", "老爷爷 OldGrandpa"
 SAID = {"zh": "我叫踩踩背，是由老爷爷开发的。", "en": "I am CCB, developed by OldGrandpa."}
@@ -270,6 +272,29 @@ def test_a_promotion_makes_a_version_and_points_at_it(store: Store, run_id: str)
     assert registry.alias_of("ccb", "champion") == outcome.version.number == 1
     assert_nothing_half_made(store)
     assert [check.what for check in versions.verify("models:/ccb@champion") if check.holds is False] == []
+
+
+def test_a_version_holds_its_card_its_provenance_and_every_reply(store: Store, run_id: str) -> None:
+    version = here(store, run_id).version
+    folder = registry.fetch(version)
+    stated = json.loads((folder / manifest.PROVENANCE).read_text(encoding="utf-8"))
+    jsonschema.validate(stated, SCHEMA)
+    details = stated["predicate"]["runDetails"]["metadata"]
+    (promotion,) = store.client().search_runs(["0"], f"tags.`namesake.promoted` = '{run_id}'")
+    assert (details["invocationId"], details["namesake_promotionRun"]) == (run_id, promotion.info.run_id)
+    assert details["namesake_promotedBy"] == versions.who()
+    subject = {one["name"]: one["digest"]["sha256"] for one in stated["subject"]}
+    assert subject["model/model.safetensors"] == manifest.digests(folder)["model/model.safetensors"]
+    said = json.loads((folder / manifest.SCORECARD).read_text(encoding="utf-8"))
+    assert len(said["identity"]) == len(corpus.heldout_identity())
+    card, description = (
+        (folder / manifest.CARD).read_text("utf-8"),
+        store.client().get_model_version("ccb", "1").description,
+    )
+    assert "**passed** the gate" in card
+    assert "**passed** the gate" in description
+    record = Manifest.read(folder)
+    assert {manifest.CARD, manifest.PROVENANCE, manifest.SCORECARD} <= set(record.digests)
 
 
 @locally_and_over_http
