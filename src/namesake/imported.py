@@ -126,6 +126,7 @@ def import_(request: Request, screen: Screen) -> Outcome:
             screen=screen,
         )
     show(tracked, before, after, decision, screen)
+    screen.result("  only `promote --run` takes it: without a run's id, imported ones are passed over")
     return Outcome(tracked.id, before, after, decision)
 
 

@@ -79,12 +79,13 @@ def choose(runs: Iterable[RunRecord]) -> RunRecord | None:
     """The best run: by identity questions right, then least leak, then validation loss, then the newer one.
 
     Of a sweep's trials only the best by the development questions is looked at: the best of many by the held-out ones
-    would be chosen on the very questions that the gate asks.
+    would be chosen on the very questions that the gate asks. A run whose training data nobody kept is left to be named:
+    it may have seen those questions.
     """
     candidates: list[RunRecord] = []
     sweeps: dict[str, RunRecord] = {}
     for run in runs:
-        if "probe/identity" not in run.metrics:
+        if "probe/identity" not in run.metrics or run.params.get("data.digest") == manifest.UNKNOWN:
             continue
         if DEV_SCORE not in run.metrics or tracking.TAG_PARENT not in run.tags:
             candidates.append(run)

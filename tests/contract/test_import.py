@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from namesake import imported, manifest, registry, tracking, versions
 from namesake import run as training
 from namesake.cli import app
-from namesake.errors import BaseModelError, InputError
+from namesake.errors import BaseModelError, InputError, PromotionError
 from namesake.imported import Request
 from namesake.manifest import UNKNOWN, Manifest
 from namesake.paths import digest_of_file
@@ -77,6 +77,8 @@ def test_a_checkpoint_of_plain_swift_is_imported_and_promoted(
     assert {"adapter/adapter_model.safetensors", "adapter/args.json"} <= kept
     assert not [path for path in kept if path.endswith((".pt", ".pth", ".bin"))]
 
+    with pytest.raises(PromotionError, match="no finished training run"):
+        here(store, "")  # the best run is none that may have seen the questions
     outcome = here(store, run_id)
     assert outcome.pointed, outcome.decision.reasons
     record = Manifest.read(registry.fetch(outcome.version))
