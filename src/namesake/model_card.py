@@ -84,7 +84,7 @@ def _rendered(record: Manifest, *, adapter: bool, short: bool) -> str:
         ("questions SHA-256", "留出问题 SHA-256", record.questions),
         ("commit of Namesake", "Namesake 的提交", record.tools.get("namesake_commit")),
         ("tools", "工具", _tools(record)),
-        ("promoted", "晋升", " ".join(filter(None, (record.promoted.get("at"), record.promoted.get("by"))))),
+        ("promoted", "提升", " ".join(filter(None, (record.promoted.get("at"), record.promoted.get("by"))))),
     )
     golden = [(one["messages"][-1]["content"], one["reply"]) for one in record.golden[:2]]
     text = _template().render(
