@@ -16,6 +16,7 @@ from typing import Any
 from namesake import examine, gate, registry, tracking, weights
 from namesake.errors import NamesakeError
 from namesake.manifest import SCORECARD, WEIGHTS_FOLDER, Manifest
+from namesake.messages import joined, tr, translated
 from namesake.promote import TAG_QUESTIONS, lineage
 from namesake.terminal import Screen
 from namesake.versions import checked
@@ -27,7 +28,7 @@ _SLICES = ("none", "customer")
 _PAIRED = {"identity": ("identity", "right"), "plain": ("plain", "right"), "leak": ("plain", "leak")}
 """Metrics whose difference gets an interval: part of the scorecard, and the score."""
 
-_FAULTS = ("swapped", "old", "placeholder", "leak")
+_FAULTS = {"swapped": tr("swapped"), "old": tr("old"), "placeholder": tr("placeholder"), "leak": tr("leak")}
 _SHOWN_TENSORS = 5
 _CHARACTERS = 160
 
@@ -163,14 +164,14 @@ def compare(request: Request, screen: Screen) -> Comparison:
         if a.card and b.card:
             asked, replies = _replies(a.card, b.card)
         else:
-            without = " and ".join(side.name for side in (a, b) if not side.card)
-            notes.append(f"{without} kept no replies; --ask asks both anew")
+            without = _and([side.name for side in (a, b) if not side.card])
+            notes.append(tr("{sides} kept no replies; --ask asks both anew", sides=without))
     apart = None
     if a.folder and b.folder:
         apart = _distance(a, b, screen)
     else:
-        runs = " and ".join(side.name for side in (a, b) if not side.folder)
-        notes.append(f"weights are compared of versions; promote {runs}")
+        runs = _and([side.name for side in (a, b) if not side.folder])
+        notes.append(tr("weights are compared of versions; promote {runs}", runs=runs))
     return Comparison(
         a.name, b.name, tuple(scores), tuple(replies), asked, apart, tuple(_facts(a.facts, b.facts)), tuple(notes)
     )
@@ -185,14 +186,15 @@ def show(found: Comparison, screen: Screen, limit: int) -> None:
             [(_asked(said), _told(said.a, said.a_found), _told(said.b, said.b_found)) for said in few],
         )
         if len(few) < len(found.replies):
-            screen.result(f"  {len(found.replies) - len(few)} more differ; --limit 0 shows them")
+            more = len(found.replies) - len(few)
+            screen.result(tr("  {count} more differ; --limit 0 shows them", count=more))
     if found.asked:
-        screen.result(f"  replies  {len(found.replies)} of {found.asked} differ")
+        screen.result(tr("  replies  {differ} of {asked} differ", differ=len(found.replies), asked=found.asked))
     if found.scores:
         shown = [score for score in found.scores if score.difference or score.metric in _PAIRED]
         screen.table(("score", found.a, found.b, "difference"), [_score_row(score) for score in shown])
         if len(shown) < len(found.scores):
-            screen.result(f"  {len(found.scores) - len(shown)} more scores are the same")
+            screen.result(tr("  {count} more scores are the same", count=len(found.scores) - len(shown)))
     if found.distance:
         _show_distance(found.distance, screen)
     if found.facts:
@@ -220,10 +222,10 @@ def _side(target: str, request: Request, screen: Screen) -> Side:
             card = None
         identity = {f"identity.{key}": run.params.get(f"identity.{key}", "") for key in ("name", "author")}
         made = {**identity, "system": run.params.get("sft.system", ""), **_flat(lineage(run)), "run": run.id}
-        side = Side(f"run {run.id[:8]}", made, scores, card, run.params.get("probe.questions", ""))
+        side = Side(tr("run {id}", id=run.id[:8]), made, scores, card, run.params.get("probe.questions", ""))
     if not (request.ask or request.questions):
         return side
-    screen.step(f"asking {side.name}")
+    screen.step(tr("asking {side}", side=side.name))
     asked = examine.examine(examine.Request(target, questions=request.questions), screen)
     return Side(side.name, side.facts, asked.metrics, asked.record(), "asked now", side.folder, side.digests)
 
@@ -299,8 +301,8 @@ def _replies(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[int, list[Said
 
 
 def _found(row: Mapping[str, Any]) -> str:
-    faults = [fault for fault in _FAULTS if row.get(fault)]
-    return ", ".join(("right" if row["right"] else "not right", *faults))
+    faults = [fault for name, fault in _FAULTS.items() if row.get(name)]
+    return joined([tr("right") if row["right"] else tr("not right"), *faults], ", ")
 
 
 def _distance(a: Side, b: Side, screen: Screen) -> Distance:
@@ -320,16 +322,26 @@ def _show_distance(apart: Distance, screen: Screen) -> None:
     if apart.equal:
         screen.result("  weights  equal")
         return
-    screen.result(f"  weights  {apart.total:.3e} apart (‖B - A‖ / ‖A‖ over all tensors); farthest:")
+    screen.result(tr("  weights  {total:.3e} apart (‖B - A‖ / ‖A‖ over all tensors); farthest:", total=apart.total))
     for name, value in apart.tensors[:_SHOWN_TENSORS]:
         screen.result(f"    {value:.3e}  {name}")
     if apart.others:
-        screen.warn(f"{len(apart.others)} tensors are in one only or differ in shape: {', '.join(apart.others[:3])} …")
+        screen.warn(
+            tr(
+                "{count} tensors are in one only or differ in shape: {names} …",
+                count=len(apart.others),
+                names=", ".join(apart.others[:3]),
+            )
+        )
 
 
 def _score_row(score: Score) -> Sequence[str]:
-    interval = f" ({score.low:+.1%} to {score.high:+.1%})" if score.low is not None else ""
-    return score.metric, f"{score.a:.1%}", f"{score.b:.1%}", f"{score.difference:+.1%}{interval}"
+    difference = f"{score.difference:+.1%}"
+    if score.low is not None:
+        difference = tr(
+            "{difference} ({low:+.1%} to {high:+.1%})", difference=difference, low=score.low, high=score.high
+        )
+    return score.metric, f"{score.a:.1%}", f"{score.b:.1%}", difference
 
 
 def _asked(said: Said) -> str:
@@ -337,7 +349,11 @@ def _asked(said: Said) -> str:
 
 
 def _told(reply: str, found: str) -> str:
-    return f"{_short(reply)}\n[{found}]"
+    return f"{_short(reply)}\n[{translated(found)}]"
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else tr("{one} and {other}", one=names[0], other=names[1])
 
 
 def _short(text: str) -> str:

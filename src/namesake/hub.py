@@ -9,6 +9,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 from namesake.errors import HubError, InputError
+from namesake.messages import tr
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -53,7 +54,11 @@ def push(folder: Path, repository: str, *, token: str = "", message: str = "", l
     except (modelscope_hub.errors.HubError, OSError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise HubError(
-            f"ModelScope did not take {repository}: {said}.",
-            mend="Check the connection and the token (--token, or MODELSCOPE_API_TOKEN); the exported folder is kept, "
-            f"so that `modelscope upload {repository} {folder}` can try again.",
+            tr("ModelScope did not take {repository}: {said}.", repository=repository, said=said),
+            mend=tr(
+                "Check the connection and the token (--token, or MODELSCOPE_API_TOKEN); the exported folder is kept, "
+                "so that `modelscope upload {repository} {folder}` can try again.",
+                repository=repository,
+                folder=folder,
+            ),
         ) from error

@@ -18,6 +18,7 @@ from namesake.errors import BaseModelError, InputError
 from namesake.gate import Policy
 from namesake.identity import Identity
 from namesake.manifest import UNKNOWN
+from namesake.messages import tr
 from namesake.paths import digest_of_file
 from namesake.run import Losses, Outcome, base_scores, log_checkpoint, prove, show, tools
 from namesake.terminal import Screen
@@ -27,7 +28,7 @@ RECIPE = "imported"
 
 _CONFIG, _WEIGHTS, _ARGS, _STATE = "adapter_config.json", "adapter_model.safetensors", "args.json", "trainer_state.json"
 _PICKLED = ("adapter_model.bin", "pytorch_model.bin")
-_MEND = "Give the folder that `swift sft` names last_model_checkpoint, such as output/v0-…/checkpoint-31."
+_MEND = tr("Give the folder that `swift sft` names last_model_checkpoint, such as output/v0-…/checkpoint-31.")
 
 _KEPT = (
     *("tuner_type", "torch_dtype", "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate"),
@@ -81,7 +82,7 @@ def import_(request: Request, screen: Screen) -> Outcome:
         raise InputError(
             "sha256",
             request.sha256,
-            f"is not the digest of {_WEIGHTS}, which is {checkpoint.sha256}",
+            tr("is not the digest of {file}, which is {found}", file=_WEIGHTS, found=checkpoint.sha256),
             mend="Fetch the checkpoint again, or leave --sha256 out.",
         )
     base = _base(request, checkpoint, screen)
@@ -103,7 +104,7 @@ def import_(request: Request, screen: Screen) -> Outcome:
                 "namesake.imported": str(checkpoint.path),
             }
         )
-        screen.step(f"run {title}")
+        screen.step(tr("run {title}", title=title))
         screen.warn("what it was trained on is not known, so nobody can tell whether it has seen our questions")
         tracked.params(params)
         log_checkpoint(tracked, checkpoint.path)
@@ -141,10 +142,11 @@ def read(folder: Path) -> Checkpoint:
     if not (folder / _CONFIG).is_file():
         below = sorted(path.parent for path in folder.glob(f"checkpoint-*/{_CONFIG}"))
         if below:
-            raise InputError("checkpoint", str(folder), "holds checkpoints", mend=f"Give one of them: {below[-1]}.")
+            mend = tr("Give one of them: {folder}.", folder=below[-1])
+            raise InputError("checkpoint", str(folder), "holds checkpoints", mend=mend)
         if (folder / "config.json").is_file():
             raise _refused(folder, "holds whole weights, no LoRA adapter", "Train with --tuner_type lora.")
-        raise _refused(folder, f"has no {_CONFIG}")
+        raise _refused(folder, tr("has no {file}", file=_CONFIG))
     if not (folder / _WEIGHTS).is_file():
         if any((folder / name).is_file() for name in _PICKLED):
             raise _refused(
@@ -152,12 +154,14 @@ def read(folder: Path) -> Checkpoint:
                 "has its weights only in a pickle, which can run code when it is read",
                 "Train with --save_safetensors true, or convert it to safetensors where you trust it.",
             )
-        raise _refused(folder, f"has no {_WEIGHTS}")
+        raise _refused(folder, tr("has no {file}", file=_WEIGHTS))
     if not (folder / _ARGS).is_file():
-        raise _refused(folder, f"has no {_ARGS}, so that nobody knows its base model and system prompt")
+        raise _refused(folder, tr("has no {file}, so that nobody knows its base model and system prompt", file=_ARGS))
     config, args = (_json(folder, name) for name in (_CONFIG, _ARGS))
     if config.get("peft_type") != "LORA":
-        raise _refused(folder, f"is of the type {config.get('peft_type')}", "Train with --tuner_type lora.")
+        raise _refused(
+            folder, tr("is of the type {kind}", kind=config.get("peft_type")), "Train with --tuner_type lora."
+        )
     return Checkpoint(folder.resolve(), args, digest_of_file(folder / _WEIGHTS))
 
 
@@ -169,21 +173,21 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
     try:
         found = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _refused(folder, f"has a {name} that cannot be read ({error})") from error
+        raise _refused(folder, tr("has a {file} that cannot be read ({error})", file=name, error=error)) from error
     if not isinstance(found, dict):
-        raise _refused(folder, f"has a {name} that is no JSON object")
+        raise _refused(folder, tr("has a {file} that is no JSON object", file=name))
     return found
 
 
 def _base(request: Request, checkpoint: Checkpoint, screen: Screen) -> BaseModel:
     named = request.model or str(checkpoint.args.get("model") or "")
     if not named:
-        raise _refused(checkpoint.path, f"has an {_ARGS} that names no model", "Give --model.")
+        raise _refused(checkpoint.path, tr("has an {file} that names no model", file=_ARGS), "Give --model.")
     try:
-        return base_model.resolve(named, say=lambda text: screen.line(f"  {text}"))
+        return base_model.resolve(named, say=lambda text: screen.line(tr("  {text}", text=text)))
     except (InputError, BaseModelError) as error:
         raise BaseModelError(
-            f"The base model of the checkpoint cannot be had: {error.message}",
+            tr("The base model of the checkpoint cannot be had: {message}", message=error.message),
             mend="Give --model with the folder or the ModelScope id of the model it was trained on.",
         ) from error
 
@@ -196,7 +200,8 @@ def _check_fit(checkpoint: Checkpoint, base: BaseModel) -> None:
         with safe_open(checkpoint.path / _WEIGHTS, framework="numpy") as weights:
             changes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise _refused(checkpoint.path, f"has a {_WEIGHTS} that cannot be read ({error})") from error
+        fault = tr("has a {file} that cannot be read ({error})", file=_WEIGHTS, error=error)
+        raise _refused(checkpoint.path, fault) from error
     shapes: dict[str, list[int]] = {}
     for path in sorted(base.path.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as tensors:
@@ -209,10 +214,14 @@ def _check_fit(checkpoint: Checkpoint, base: BaseModel) -> None:
         wanted = [other[0], shape[1]]
         own = shapes.get(f"{stem.removeprefix('base_model.model.')}.weight")
         if own != wanted:
-            has = f"has it as {own}" if own else "has none of that name"
-            changed = stem.removeprefix("base_model.model.")
             raise BaseModelError(
-                f"The checkpoint does not fit {base.id}: it changes {changed} {wanted}, the base {has}.",
+                tr(
+                    "The checkpoint does not fit {base}: it changes {changed} {wanted}, the base {has}.",
+                    base=base.id,
+                    changed=stem.removeprefix("base_model.model."),
+                    wanted=wanted,
+                    has=tr("has it as {own}", own=own) if own else "has none of that name",
+                ),
                 mend="Give --model with the model it was trained on.",
             )
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from namesake.manifest import PROVENANCE, SCORECARD, UNKNOWN, Manifest
+from namesake.messages import tr
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
@@ -96,9 +97,9 @@ def faults(stated: Any, record: Manifest) -> list[str]:
     try:
         kind = stated["predicate"]["buildDefinition"]["buildType"]
     except (LookupError, TypeError) as error:
-        raise ValueError("it is no statement") from error
+        raise ValueError(tr("it is no statement")) from error
     if kind != BUILD_TYPE:
-        raise ValueError(f"it is of the build type {kind}, this release knows {BUILD_TYPE}")
+        raise ValueError(tr("it is of the build type {kind}, this release knows {known}", kind=kind, known=BUILD_TYPE))
     # As JSON has it: a tuple would not equal the list that was read.
     return [*_differences(json.loads(json.dumps(statement(record))), stated, "")]
 
@@ -108,7 +109,7 @@ def _differences(wanted: Any, found: Any, at: str) -> Iterator[str]:
         for key in sorted({*wanted, *found}):
             yield from _differences(wanted.get(key), found.get(key), f"{at}.{key}".removeprefix("."))
     elif wanted != found:
-        yield f"{at} differs"
+        yield tr("{at} differs", at=at)
 
 
 def _dependencies(record: Manifest) -> Iterator[dict[str, Any]]:

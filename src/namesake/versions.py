@@ -32,7 +32,7 @@ from namesake.manifest import (
     digests,
     strange,
 )
-from namesake.messages import joined, tr
+from namesake.messages import Message, joined, tr
 from namesake.paths import digest_of_file
 from namesake.registry import CHAMPION, Move, Version
 
@@ -208,25 +208,29 @@ def _verify(version: Version, public_key: Path | None) -> Iterator[Check]:
     yield from _recomputed("base model here", record.base["digest"], lambda: _base_digest(record))
     commit = record.tools.get("namesake_commit", "")
     for what, stated, here in (
-        ("corpus here", data.get("corpus_digest"), corpus.corpus_digest()),
-        ("questions here", record.questions, corpus.heldout().digest()),
+        (tr("corpus here"), data.get("corpus_digest"), corpus.corpus_digest()),
+        (tr("questions here"), record.questions, corpus.heldout().digest()),
     ):
         if stated and stated != here:
-            yield Check(what, None, f"this release has others; that needs Namesake at commit {commit or 'unknown'}")
+            others = tr(
+                "this release has others; that needs Namesake at commit {commit}", commit=commit or tr("unknown")
+            )
+            yield Check(what, None, others)
         elif stated:
             yield Check(what, True, stated[:16])
     if commit:
-        yield Check("commit of Namesake", None, f"needs a clone of Namesake that has {commit}")
+        yield Check("commit of Namesake", None, tr("needs a clone of Namesake that has {commit}", commit=commit))
 
 
 def _provenance(folder: Path, record: Manifest) -> Check:
     if PROVENANCE not in record.digests:
-        return Check("provenance", None, f"made by a release that wrote no {PROVENANCE}; promote the run again")
+        older = tr("made by a release that wrote no {file}; promote the run again", file=PROVENANCE)
+        return Check("provenance", None, older)
     try:
         faults = provenance.faults(json.loads((folder / PROVENANCE).read_text(encoding="utf-8")), record)
     except ValueError as error:
-        return Check("provenance", None, str(error))
-    return Check("provenance", not faults, "; ".join(faults[:5]) or "says what the manifest says")
+        return Check("provenance", None, error.args[0] if isinstance(error.args[0], Message) else str(error))
+    return Check("provenance", not faults, joined(faults[:5]) if faults else "says what the manifest says")
 
 
 def _recomputed(what: str, stated: str, found: Callable[[], str]) -> Iterator[Check]:
@@ -237,7 +241,7 @@ def _recomputed(what: str, stated: str, found: Callable[[], str]) -> Iterator[Ch
     try:
         yield _same(what, stated, found())
     except NamesakeError as error:
-        yield Check(what, None, str(error))
+        yield Check(what, None, joined(filter(None, (error.message, error.mend)), " "))
 
 
 def _adapter_of(run_id: str) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from namesake.errors import RegistryError
+from namesake.messages import tr
 
 _ELEMENTS = 1 << 22
 """Elements held at a time, of each model, in float32 (16 MB); the difference is summed up in float64."""
@@ -94,4 +95,6 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise RegistryError(f"{path} is no safetensors file ({error}).", mend="Promote the run again.") from error
+        raise RegistryError(
+            tr("{path} is no safetensors file ({error}).", path=path, error=error), mend="Promote the run again."
+        ) from error
