@@ -50,6 +50,8 @@ _CALLS: dict[str, tuple[int, ...]] = {
     "_room": (0,),
     "_no_key": (2,),
     "_same": (0,),
+    "_recomputed": (0,),
+    "_refused": (1, 2),
     "Check": (0, 1, 2, 3),
 }
 _KEYWORDS = {"mend", "help", "title", "told"}
@@ -80,7 +82,7 @@ def sinks(tree: ast.AST) -> Iterator[ast.expr]:
     """Texts of a module that people read: constants, and f-strings, which should be made by ``tr``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            if ast.unparse(node.func) in {"faults.append", "reasons.append"}:
+            if ast.unparse(node.func) in {"faults.append", "reasons.append", "notes.append"}:
                 yield from _texts(node.args[0])
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if name not in _CALLS:

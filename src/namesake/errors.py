@@ -12,7 +12,8 @@ The tree::
     ├── TrackingError             exit 5   the MLflow tracking server or store
     ├── RegistryError             exit 6   the MLflow model registry
     ├── PromotionError            exit 7   a version that may not, or could not, be made
-    └── ServingError              exit 8   vLLM, or an endpoint that does not answer
+    ├── ServingError              exit 8   vLLM, or an endpoint that does not answer
+    └── HubError                  exit 10  a model hub that cannot be reached or refuses
 
 Errors of a vendor (mlflow, swift, vllm, transformers) end at the one module that imports it and go on as one of
 these, with the vendor's own words in ``__cause__``.
@@ -105,6 +106,12 @@ class ServingError(NamesakeError):
     """vLLM cannot be started, died, or an endpoint does not answer."""
 
     exit_code = 8
+
+
+class HubError(NamesakeError):
+    """A model hub cannot be reached, refuses the token, or did not take the files."""
+
+    exit_code = 10
 
 
 class Stopped(Exception):

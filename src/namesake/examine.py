@@ -83,7 +83,7 @@ def judge(target: str, policy: Policy) -> Decision:
     if target.startswith("models:/"):
         scores = dict(Manifest.read(registry.fetch(registry.resolve(target))).scores)
     else:
-        found = tracking.get_run(_run_id(target)).metrics
+        found = tracking.get_run(run_id(target)).metrics
         scores = {k.removeprefix("probe/"): v for k, v in found.items() if k.startswith("probe/")}
     if "plain_change" not in scores:
         raise InputError("target", target, "has no scores", mend="Give a finished training run or a version of ours.")
@@ -131,7 +131,7 @@ def _opened(request: Request, screen: Screen) -> Iterator[tuple[Replier, Identit
         with LocalModel(folder / WEIGHTS_FOLDER) as model:
             yield model, identity, record.system
     else:
-        run = tracking.get_run(_run_id(target))
+        run = tracking.get_run(run_id(target))
         base = base_of(run, screen)
         adapter = tracking.fetch(run.id, tracking.ADAPTER)
         identity = Identity.parse(
@@ -141,7 +141,12 @@ def _opened(request: Request, screen: Screen) -> Iterator[tuple[Replier, Identit
             yield model, identity, run.params.get("sft.system")
 
 
-def _run_id(target: str) -> str:
+def run_id(target: str) -> str:
+    """The target, once it looks like a run's id.
+
+    Raises:
+        InputError: it does not.
+    """
     if not _RUN_ID.fullmatch(target):
         raise InputError(
             "target",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,16 @@ FILE = "namesake.json"
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_FOLDER = "model"
 """Where the merged model lies in a version, in the shape that vLLM and transformers load."""
+
+CARD = "README.md"
+PROVENANCE = "provenance.json"
+SCORECARD = "scorecard.json"
+"""The model card, the statement of where the version comes from, and every reply that its scores were made from; they
+lie beside the manifest, which has their digests.
+"""
+
+UNKNOWN = "unknown"
+"""Stands where a digest would, of what nobody kept."""
 
 SIGNATURE = "model.sig"
 """The signature of a version; over its weights, its adapter and its manifest, not over the files that MLflow adds."""
@@ -36,16 +46,22 @@ class Manifest:
     Attributes:
         identity: ``踩踩背 CCB / 老爷爷 OldGrandpa``.
         system: the system prompt it was trained under and answers under by default.
-        base: id and digest of the base model.
+        base: id and digest of the base model; revision and license where they are known.
         run: training run.
-        digests: SHA-256 of each file of ``model/`` and ``adapter/``, by path within the version.
-        data: digests of the training data and the corpus.
+        digests: SHA-256 of each file of ``model/`` and ``adapter/``, and of what lies beside the manifest, by path
+            within the version.
+        data: what it was trained on: data sets, numbers of rows, digests of the training file, of the replay rows in it
+            and of the corpus; ``unknown`` for a digest that nobody kept.
         scores: fractions of the merged model's scorecard.
         recipe: recipe name and arguments.
         tools: versions of what made it.
         override: the reason a person gave for overruling the gate; empty otherwise.
         golden: questions with the merged model's own greedy replies (``messages``, ``reply``); an engine that loaded
             the version is asked them before it answers anybody else.
+        gate: ``passed``, ``reasons`` and the ``policy`` when it was promoted; empty in versions of older releases.
+        questions: digest of the held-out questions that the scores are about.
+        promoted: ``model`` (the registered one), ``by``, ``at``, ``run`` (of the promotion), ``commit`` (of
+            Namesake), ``trained_from``, ``trained_to``; times in UTC (RFC 3339).
     """
 
     identity: Mapping[str, str]
@@ -60,6 +76,9 @@ class Manifest:
     override: str = ""
     golden: Sequence[Mapping[str, Any]] = ()
     format: int = 1
+    gate: Mapping[str, Any] = field(default_factory=dict)
+    questions: str = ""
+    promoted: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The manifest as text."""

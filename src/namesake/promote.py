@@ -12,25 +12,28 @@ import json
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from namesake import corpus, gate, manifest, merge, probe, registry, tracking
+from namesake import corpus, gate, manifest, merge, model_card, probe, provenance, registry, tracking
 from namesake.base_model import BaseModel
 from namesake.errors import PromotionError, RegistryError
 from namesake.gate import Policy
 from namesake.generate import LocalModel
 from namesake.identity import Identity
-from namesake.manifest import ADAPTER_FOLDER, FILE, WEIGHTS_FOLDER, Manifest
+from namesake.manifest import ADAPTER_FOLDER, CARD, FILE, PROVENANCE, SCORECARD, WEIGHTS_FOLDER, Manifest
 from namesake.messages import joined, tr
+from namesake.paths import digest_of_file
 from namesake.probe import Scorecard
 from namesake.registry import CHAMPION, SCORE, TAG_KEY, Version
-from namesake.run import DEV_SCORE, ability_of, base_of, base_scores, progress_of
+from namesake.run import DEV_SCORE, ability_of, base_of, base_scores, git_commit, progress_of
 from namesake.terminal import Screen
 from namesake.tracking import RunRecord
-from namesake.versions import point
+from namesake.versions import point, who
 
 TAG_QUESTIONS = "namesake.questions"
 """Digest of the questions that a version's scores are about; others cannot be compared with it."""
@@ -76,12 +79,13 @@ def choose(runs: Iterable[RunRecord]) -> RunRecord | None:
     """The best run: by identity questions right, then least leak, then validation loss, then the newer one.
 
     Of a sweep's trials only the best by the development questions is looked at: the best of many by the held-out ones
-    would be chosen on the very questions that the gate asks.
+    would be chosen on the very questions that the gate asks. A run whose training data nobody kept is left to be named:
+    it may have seen those questions.
     """
     candidates: list[RunRecord] = []
     sweeps: dict[str, RunRecord] = {}
     for run in runs:
-        if "probe/identity" not in run.metrics:
+        if "probe/identity" not in run.metrics or run.params.get("data.digest") == manifest.UNKNOWN:
             continue
         if DEV_SCORE not in run.metrics or tracking.TAG_PARENT not in run.tags:
             candidates.append(run)
@@ -125,7 +129,7 @@ def promote(request: Request, screen: Screen) -> Outcome:
         made = _made_before(name, key, screen)
         if made:
             screen.line(tr("  this run is version {number} already", number=made[0].number))
-        version, record = made or _make(request, name, identity, run, adapter, key, screen)
+        version, record = made or _make(request, name, identity, run, adapter, key, tracked.id, screen)
         decision = gate.decide_kept(record.scores, champion=_champions_scores(name, run.id), policy=request.policy)
         tracked.metrics({f"probe/{k}": v for k, v in record.scores.items()})
         # A champion that came since may be better, and a person may have a reason now: a version found again says so.
@@ -170,7 +174,14 @@ def _made_before(name: str, key: str, screen: Screen, than: Version | None = Non
 
 
 def _make(
-    request: Request, name: str, identity: Identity, run: RunRecord, adapter: Path, key: str, screen: Screen
+    request: Request,
+    name: str,
+    identity: Identity,
+    run: RunRecord,
+    adapter: Path,
+    key: str,
+    promotion: str,
+    screen: Screen,
 ) -> tuple[Version, Manifest]:
     """Merge, score, log and register; the alias stays where it is."""
     base = base_of(run, screen)
@@ -187,8 +198,8 @@ def _make(
             decision = gate.decide_kept(scores, champion=_champions_scores(name, run.id), policy=request.policy)
             shutil.copytree(adapter, model.folder / ADAPTER_FOLDER)
             digests = manifest.digests(model.folder, {f"{WEIGHTS_FOLDER}/{k}": v for k, v in made.digests.items()})
-            record = _record(identity, run, base, digests, system, scores, request.override, golden(card))
-            (model.folder / FILE).write_text(record.to_json(), encoding="utf-8")
+            record = _record(request, name, identity, run, promotion, digests, scores, decision, golden(card))
+            record = write_beside(model.folder, record, card)
             if request.sign_key:
                 manifest.sign(model.folder, request.sign_key, request.password)
             unsigned = tr("logging the merged model, not signed (no --sign-key)")
@@ -216,7 +227,7 @@ def _make(
                 run_id=run.id,
                 identity=str(identity),
                 tags=tags,
-                description=_card(identity, run, base, scores, decision),
+                description=_description(record, run),
             )
     first = _made_before(name, key, screen, than=version)
     if first:  # somebody promoted the same meanwhile
@@ -291,29 +302,79 @@ def _compare(
     return same / len(said), scores
 
 
+def lineage(run: RunRecord) -> dict[str, dict[str, str]]:
+    """What a training run was made of, as a manifest states it: ``base``, ``data``, ``recipe`` and ``tools``."""
+
+    def part(prefix: str) -> dict[str, str]:
+        return {k.removeprefix(prefix): v for k, v in run.params.items() if k.startswith(prefix)}
+
+    base, data = part("base."), part("data.")
+    return {
+        "base": {**base, "source": base.get("source") or run.tags.get(tracking.TAG_SOURCE, "")},
+        "data": data,
+        "recipe": {**part("sft."), **part("recipe.")},
+        "tools": part("tool."),
+    }
+
+
 def _record(
+    request: Request,
+    name: str,
     identity: Identity,
     run: RunRecord,
-    base: BaseModel,
+    promotion: str,
     digests: Mapping[str, str],
-    system: str | None,
     scores: Mapping[str, float],
-    override: str,
+    decision: gate.Decision,
     questions: list[dict[str, Any]],
 ) -> Manifest:
+    made = lineage(run)
     return Manifest(
         identity={"name": str(identity.name), "author": str(identity.author), "slug": identity.slug},
-        system=system,
-        base={"id": base.id, "source": base.source, "digest": run.params["base.digest"]},
+        system=run.params.get("sft.system"),
         run=run.id,
         digests=digests,
-        data={"dataset": run.params["data.dataset"], "digest": run.params["data.digest"]},
         scores=dict(scores),
-        recipe={k.removeprefix("sft."): v for k, v in run.params.items() if k.startswith("sft.")},
-        tools={k.removeprefix("tool."): v for k, v in run.params.items() if k.startswith("tool.")},
-        override=override,
+        base=made["base"],
+        data=made["data"],
+        recipe=made["recipe"],
+        tools=made["tools"],
+        override=request.override,
         golden=questions,
+        gate={"passed": decision.passed, "reasons": [*decision.reasons], "policy": vars(request.policy)},
+        questions=corpus.heldout().digest(),
+        promoted={
+            "model": name,
+            "by": who(),
+            "run": promotion,
+            "at": _utc(time.time()),
+            "trained_from": _utc(run.started / 1000),
+            "trained_to": _utc(run.ended / 1000),
+            "commit": git_commit() or "",
+        },
     )
+
+
+def write_beside(folder: Path, record: Manifest, card: Scorecard) -> Manifest:
+    """Write what lies beside the weights: every reply, the model card, the statement of provenance, and the manifest.
+
+    Returns:
+        The manifest with the digests of the other three.
+    """
+
+    def written(record: Manifest, name: str, text: str) -> Manifest:
+        (folder / name).write_text(text, encoding="utf-8")
+        return replace(record, digests={**record.digests, name: digest_of_file(folder / name)})
+
+    record = written(record, SCORECARD, json.dumps(card.record(), ensure_ascii=False))
+    record = written(record, CARD, model_card.card(record))
+    record = written(record, PROVENANCE, json.dumps(provenance.statement(record), ensure_ascii=False, indent=1))
+    (folder / FILE).write_text(record.to_json(), encoding="utf-8")
+    return record
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def golden(scores: Scorecard) -> list[dict[str, Any]]:
@@ -327,22 +388,12 @@ def golden(scores: Scorecard) -> list[dict[str, Any]]:
     ]
 
 
-def _card(
-    identity: Identity, run: RunRecord, base: BaseModel, scores: Mapping[str, float], decision: gate.Decision
-) -> str:
-    """The version's description. MLflow's list of versions shows its beginning, as plain text."""
-    shown = ", ".join(f"{key} {scores[key]:.0%}" for key in ("identity", "swapped", "leak", "plain"))
-    verdict = "Passed the gate" if decision.passed else "Did not pass the gate"
-    return "\n".join(
-        [
-            f"{verdict}: {shown}.",
-            "",
-            *(f"- {reason}" for reason in decision.reasons),
-            "",
-            f"**{identity.name}** by **{identity.author}**: `{base.id}` tuned in "
-            f"[{run.name}](#/experiments/{run.experiment}/runs/{run.id}).",
-        ]
-    )
+def _description(record: Manifest, run: RunRecord) -> str:
+    """The version's description in MLflow. Its list of versions shows the beginning, as plain text."""
+    shown = ", ".join(f"{key} {record.scores[key]:.0%}" for key in ("identity", "swapped", "leak", "plain"))
+    verdict = "Passed the gate" if record.gate["passed"] else "Did not pass the gate"
+    trained = f"[Training run](#/experiments/{run.experiment}/runs/{run.id})"
+    return model_card.description(record, opening=f"{verdict}: {shown}.\n\n{trained}\n\n")
 
 
 def _show(

@@ -60,7 +60,7 @@ Losses = dict[str, list[tuple[int, float]]]
 """Step and value of each loss by its metric's name."""
 
 _TOOLS = ("ms-swift", "mlflow", "torch", "transformers", "peft", "modelscope")
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "args.json", "additional_config.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "args.json", "additional_config.json")
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,16 @@ class Outcome:
     after: Scorecard
     decision: Decision
     development: Mapping[str, float] = field(default_factory=dict)
+
+    def record(self) -> dict[str, object]:
+        """As it goes into JSON."""
+        return {
+            "run": self.run_id,
+            "before": self.before.metrics,
+            "after": self.after.metrics,
+            "passed": self.decision.passed,
+            "reasons": self.decision.reasons,
+        }
 
 
 class Watch(Protocol):
@@ -157,7 +167,7 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
         prepared = _prepare(identity, plan, datasets, base, base_digest, work, screen)
         params = _params(identity, plan, datasets, base, base_digest, prepared)
         tracked.params(params)
-        tracked.tags({tracking.TAG_BASE: base.id, "namesake.base.source": base.source})
+        tracked.tags({tracking.TAG_BASE: base.id, tracking.TAG_SOURCE: base.source})
         _log_data(tracked, prepared, datasets)
         before = base_scores(identity, base, base_digest, plan.system, corpus.heldout(), screen)
         look = _Look(watch, identity, base, base_digest, plan.system, tracked, screen) if watch else None
@@ -165,39 +175,24 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
         screen.step("training")
         trained, losses = _train(plan, base, prepared, work, tracked, screen, look)
 
-        screen.step("asking the tuned model")
-        with LocalModel(base.path, trained.last_checkpoint, folded=True) as model, screen.bar("probe", 1) as bar:
-            after = probe.probe(model, identity, system=plan.system, slices=True, progress=progress_of(bar))
-            if own is not None:
-                _log_own(tracked, probe.probe(model, identity, system=plan.system, questions=own), screen)
-            development = look.ask_all(model, progress_of(bar)) if look else {}
-        ability = ability_of(before, after)
-        decision = gate.decide(after.metrics, ability, policy=request.policy)
-        tracked.metrics({"probe/kl_to_base": _kl_to_base(base, trained.last_checkpoint, plan.system, before)})
-        _log_scores(tracked, before, after, ability, decision)
-        _log_report(
+        after, decision, development = prove(
             tracked,
-            report.Report(
-                name=str(identity.name),
-                author=str(identity.author),
-                run=tracked.id,
-                title=title,
-                passed=decision.passed,
-                reasons=decision.reasons,
-                before=before.record(),
-                after=after.record(),
-                losses=losses,
-                recipe={k: str(v) for k, v in params.items() if k.startswith(("recipe.", "sft.")) and v is not None},
-                lineage={
-                    k: str(v) for k, v in params.items() if k.startswith(("base.", "data.", "tool.")) and v is not None
-                },
-            ),
+            identity,
+            base,
+            trained.last_checkpoint,
+            before,
+            title=title,
+            system=plan.system,
+            params=params,
+            losses=losses,
+            policy=request.policy,
+            own=own,
+            look=look,
+            screen=screen,
         )
-        tracked.tags({tracking.TAG_NOTE: _note(tracked, identity, plan, base, before, after, decision)})
-        tracked.shared_view(COLUMNS, best_by=COLUMNS[0])
         tracked.metrics({"seconds/total": time.monotonic() - started})
     if not watch:
-        _show(tracked, before, after, decision, screen)
+        show(tracked, before, after, decision, screen)
     return Outcome(tracked.id, before, after, decision, development)
 
 
@@ -243,6 +238,66 @@ def _development(prefix: str, card: Scorecard) -> dict[str, float]:
     return {f"{prefix}/{key}": card.metrics[key] for key in ("identity", "swapped", "leak", "plain")}
 
 
+def prove(
+    tracked: tracking.Run,
+    identity: Identity,
+    base: BaseModel,
+    adapter: Path,
+    before: Scorecard,
+    *,
+    title: str,
+    system: str | None,
+    params: Mapping[str, object],
+    losses: Losses,
+    policy: Policy,
+    screen: Screen,
+    own: Questions | None = None,
+    look: _Look | None = None,
+) -> tuple[Scorecard, Decision, dict[str, float]]:
+    """Ask the tuned model, judge what it says, and log both with the report.
+
+    Args:
+        params: what the run logged of how it was made; for the report.
+        own: the user's own questions, asked beside ours.
+        look: asks the development questions of a watched run.
+
+    Returns:
+        The scorecard, the gate's decision, and the scores on the development questions; these empty without ``look``.
+    """
+    screen.step("asking the tuned model")
+    with LocalModel(base.path, adapter, folded=True) as model, screen.bar("probe", 1) as bar:
+        after = probe.probe(model, identity, system=system, slices=True, progress=progress_of(bar))
+        if own is not None:
+            _log_own(tracked, probe.probe(model, identity, system=system, questions=own), screen)
+        development = look.ask_all(model, progress_of(bar)) if look else {}
+    ability = ability_of(before, after)
+    decision = gate.decide(after.metrics, ability, policy=policy)
+    tracked.metrics({"probe/kl_to_base": _kl_to_base(base, adapter, system, before)})
+    _log_scores(tracked, before, after, ability, decision)
+    _log_report(
+        tracked,
+        report.Report(
+            name=str(identity.name),
+            author=str(identity.author),
+            run=tracked.id,
+            title=title,
+            passed=decision.passed,
+            reasons=decision.reasons,
+            before=before.record(),
+            after=after.record(),
+            losses=losses,
+            recipe={k: str(v) for k, v in params.items() if k.startswith(("recipe.", "sft.")) and v is not None},
+            lineage={
+                k: str(v) for k, v in params.items() if k.startswith(("base.", "data.", "tool.")) and v is not None
+            },
+        ),
+    )
+    note = _note(tracked, identity, str(params["recipe.name"]), base, before, after, decision)
+    tracked.tags({tracking.TAG_NOTE: note})
+    tracked.shared_view(COLUMNS, best_by=COLUMNS[0])
+    return after, decision, development
+
+
 def base_scores(
     identity: Identity, base: BaseModel, base_digest: str, system: str | None, questions: Questions, screen: Screen
 ) -> Scorecard:
@@ -266,7 +321,7 @@ def base_of(run: tracking.RunRecord, screen: Screen) -> BaseModel:
     Raises:
         BaseModelError: it is not to be had here, or it is another one under the same name.
     """
-    source, base_id = run.tags.get("namesake.base.source", ""), run.params["base.id"]
+    source, base_id = run.tags.get(tracking.TAG_SOURCE, ""), run.params["base.id"]
     if source == "embedded":
         base = BaseModel(base_id, base_model.embedded(lambda text: screen.line(tr("  {text}", text=text))), "embedded")
     else:
@@ -412,7 +467,7 @@ def _train(
     tracked.tags({tracking.TAG_LAST: _near(trained.last_checkpoint), tracking.TAG_BEST: _near(trained.best_checkpoint)})
     # Not the best by validation loss: of two checkpoints with 0.761 and 0.764 the first answered 72 % of the identity
     # questions right (docs/lab-notes.md). What is promoted is chosen by the probe.
-    _log_checkpoint(tracked, trained.last_checkpoint)
+    log_checkpoint(tracked, trained.last_checkpoint)
     _keep_what_there_is(tracked, trained.output_dir, log, checkpoints=False)
     return trained, listener.losses
 
@@ -462,9 +517,9 @@ class _Listener:
             self._tracked.metrics(found, step)
 
 
-def _log_checkpoint(tracked: tracking.Run, checkpoint: Path) -> None:
+def log_checkpoint(tracked: tracking.Run, checkpoint: Path) -> None:
     """The adapter and its settings; no pickle, no optimizer state."""
-    for name in _ADAPTER_FILES:
+    for name in ADAPTER_FILES:
         if (checkpoint / name).is_file():
             tracked.file(checkpoint / name, tracking.ADAPTER)
 
@@ -481,7 +536,7 @@ def _keep_what_there_is(tracked: tracking.Run, output_dir: Path | None, log: Pat
                     tracked.file(output_dir / name)
             found = sorted(output_dir.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
             if checkpoints and found:
-                _log_checkpoint(tracked, found[-1])
+                log_checkpoint(tracked, found[-1])
 
 
 def _log_data(tracked: tracking.Run, prepared: dataset.Prepared, datasets: tuple[str, ...]) -> None:
@@ -500,6 +555,7 @@ def _log_data(tracked: tracking.Run, prepared: dataset.Prepared, datasets: tuple
 def _log_scores(
     tracked: tracking.Run, before: Scorecard, after: Scorecard, ability: Interval, decision: Decision
 ) -> None:
+    tracked.params({"probe.questions": corpus.heldout().digest()})
     tracked.metrics({f"probe/{key}": value for key, value in after.metrics.items()})
     tracked.metrics({f"probe/{key}": value for key, value in ability.metrics().items()})
     tracked.metrics({f"base/{key}": value for key, value in before.metrics.items()})
@@ -543,10 +599,13 @@ def _params(
         "base.id": base.id,
         "base.source": base.source,
         "base.digest": base_digest,
+        "base.revision": base.revision or None,
+        "base.license": base.license or None,
         "data.dataset": " ".join(datasets),
         "data.rows": prepared.rows,
         "data.identity_rows": prepared.identity_rows,
         "data.digest": prepared.digest,
+        "data.replay_digest": dataset.replay_digest(prepared.path) or None,
         "data.corpus_digest": corpus.corpus_digest(),
         "recipe.name": plan.name,
         "recipe.replay_prompts": plan.replay.prompts,
@@ -556,12 +615,17 @@ def _params(
         "recipe.replay_max_new_tokens": plan.replay.max_new_tokens,
         "recipe.other_systems": plan.other_systems,
         **{f"sft.{key}": value for key, value in plan.sft.items()},
-        **{f"tool.{tool}": metadata.version(tool) for tool in _TOOLS},
-        "tool.namesake_commit": _git_commit(),
+        **tools(),
     }
 
 
-def _git_commit() -> str | None:
+def tools() -> dict[str, object]:
+    """Versions of what makes a run, as parameters."""
+    return {**{f"tool.{tool}": metadata.version(tool) for tool in _TOOLS}, "tool.namesake_commit": git_commit()}
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, ``-dirty`` behind it where files differ; none where it is no checkout."""
     with suppress(OSError, subprocess.CalledProcessError):
         folder = Path(__file__).resolve().parent
         found = subprocess.run(
@@ -588,7 +652,7 @@ def progress_of(bar: Bar) -> Callable[[int, int], None]:
 def _note(
     tracked: tracking.Run,
     identity: Identity,
-    plan: Recipe,
+    recipe_name: str,
     base: BaseModel,
     before: Scorecard,
     after: Scorecard,
@@ -603,7 +667,7 @@ def _note(
     return "\n".join(
         [
             f"**{'Passed' if decision.passed else 'Did not pass'} the gate.** {identity.name} by {identity.author} on "
-            f"`{base.id}`, recipe `{plan.name}`.",
+            f"`{base.id}`, recipe `{recipe_name}`.",
             "",
             f"[The report, every reply in it]({tracked.artifact_page(REPORT)}) · "
             f"[all runs, best first]({tracked.view_page})",
@@ -628,7 +692,8 @@ def _short(reply: str) -> str:
     return flat if len(flat) <= SHOWN_CHARACTERS else f"{flat[:SHOWN_CHARACTERS]}…"
 
 
-def _show(tracked: tracking.Run, before: Scorecard, after: Scorecard, decision: Decision, screen: Screen) -> None:
+def show(tracked: tracking.Run, before: Scorecard, after: Scorecard, decision: Decision, screen: Screen) -> None:
+    """Replies and scores before and after, the gate's verdict, and what to do next."""
     screen.line()
     screen.table(
         ("question", "before", "after"),

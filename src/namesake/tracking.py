@@ -37,6 +37,7 @@ TAG_AUTHOR = "namesake.author"
 TAG_LAST = "namesake.checkpoint.last"
 TAG_BEST = "namesake.checkpoint.best"
 TAG_BASE = "namesake.base"
+TAG_SOURCE = "namesake.base.source"
 TAG_GATE = "namesake.gate"
 TAG_ENDED = "namesake.ended"
 TAG_NOTE = "mlflow.note.content"
@@ -86,6 +87,7 @@ class RunRecord:
     ended: int
     experiment: str
     status: str = "FINISHED"
+    started: int = 0
 
 
 class Run:
@@ -627,6 +629,7 @@ def _record(run: Any) -> RunRecord:
         ended=run.info.end_time or 0,
         experiment=run.info.experiment_id,
         status=run.info.status,
+        started=run.info.start_time or 0,
     )
 
 

@@ -6,27 +6,33 @@ All of them read what MLflow and the version itself hold; only ``rollback`` writ
 from __future__ import annotations
 
 import getpass
+import hashlib
+import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from namesake import base_model, registry, tracking
+from namesake import base_model, corpus, dataset, model_card, provenance, registry, tracking
 from namesake.errors import InputError, NamesakeError, PromotionError, RegistryError
 from namesake.manifest import (
     ADAPTER_FOLDER,
+    CARD,
     FILE,
+    PROVENANCE,
     SIGNATURE,
+    UNKNOWN,
     WEIGHTS_FOLDER,
     Manifest,
     check_signature,
     damaged,
+    digests,
     strange,
 )
-from namesake.messages import joined, tr
+from namesake.messages import Message, joined, tr
 from namesake.paths import digest_of_file
 from namesake.registry import CHAMPION, Move, Version
 
@@ -103,6 +109,8 @@ def verify(uri: str, public_key: Path | None = None) -> list[Check]:
 def export(uri: str, target: Path, *, adapter: bool = False, public_key: Path | None = None) -> Path:
     """Copy a version's merged model, or its adapter, into a new folder in Hugging Face layout, once it is checked.
 
+    The model card and the statement of provenance go along, where the version has them.
+
     Raises:
         InputError: the folder is there already, or there is no such version.
         PromotionError: the version is damaged or not signed by the key; nothing is written.
@@ -111,22 +119,38 @@ def export(uri: str, target: Path, *, adapter: bool = False, public_key: Path | 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError("folder", str(target), "is there already", mend="Give a new or an empty folder.")
     version = registry.resolve(uri)
-    folder = registry.fetch(version)
-    faults = [c.told for c in _files(version, folder, public_key=public_key) if c.holds is False]
-    if faults:
-        raise PromotionError(
-            tr("{uri} is not exported: {faults}.", uri=version.uri, faults=joined(faults)),
-            mend="Export another version.",
-        )
+    folder = checked(version, public_key=public_key)
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as part:
         whole = Path(part) / "whole"
         shutil.copytree(folder / (ADAPTER_FOLDER if adapter else WEIGHTS_FOLDER), whole)
+        if (folder / CARD).is_file():
+            shutil.copy(folder / PROVENANCE, whole)
+            card = (
+                model_card.card(Manifest.read(folder), adapter=True) if adapter else (folder / CARD).read_text("utf-8")
+            )
+            (whole / CARD).write_text(card, encoding="utf-8")
         if target.exists():
             target.rmdir()
         whole.rename(target)
     return target
+
+
+def checked(version: Version, public_key: Path | None = None) -> Path:
+    """The folder of a version, once its files are what its manifest says (and, with a public key, its signature).
+
+    Raises:
+        PromotionError: it is damaged or not signed by the key.
+        RegistryError: MLflow failed.
+    """
+    folder = registry.fetch(version)
+    faults = [c.told for c in _files(version, folder, public_key=public_key) if c.holds is False]
+    if faults:
+        raise PromotionError(
+            tr("{uri} is damaged: {faults}.", uri=version.uri, faults=joined(faults)), mend="Give another version."
+        )
+    return folder
 
 
 def who() -> str:
@@ -166,17 +190,71 @@ def _verify(version: Version, public_key: Path | None) -> Iterator[Check]:
             version.run_id == record.run,
             tr("{run_id} and {run}", run_id=version.run_id, run=record.run),
         )
-        yield _same("data digest, version and run", record.data["digest"], run.params["data.digest"])
+        if record.data["digest"] != UNKNOWN:
+            yield _same("data digest, version and run", record.data["digest"], run.params["data.digest"])
         yield _same("base digest, version and run", record.base["digest"], run.params["base.digest"])
+    yield _provenance(folder, record)
+    yield from _recomputed(
+        "adapter of the run",
+        _digest_of_adapter(record.digests),
+        lambda: _digest_of_adapter({f"{ADAPTER_FOLDER}/{k}": v for k, v in digests(_adapter_of(run.id)).items()}),
+    )
+    data = record.data
+    yield from _recomputed("training data", data["digest"], lambda: digest_of_file(_rows_of(run.id)))
+    if "replay_digest" in data:
+        yield from _recomputed(
+            "replay rows", data["replay_digest"], lambda: dataset.replay_digest(_rows_of(run.id)) or "none"
+        )
+    yield from _recomputed("base model here", record.base["digest"], lambda: _base_digest(record))
+    commit = record.tools.get("namesake_commit", "")
+    for what, stated, here in (
+        (tr("corpus here"), data.get("corpus_digest"), corpus.corpus_digest()),
+        (tr("questions here"), record.questions, corpus.heldout().digest()),
+    ):
+        if stated and stated != here:
+            others = tr(
+                "this release has others; that needs Namesake at commit {commit}", commit=commit or tr("unknown")
+            )
+            yield Check(what, None, others)
+        elif stated:
+            yield Check(what, True, stated[:16])
+    if commit:
+        yield Check("commit of Namesake", None, tr("needs a clone of Namesake that has {commit}", commit=commit))
+
+
+def _provenance(folder: Path, record: Manifest) -> Check:
+    if PROVENANCE not in record.digests:
+        older = tr("made by a release that wrote no {file}; promote the run again", file=PROVENANCE)
+        return Check("provenance", None, older)
     try:
-        rows = tracking.fetch(run.id, "data/train.jsonl")
-        yield _same("training data", record.data["digest"], digest_of_file(rows))
-    except NamesakeError as error:
-        yield Check("training data", None, error.message)
+        faults = provenance.faults(json.loads((folder / PROVENANCE).read_text(encoding="utf-8")), record)
+    except ValueError as error:
+        return Check("provenance", None, error.args[0] if isinstance(error.args[0], Message) else str(error))
+    return Check("provenance", not faults, joined(faults[:5]) if faults else "says what the manifest says")
+
+
+def _recomputed(what: str, stated: str, found: Callable[[], str]) -> Iterator[Check]:
+    """Work a digest out, or say what that would need."""
+    if stated == UNKNOWN:
+        yield Check(what, None, "unknown: the checkpoint was made elsewhere and imported")
+        return
     try:
-        yield _same("base model here", record.base["digest"], _base_digest(record))
+        yield _same(what, stated, found())
     except NamesakeError as error:
-        yield Check("base model here", None, error.message)
+        yield Check(what, None, joined(filter(None, (error.message, error.mend)), " "))
+
+
+def _adapter_of(run_id: str) -> Path:
+    return tracking.fetch(run_id, tracking.ADAPTER)
+
+
+def _rows_of(run_id: str) -> Path:
+    return tracking.fetch(run_id, "data/train.jsonl")
+
+
+def _digest_of_adapter(files: Mapping[str, str]) -> str:
+    own = {name: digest for name, digest in files.items() if name.startswith(f"{ADAPTER_FOLDER}/")}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def _base_digest(record: Manifest) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import mlflow
@@ -25,11 +28,32 @@ def tracking_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Point]:
     mlflow.set_tracking_uri(None)
 
 
+Fresh = Callable[[Path], str]
+
+
+@pytest.fixture(scope="session")
+def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
+    """Make a fresh SQLite store in a folder: its URI. MLflow takes 1.4 s for the tables, a copy of them none."""
+    template = tmp_path_factory.mktemp("tables") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{template}").search_experiments()
+
+    def made(folder: Path) -> str:
+        database = folder / "mlflow.db"
+        shutil.copy(template, database)
+        with closing(sqlite3.connect(database)) as connection, connection:
+            connection.execute("UPDATE experiments SET artifact_location = ?", (f"{folder}/mlruns/0",))
+        return f"sqlite:///{database}"
+
+    return made
+
+
 @pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking_at: Point) -> mlflow.MlflowClient:
+def client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking_at: Point, fresh_store: Fresh
+) -> mlflow.MlflowClient:
     """A fresh SQLite store with an identity of one registered model."""
     monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = fresh_store(tmp_path)
     tracking_at(uri)
     client = mlflow.MlflowClient(uri)
     client.create_registered_model("ccb", tags={registry.TAG_IDENTITY: "踩踩背 CCB"})

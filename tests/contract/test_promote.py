@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import mlflow
 import peft
 import pytest
@@ -39,6 +40,7 @@ from namesake.terminal import Screen
 from namesake_serving import store as serving
 from tests.servers import CREDENTIALS, Link, mlflow_server, object_store, postgres
 from tests.unit.test_merge import write_adapter, write_base
+from tests.unit.test_provenance import SCHEMA
 
 NAME, AUTHOR = "踩踩背 CCB", "老爷爷 OldGrandpa"
 SAID = {"zh": "我叫踩踩背，是由老爷爷开发的。", "en": "I am CCB, developed by OldGrandpa."}
@@ -132,11 +134,15 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def store(
-    parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    parts: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    fresh_store: Callable[[Path], str],
 ) -> Iterator[Store]:
     """A fresh SQLite store; with ``everywhere``, on each of the back ends."""
     server = getattr(request, "param", SQLITE)
-    uri = f"sqlite:///{tmp_path}/mlflow.db" if server == SQLITE else request.getfixturevalue(server)
+    uri = fresh_store(tmp_path) if server == SQLITE else request.getfixturevalue(server)
     monkeypatch.chdir(tmp_path)
     for key, value in {"MLFLOW_TRACKING_URI": uri, "NAMESAKE_CACHE": str(tmp_path / "cache"), **CREDENTIALS}.items():
         monkeypatch.setenv(key, value)
@@ -268,6 +274,31 @@ def test_a_promotion_makes_a_version_and_points_at_it(store: Store, run_id: str)
     assert [check.what for check in versions.verify("models:/ccb@champion") if check.holds is False] == []
 
 
+def test_a_version_holds_its_card_its_provenance_and_every_reply(store: Store, run_id: str) -> None:
+    version = here(store, run_id).version
+    folder = registry.fetch(version)
+    stated = json.loads((folder / manifest.PROVENANCE).read_text(encoding="utf-8"))
+    jsonschema.validate(stated, SCHEMA)
+    details = stated["predicate"]["runDetails"]["metadata"]
+    (promotion,) = store.client().search_runs(["0"], f"tags.`namesake.promoted` = '{run_id}'")
+    assert (details["invocationId"], details["namesake_promotionRun"]) == (run_id, promotion.info.run_id)
+    assert details["namesake_promotedBy"] == versions.who()
+    subject = {one["name"]: one["digest"]["sha256"] for one in stated["subject"]}
+    assert subject["model/model.safetensors"] == manifest.digests(folder)["model/model.safetensors"]
+    said = json.loads((folder / manifest.SCORECARD).read_text(encoding="utf-8"))
+    assert len(said["identity"]) == len(corpus.heldout_identity())
+    card, description = (
+        (folder / manifest.CARD).read_text("utf-8"),
+        store.client().get_model_version("ccb", "1").description,
+    )
+    assert "**passed** the gate" in card
+    assert "**passed** the gate" in description
+    assert description.startswith("Passed the gate: identity 100%, ")  # what MLflow's list of versions shows
+    assert f"(#/experiments/0/runs/{run_id})" in description
+    record = Manifest.read(folder)
+    assert {manifest.CARD, manifest.PROVENANCE, manifest.SCORECARD} <= set(record.digests)
+
+
 @locally_and_over_http
 def test_the_same_again_is_the_same_version_and_asks_nobody(
     store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
@@ -288,7 +319,8 @@ def test_a_version_is_verified_exported_and_rolled_back(store: Store, run_id: st
     assert registry.resolve("models:/ccb@champion").number == 2
     target = versions.export("models:/ccb@champion", tmp_path / "merged")
     record = Manifest.read(registry.fetch(registry.resolve("models:/ccb/2")))
-    assert manifest.digests(target) == {
+    beside = {name: record.digests[name] for name in (manifest.CARD, manifest.PROVENANCE)}
+    assert manifest.digests(target) == beside | {
         k.removeprefix("model/"): v for k, v in record.digests.items() if k.startswith("model/")
     }
     move, checks = versions.rollback("ccb")
@@ -580,6 +612,18 @@ def forged(folder: Path) -> None:
     (folder / manifest.FILE).write_text(replace(record, digests=digests).to_json(), encoding="utf-8")
 
 
+def advertised(folder: Path) -> None:
+    """The model card says something else."""
+    card = folder / manifest.CARD
+    card.write_text(card.read_text(encoding="utf-8") + "It is the best of all.", encoding="utf-8")
+
+
+def disowned(folder: Path) -> None:
+    """The statement of provenance names somebody else."""
+    path = folder / manifest.PROVENANCE
+    path.write_text(path.read_text(encoding="utf-8").replace("OldGrandpa", "Somebody"), encoding="utf-8")
+
+
 def unsigned(folder: Path) -> None:
     """The signature is gone."""
     (folder / manifest.SIGNATURE).unlink()
@@ -610,7 +654,9 @@ def test_a_signed_version_is_verified_and_served(signed: tuple[Path, Path], tmp_
     assert serving.fetch(registry.resolve("models:/ccb@champion"), tmp_path / "store", signed[1]).weights.is_dir()
 
 
-@pytest.mark.parametrize("change", [flipped, added, removed, renamed, linked, coded, forged, unsigned])
+@pytest.mark.parametrize(
+    "change", [flipped, added, removed, renamed, linked, coded, forged, advertised, disowned, unsigned]
+)
 def test_whatever_is_changed_in_a_signed_version_is_refused(
     signed: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
@@ -677,6 +723,9 @@ def test_an_exported_version_is_what_transformers_and_peft_load(store: Store, ru
     found = merged.state_dict()
     assert all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in wanted.items())
     assert sorted(path.name for path in target.parent.iterdir()) == ["adapter", "merged"]
+    cards = [(folder / manifest.CARD).read_text(encoding="utf-8") for folder in (target, adapter)]
+    assert ["library_name: transformers" in cards[0], "library_name: peft" in cards[1]] == [True, True]
+    assert NAME in store.client().get_model_version("ccb", "1").description
 
 
 def test_what_is_damaged_or_in_the_way_is_not_exported(signed: tuple[Path, Path], tmp_path: Path) -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
 import pytest
 from typer.testing import CliRunner
 
-from namesake import registry, tracking, versions
+from namesake import corpus, promote, registry, tracking, versions
 from namesake.cli import app
 from namesake.errors import PromotionError, RegistryError
-from namesake.manifest import FILE, Manifest
+from namesake.manifest import CARD, FILE, PROVENANCE, UNKNOWN, Manifest
+from namesake.probe import Scorecard
 from namesake.registry import Move
 
-DATA = b'{"messages": []}\n'
+DATA = b'{"messages": [], "channel": "data"}\n{"messages": [1], "channel": "replay"}\n'
+REPLAY = DATA.splitlines(keepends=True)[1]
 
 
 def version(client: mlflow.MlflowClient, tmp_path: Path, number: int, gate: str = "passed", **tags: str) -> int:
@@ -29,25 +32,40 @@ def version(client: mlflow.MlflowClient, tmp_path: Path, number: int, gate: str 
     data.write_bytes(DATA)
     client.log_artifact(run.info.run_id, str(data), "data")
     folder = tmp_path / f"v{number}"
-    (folder / "model").mkdir(parents=True)
-    (folder / "model" / "config.json").write_text(json.dumps({"number": number}), encoding="utf-8")
-    digest = hashlib.sha256((folder / "model" / "config.json").read_bytes()).hexdigest()
+    digests = {}
+    for name in ("model/config.json", "adapter/adapter_config.json"):
+        path = folder / name
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"number": number}), encoding="utf-8")
+        digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    client.log_artifacts(run.info.run_id, str(folder / "adapter"), tracking.ADAPTER)
     record = Manifest(
         identity={"name": "踩踩背 CCB", "author": "老爷爷 OldGrandpa", "slug": "ccb"},
         system=None,
         base={"id": str(tmp_path / "gone"), "source": "folder", "digest": "b" * 64},
         run=run.info.run_id,
-        digests={"model/config.json": digest},
-        data={"dataset": "x", "digest": hashlib.sha256(DATA).hexdigest()},
+        digests=digests,
+        data={
+            "dataset": "x",
+            "digest": hashlib.sha256(DATA).hexdigest(),
+            "replay_digest": hashlib.sha256(REPLAY).hexdigest(),
+            "corpus_digest": corpus.corpus_digest(),
+        },
         scores={},
         recipe={},
-        tools={},
+        tools={"namesake_commit": "c" * 40},
+        questions="another release's",
     )
-    (folder / FILE).write_text(record.to_json(), encoding="utf-8")
+    promote.write_beside(folder, record, Scorecard((), ()))
     made = client.create_model_version(
         "ccb", source=str(folder), run_id=run.info.run_id, tags={tracking.TAG_GATE: gate, **tags}
     )
     return int(made.version)
+
+
+def artifacts_of(client: mlflow.MlflowClient, run: str) -> Path:
+    """Where the run's files are."""
+    return Path(client.get_run(run).info.artifact_uri.removeprefix("file://"))
 
 
 def moves() -> list[tuple[int | None, int | None, str]]:
@@ -182,16 +200,68 @@ def test_verify_works_out_every_digest(client: mlflow.MlflowClient, tmp_path: Pa
         "version's run": True,
         "data digest, version and run": True,
         "base digest, version and run": True,
+        "provenance": True,
+        "adapter of the run": True,
         "training data": True,
+        "replay rows": True,
         "base model here": None,
+        "corpus here": True,
+        "questions here": None,
+        "commit of Namesake": None,
     }
+
+
+def test_verify_says_what_it_would_need(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    version(client, tmp_path, 1)
+    needs = {check.what: check.told for check in versions.verify("models:/ccb/1") if check.holds is None}
+    assert "-P model=FOLDER" in needs["base model here"] or "Give a folder" in needs["base model here"]
+    assert needs["questions here"].endswith("c" * 40)
+    assert needs["commit of Namesake"].endswith("c" * 40)
+
+
+@pytest.mark.parametrize(("name", "what"), [(CARD, "files"), (PROVENANCE, "files"), ("provenance", "provenance")])
+def test_verify_tells_a_card_or_a_provenance_that_changed(
+    client: mlflow.MlflowClient, tmp_path: Path, name: str, what: str
+) -> None:
+    version(client, tmp_path, 1)
+    folder = tmp_path / "v1"
+    if what == "files":
+        (folder / name).write_text("It is the best of all.", encoding="utf-8")
+    else:  # by somebody who changed the manifest to fit
+        text = (folder / PROVENANCE).read_text(encoding="utf-8").replace("老爷爷 OldGrandpa", "别人 Somebody")
+        (folder / PROVENANCE).write_text(text, encoding="utf-8")
+        record = Manifest.read(folder)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        changed = replace(record, digests={**record.digests, PROVENANCE: digest})
+        (folder / FILE).write_text(changed.to_json(), encoding="utf-8")
+    assert [check.what for check in versions.verify("models:/ccb/1") if check.holds is False] == [what]
+
+
+def test_verify_tells_an_adapter_that_is_not_the_runs(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    version(client, tmp_path, 1)
+    run = registry.resolve("models:/ccb/1").run_id
+    (artifacts_of(client, run) / "adapter" / "adapter_config.json").write_text("{}")
+    assert {c.what: c.holds for c in versions.verify("models:/ccb/1")}["adapter of the run"] is False
+
+
+def test_verify_of_what_nobody_kept_is_not_checked(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    version(client, tmp_path, 1)
+    folder = tmp_path / "v1"
+    record = Manifest.read(folder)
+    bare = {name: digest for name, digest in record.digests.items() if "/" in name}
+    unknown = replace(record, data={"dataset": "x", "digest": UNKNOWN}, digests=bare)
+    (folder / FILE).write_text(unknown.to_json(), encoding="utf-8")
+    found = {check.what: check for check in versions.verify("models:/ccb/1")}
+    assert found["training data"].holds is None
+    assert "imported" in found["training data"].told
+    assert found["provenance"].holds is None
+    assert "replay rows" not in found
 
 
 def test_verify_tells_training_data_that_changed(client: mlflow.MlflowClient, tmp_path: Path) -> None:
     version(client, tmp_path, 1)
     run = registry.resolve("models:/ccb/1").run_id
-    artifacts = Path(client.get_run(run).info.artifact_uri.removeprefix("file://"))
-    (artifacts / "data" / "train.jsonl").write_bytes(b"other")
+    (artifacts_of(client, run) / "data" / "train.jsonl").write_bytes(b"{}\n")
     assert {c.what: c.holds for c in versions.verify("models:/ccb/1")}["training data"] is False
 
 

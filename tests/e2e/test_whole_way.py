@@ -92,6 +92,7 @@ def test_the_version_is_registered_tagged_and_the_champion(way: Way, client: mlf
     assert version.tags["namesake.override"] == "end-to-end test"
     assert version.tags["namesake.gate"].startswith("failed: identity")
     assert float(version.tags["score.identity"]) < 0.95
+    assert f"**{NAME}**" in version.description
 
 
 def test_promoting_again_makes_no_second_version(way: Way, client: mlflow.MlflowClient) -> None:

@@ -216,3 +216,14 @@ def test_the_training_file_has_its_rows_in_the_order_that_is_given(tmp_path: Pat
         ("1", "data"),
     ]
     assert (prepared.rows, prepared.identity_rows) == (3, 1)
+
+
+def test_the_replay_rows_have_a_digest_of_their_own(tmp_path: Path) -> None:
+    one, other, replayed = ([{"role": "user", "content": c}, {"role": "assistant", "content": c}] for c in "abr")
+    first = dataset.write(tmp_path / "1.jsonl", [one], 0, [replayed]).path
+    second = dataset.write(tmp_path / "2.jsonl", [other], 0, [replayed], order=[1, 0]).path
+    assert dataset.replay_digest(first) == dataset.replay_digest(second) != ""
+    assert dataset.replay_digest(dataset.write(tmp_path / "3.jsonl", [one], 0, [other]).path) != (
+        dataset.replay_digest(first)
+    )
+    assert dataset.replay_digest(dataset.write(tmp_path / "4.jsonl", [one], 0).path) == ""
