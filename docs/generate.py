@@ -293,6 +293,7 @@ def write_recipe(words: Words) -> Iterator[str]:
             ("`dataset`", "`namesake/self-cognition`", words.code(told["dataset"])),
             *((f"`replay.{name}`", code(defaults[name]), words.code(text)) for name, text in replay.items()),
             ("`other_systems`", "`0`", words.code(told["other_systems"])),
+            ("`held_out`", "`1.0`", words.code(told["held_out"])),
             ("`sft`", "", words.code(told["sft"])),
         ),
     )

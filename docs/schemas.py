@@ -112,6 +112,13 @@ def recipe_schema() -> Schema:
                 "default": 0,
                 "description": plain(told["other_systems"]),
             },
+            "held_out": {
+                "type": "number",
+                "exclusiveMinimum": 0,
+                "maximum": 1,
+                "default": 1.0,
+                "description": plain(told["held_out"]),
+            },
             "sft": {
                 "type": ["object", "null"],
                 "additionalProperties": False,

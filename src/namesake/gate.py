@@ -28,6 +28,7 @@ class Policy:
             zero; 0 for "not wholly below the base".
         parity: least share of replies in which adapter and merged model state the same.
         champion_loss: how much worse than the present champion ``identity`` and ``plain`` may be.
+        held_out: least share of the held-out questions that were asked.
     """
 
     identity: float = 1.0
@@ -39,6 +40,7 @@ class Policy:
     plain_loss: float = 0.0
     parity: float = 0.95
     champion_loss: float = 0.0
+    held_out: float = 1.0
 
 
 def load_policy(path: Path) -> Policy:
@@ -125,6 +127,7 @@ def decide(
     ability: Interval,
     *,
     parity: float | None = None,
+    held_out: float = 1.0,
     champion: Mapping[str, float] | None = None,
     policy: Policy | None = None,
 ) -> Decision:
@@ -134,6 +137,7 @@ def decide(
         candidate: ``Scorecard.metrics`` of the candidate.
         ability: paired difference of its plain answers to the base's, :func:`paired_difference`.
         parity: the share of identity replies that adapter and merged model give alike; none where there is one model.
+        held_out: the share of the held-out questions that the scores are about.
         champion: the present champion's ``identity`` and ``plain`` on the same questions; none where there is none.
     """
     policy = policy or Policy()
@@ -169,6 +173,14 @@ def decide(
                 least=policy.parity,
             )
         )
+    if not held_out >= policy.held_out:
+        reasons.append(
+            tr(
+                "{share:.0%} of the held-out questions were asked, {least:.0%} wanted",
+                share=held_out,
+                least=policy.held_out,
+            )
+        )
     for key in ("identity", "plain"):
         if champion and key in champion and candidate[key] < champion[key] - policy.champion_loss - _ROUNDED:
             reasons.append(
@@ -185,14 +197,14 @@ def decide(
 def decide_kept(
     scores: Mapping[str, float], *, champion: Mapping[str, float] | None = None, policy: Policy | None = None
 ) -> Decision:
-    """:func:`decide` by scores as a run or a version keeps them: metrics, ``plain_change`` and ``parity`` in one.
+    """:func:`decide` by scores as a run or a version keeps them: metrics, ``plain_change``, ``parity``, ``held_out``.
 
     Raises:
         KeyError: ``plain_change`` is not among them: they were not made by a whole probe.
     """
     metrics = dict(scores)
-    parity = metrics.pop("parity", None)
-    return decide(metrics, Interval.of(metrics), parity=parity, champion=champion, policy=policy)
+    parity, held_out = metrics.pop("parity", None), metrics.pop("held_out", 1.0)
+    return decide(metrics, Interval.of(metrics), parity=parity, held_out=held_out, champion=champion, policy=policy)
 
 
 _SLICES = ("identity_none", "identity_customer", "identity_sampled")

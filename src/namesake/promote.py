@@ -21,6 +21,7 @@ from typing import Any
 
 from namesake import corpus, gate, manifest, merge, model_card, probe, provenance, registry, tracking
 from namesake.base_model import BaseModel
+from namesake.corpus import Questions
 from namesake.errors import PromotionError, RegistryError
 from namesake.gate import Policy
 from namesake.generate import LocalModel
@@ -76,7 +77,8 @@ class Outcome:
 
 
 def choose(runs: Iterable[RunRecord]) -> RunRecord | None:
-    """The best run: by identity questions right, then least leak, then validation loss, then the newer one.
+    """The best run: by the share of held-out questions asked, then identity right, then least leak, then validation
+    loss, then the newer one.
 
     Of a sweep's trials only the best by the development questions is looked at: the best of many by the held-out ones
     would be chosen on the very questions that the gate asks. A run whose training data nobody kept is left to be named:
@@ -97,6 +99,7 @@ def choose(runs: Iterable[RunRecord]) -> RunRecord | None:
     return min(
         candidates,
         key=lambda run: (
+            -run.metrics.get("probe/held_out", 1.0),
             -run.metrics["probe/identity"],
             run.metrics.get("probe/leak", 1.0),
             loss if (loss := run.metrics.get("eval/loss", math.inf)) == loss else math.inf,  # not a number: last
@@ -125,12 +128,14 @@ def promote(request: Request, screen: Screen) -> Outcome:
         screen.step(tr("promoting {run} ({id}) to {name}", run=run.name, id=run.id, name=name))
         tracked.tags({tracking.TAG_KIND: "promote", tracking.TAG_SLUG: identity.slug, "namesake.promoted": run.id})
         adapter = tracking.fetch(run.id, tracking.ADAPTER)
-        key = promotion_key(adapter, run.params["base.digest"], request.policy, signer)
+        questions = corpus.heldout(_share(run))
+        key = promotion_key(adapter, run.params["base.digest"], request.policy, signer, questions)
         made = _made_before(name, key, screen)
         if made:
             screen.line(tr("  this run is version {number} already", number=made[0].number))
         version, record = made or _make(request, name, identity, run, adapter, key, tracked.id, screen)
-        decision = gate.decide_kept(record.scores, champion=_champions_scores(name, run.id), policy=request.policy)
+        champion = _champions_scores(name, run.id, questions)
+        decision = gate.decide_kept(record.scores, champion=champion, policy=request.policy)
         tracked.metrics({f"probe/{k}": v for k, v in record.scores.items()})
         # A champion that came since may be better, and a person may have a reason now: a version found again says so.
         registry.tag(version, tracking.TAG_GATE, decision.told)
@@ -144,9 +149,14 @@ def promote(request: Request, screen: Screen) -> Outcome:
     return Outcome(version, decision, pointed)
 
 
-def promotion_key(adapter: Path, base_digest: str, policy: Policy, signer: str = "") -> str:
-    """The digest that one promotion is known by: adapter, base, what is asked, the bounds, and the signer's key."""
-    asked = [manifest.digests(adapter), base_digest, corpus.heldout().digest(), vars(policy), signer]
+def promotion_key(
+    adapter: Path, base_digest: str, policy: Policy, signer: str = "", questions: Questions | None = None
+) -> str:
+    """The digest that one promotion is known by: adapter, base, what is asked (none: all held-out questions), the
+    bounds, and the signer's key.
+    """
+    questions = questions or corpus.heldout()
+    asked = [manifest.digests(adapter), base_digest, questions.digest(), vars(policy), signer]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -186,16 +196,18 @@ def _make(
     """Merge, score, log and register; the alias stays where it is."""
     base = base_of(run, screen)
     system = run.params.get("sft.system")
-    before = base_scores(identity, base, run.params["base.digest"], system, corpus.heldout(), screen)
+    questions = corpus.heldout(_share(run))
+    before = base_scores(identity, base, run.params["base.digest"], system, questions, screen)
     with tempfile.TemporaryDirectory(prefix="namesake-promote-") as spare:
         model = tracking.start_chat_model(Path(spare), {TAG_KEY: key})
         with tracking.dropped_on_failure(model.uri):
             merged = model.folder / WEIGHTS_FOLDER
             made = merge.merge(base.path, adapter, merged, system=system)
             screen.line(tr("  merged ({way})", way=made.way))
-            parity, card = _compare(identity, base, adapter, merged, system, screen)
-            scores = {**card.metrics, **ability_of(before, card).metrics(), "parity": parity}
-            decision = gate.decide_kept(scores, champion=_champions_scores(name, run.id), policy=request.policy)
+            parity, card = _compare(identity, base, adapter, merged, system, questions, screen)
+            scores = {**card.metrics, **ability_of(before, card).metrics(), "parity": parity, "held_out": _share(run)}
+            champion = _champions_scores(name, run.id, questions)
+            decision = gate.decide_kept(scores, champion=champion, policy=request.policy)
             shutil.copytree(adapter, model.folder / ADAPTER_FOLDER)
             digests = manifest.digests(model.folder, {f"{WEIGHTS_FOLDER}/{k}": v for k, v in made.digests.items()})
             record = _record(request, name, identity, run, promotion, digests, scores, decision, golden(card))
@@ -211,7 +223,7 @@ def _make(
                 tracking.TAG_AUTHOR: str(identity.author),
                 tracking.TAG_BASE: base.id,
                 "namesake.data_digest": run.params["data.digest"],
-                TAG_QUESTIONS: corpus.heldout().digest(),
+                TAG_QUESTIONS: questions.digest(),
                 TAG_KEY: key,
             }
             tracking.finish_chat_model(model, weights=WEIGHTS_FOLDER, tags=tags)
@@ -270,24 +282,37 @@ def _check_free(name: str, identity: Identity) -> None:
         )
 
 
-def _champions_scores(name: str, run_id: str) -> dict[str, float] | None:
+def _share(run: RunRecord) -> float:
+    """How many of the held-out questions the run was asked, and its promotion asks."""
+    return float(run.params.get("recipe.held_out", 1.0))
+
+
+def _champions_scores(name: str, run_id: str, questions: Questions) -> dict[str, float] | None:
     """The champion's scores on the same questions; none where there is no champion, or it is this very run."""
     number = registry.alias_of(name, CHAMPION) if registry.identity_of(name) is not None else None
     if number is None:
         return None
     champion = registry.resolve(f"models:/{name}/{number}")
-    if champion.run_id == run_id or champion.tags.get(TAG_QUESTIONS) != corpus.heldout().digest():
+    if champion.run_id == run_id or champion.tags.get(TAG_QUESTIONS) != questions.digest():
         return None
     return {k.removeprefix(SCORE): float(v) for k, v in champion.tags.items() if k.startswith(SCORE)}
 
 
 def _compare(
-    identity: Identity, base: BaseModel, adapter: Path, merged: Path, system: str | None, screen: Screen
+    identity: Identity,
+    base: BaseModel,
+    adapter: Path,
+    merged: Path,
+    system: str | None,
+    questions: Questions,
+    screen: Screen,
 ) -> tuple[float, Scorecard]:
     """How often merged model and adapter say the same, and the merged model's scorecard."""
     screen.step("asking the merged model and the adapter the same questions")
     with LocalModel(merged) as model, screen.bar("merged", 1) as bar:
-        scores = probe.probe(model, identity, system=system, slices=True, progress=progress_of(bar))
+        scores = probe.probe(
+            model, identity, system=system, questions=questions, slices=True, progress=progress_of(bar)
+        )
     with LocalModel(base.path, adapter) as model, screen.bar("adapter", 1) as bar:
         said = model.replies(
             [probe.with_system(a.question.messages, system) for a in scores.identity],
@@ -342,7 +367,7 @@ def _record(
         override=request.override,
         golden=questions,
         gate={"passed": decision.passed, "reasons": [*decision.reasons], "policy": vars(request.policy)},
-        questions=corpus.heldout().digest(),
+        questions=corpus.heldout(_share(run)).digest(),
         promoted={
             "model": name,
             "by": who(),

@@ -56,6 +56,7 @@ OWN = (
     "replay.weight",
     "replay.opening_weight",
     "other_systems",
+    "held_out",
 )
 """What overrides may set beside ms-swift's arguments; ``replay`` alone is the number of prompts."""
 
@@ -100,6 +101,8 @@ class Recipe:
         dataset: data sets as ms-swift names them (``id#500``, files), or the builtin corpus.
         replay: plain prompts answered by the base model.
         other_systems: each so-manieth row is trained under another system prompt; 0 for none.
+        held_out: share of the held-out questions that the run and its promotion ask, for a quick trial; the gate wants
+            all of them.
         sft: arguments of ``swift sft``.
     """
 
@@ -108,6 +111,7 @@ class Recipe:
     dataset: tuple[str, ...]
     replay: Replay = field(default_factory=Replay)
     other_systems: int = 0
+    held_out: float = 1.0
     sft: Mapping[str, Value] = field(default_factory=dict)
 
     @property
@@ -135,12 +139,12 @@ def load(name_or_path: str, *, overrides: Mapping[str, str] | None = None, args:
     recipe = _read(name_or_path)
     given = {**parse_args(args), **(overrides or {})}
     faults: list[str] = []
-    replay, other_systems = _own(recipe, {key: given.pop(key) for key in OWN if key in given}, faults)
+    own = _own(recipe, {key: given.pop(key) for key in OWN if key in given}, faults)
     sft = dict(recipe.sft)
     for key, value in given.items():
         sft[OLD_SPELLINGS.get(key, key)] = value
     checked = {key: _checked(key, value, faults) for key, value in sft.items()}
-    if replay.distils and (checked.get("tuner_type", "lora") == "full" or "loss_type" in checked):
+    if own.replay.distils and (checked.get("tuner_type", "lora") == "full" or "loss_type" in checked):
         faults.append("replay loss kl needs an adapter (no tuner_type full) and no other loss_type")
     if faults:
         raise RecipeError(
@@ -149,21 +153,22 @@ def load(name_or_path: str, *, overrides: Mapping[str, str] | None = None, args:
             joined(faults),
             mend="Correct these; `swift sft --help` explains each argument.",
         )
-    return replace(recipe, replay=replay, other_systems=other_systems, sft=checked)
+    return replace(own, sft=checked)
 
 
 def setting(recipe: Recipe, key: str) -> Value | None:
     """What the recipe says of an argument of ms-swift or one of :data:`OWN`; none where it leaves it open."""
-    if key == "other_systems":
-        return recipe.other_systems
+    if key in {"other_systems", "held_out"}:
+        own: Value = getattr(recipe, key)
+        return own
     if key in OWN:
         value: Value = getattr(recipe.replay, key.partition(".")[2] or "prompts")
         return value
     return recipe.sft.get(OLD_SPELLINGS.get(key, key))
 
 
-def _own(recipe: Recipe, given: Mapping[str, str], faults: list[str]) -> tuple[Replay, int]:
-    """The recipe's replay and other systems with the overrides laid over them."""
+def _own(recipe: Recipe, given: Mapping[str, str], faults: list[str]) -> Recipe:
+    """The recipe with the overrides of its own fields laid over it."""
     values: dict[str, Any] = {}
     for key, text in given.items():
         if key == "replay.loss":
@@ -172,6 +177,10 @@ def _own(recipe: Recipe, given: Mapping[str, str], faults: list[str]) -> tuple[R
                 faults.append(
                     tr("{key}={text} is neither {names}", key=key, text=text, names=" nor ".join(REPLAY_LOSSES))
                 )
+        elif key == "held_out":
+            values[key] = _from_text(key, "float", text, faults)
+            if isinstance(values[key], float) and not 0 < values[key] <= 1:
+                faults.append(tr("{key}={text} is no share greater than 0, at most 1", key=key, text=text))
         elif key in {"replay.weight", "replay.opening_weight"}:
             values[key] = _from_text(key, "float", text, faults)
             if isinstance(values[key], float) and not values[key] > 0:
@@ -180,9 +189,9 @@ def _own(recipe: Recipe, given: Mapping[str, str], faults: list[str]) -> tuple[R
             values[key] = _whole_number(key, text, faults)
             if values[key] < 0:
                 faults.append(tr("{key}={text} is less than none", key=key, text=text))
-    other_systems = values.pop("other_systems", recipe.other_systems)
+    beside = {key: values.pop(key) for key in ("other_systems", "held_out") if key in values}
     named = {key.partition(".")[2] or "prompts": value for key, value in values.items()}
-    return replace(recipe.replay, **named), other_systems
+    return replace(recipe, replay=replace(recipe.replay, **named), **beside)
 
 
 def parse_args(line: str) -> dict[str, str]:
@@ -274,7 +283,7 @@ def _read(name_or_path: str) -> Recipe:
         raise RecipeError(
             "recipe", str(path), tr("is not YAML ({error})", error=error), mend="Correct the file."
         ) from error
-    fields = {"about", "dataset", "replay", "other_systems", "sft"}
+    fields = {"about", "dataset", "replay", "other_systems", "held_out", "sft"}
     if not isinstance(data, dict) or not isinstance(data.get("sft") or {}, dict) or set(data) - fields:
         raise RecipeError(
             "recipe",
@@ -314,6 +323,14 @@ def _read(name_or_path: str) -> Recipe:
                 tr("replay: {weight!r} is no weight", weight=weight),
                 mend="Write a number greater than 0.",
             )
+    held_out = data.get("held_out", 1.0)
+    if isinstance(held_out, bool) or not isinstance(held_out, int | float) or not 0 < held_out <= 1:
+        raise RecipeError(
+            "recipe",
+            str(path),
+            tr("held_out: {held_out!r} is no share", held_out=held_out),
+            mend="Write a number greater than 0, at most 1.",
+        )
     if replay.loss not in REPLAY_LOSSES:
         raise RecipeError(
             "recipe",
@@ -327,6 +344,7 @@ def _read(name_or_path: str) -> Recipe:
         dataset=tuple(dataset if isinstance(dataset, list) else dataset.split()),
         replay=replay,
         other_systems=other_systems,
+        held_out=float(held_out),
         sft={OLD_SPELLINGS.get(str(k), str(k)): v for k, v in (data.get("sft") or {}).items() if v is not None},
     )
 

@@ -169,7 +169,8 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
         tracked.params(params)
         tracked.tags({tracking.TAG_BASE: base.id, tracking.TAG_SOURCE: base.source})
         _log_data(tracked, prepared, datasets)
-        before = base_scores(identity, base, base_digest, plan.system, corpus.heldout(), screen)
+        asked = corpus.heldout(plan.held_out)
+        before = base_scores(identity, base, base_digest, plan.system, asked, screen)
         look = _Look(watch, identity, base, base_digest, plan.system, tracked, screen) if watch else None
 
         screen.step("training")
@@ -186,6 +187,7 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
             params=params,
             losses=losses,
             policy=request.policy,
+            held_out=plan.held_out,
             own=own,
             look=look,
             screen=screen,
@@ -251,6 +253,7 @@ def prove(
     losses: Losses,
     policy: Policy,
     screen: Screen,
+    held_out: float = 1.0,
     own: Questions | None = None,
     look: _Look | None = None,
 ) -> tuple[Scorecard, Decision, dict[str, float]]:
@@ -258,6 +261,7 @@ def prove(
 
     Args:
         params: what the run logged of how it was made; for the report.
+        held_out: share of the held-out questions that are asked, and were asked of the base.
         own: the user's own questions, asked beside ours.
         look: asks the development questions of a watched run.
 
@@ -266,12 +270,15 @@ def prove(
     """
     screen.step("asking the tuned model")
     with LocalModel(base.path, adapter, folded=True) as model, screen.bar("probe", 1) as bar:
-        after = probe.probe(model, identity, system=system, slices=True, progress=progress_of(bar))
+        asked = corpus.heldout(held_out)
+        after = probe.probe(model, identity, system=system, questions=asked, slices=True, progress=progress_of(bar))
         if own is not None:
             _log_own(tracked, probe.probe(model, identity, system=system, questions=own), screen)
         development = look.ask_all(model, progress_of(bar)) if look else {}
     ability = ability_of(before, after)
-    decision = gate.decide(after.metrics, ability, policy=policy)
+    decision = gate.decide(after.metrics, ability, held_out=held_out, policy=policy)
+    tracked.params({"probe.questions": asked.digest()})
+    tracked.metrics({"probe/held_out": held_out})
     tracked.metrics({"probe/kl_to_base": _kl_to_base(base, adapter, system, before)})
     _log_scores(tracked, before, after, ability, decision)
     _log_report(
@@ -555,7 +562,6 @@ def _log_data(tracked: tracking.Run, prepared: dataset.Prepared, datasets: tuple
 def _log_scores(
     tracked: tracking.Run, before: Scorecard, after: Scorecard, ability: Interval, decision: Decision
 ) -> None:
-    tracked.params({"probe.questions": corpus.heldout().digest()})
     tracked.metrics({f"probe/{key}": value for key, value in after.metrics.items()})
     tracked.metrics({f"probe/{key}": value for key, value in ability.metrics().items()})
     tracked.metrics({f"base/{key}": value for key, value in before.metrics.items()})
@@ -614,6 +620,7 @@ def _params(
         "recipe.replay_opening_weight": plan.replay.opening_weight,
         "recipe.replay_max_new_tokens": plan.replay.max_new_tokens,
         "recipe.other_systems": plan.other_systems,
+        "recipe.held_out": plan.held_out,
         **{f"sft.{key}": value for key, value in plan.sft.items()},
         **tools(),
     }

@@ -209,7 +209,7 @@ def _verify(version: Version, public_key: Path | None) -> Iterator[Check]:
     commit = record.tools.get("namesake_commit", "")
     for what, stated, here in (
         (tr("corpus here"), data.get("corpus_digest"), corpus.corpus_digest()),
-        (tr("questions here"), record.questions, corpus.heldout().digest()),
+        (tr("questions here"), record.questions, corpus.heldout(record.scores.get("held_out", 1.0)).digest()),
     ):
         if stated and stated != here:
             others = tr(

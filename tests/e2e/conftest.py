@@ -91,7 +91,7 @@ def way(place: Place) -> Way:
     trained = place.mlflow_run(
         *("-P", f"name={NAME}", "-P", f"author={AUTHOR}", "-P", "dataset=namesake/self-cognition#48"),
         *("-P", "learning_rate=2e-3", "-P", f"output_dir={place.folder}/output"),
-        *("-P", "args=--train_type lora --max_steps 6 --replay 8 --logging_steps 2"),
+        *("-P", "args=--train_type lora --max_steps 6 --replay 8 --logging_steps 2 --held_out 0.25"),
     )
     promoted = place.mlflow_run("-e", "promote", "-P", "override=end-to-end test")
     return Way(place, trained, promoted)
@@ -116,7 +116,13 @@ def second(way: Way, client: mlflow.MlflowClient) -> int:
     place = way.place
     out = place.call(
         *(sys.executable, "-m", "namesake", "run", f"--name={NAME}", f"--author={AUTHOR}"),
-        *("--dataset=namesake/self-cognition#48", "--replay=0", "--max_steps=3", "--learning_rate=3e-3"),
+        *(
+            "--dataset=namesake/self-cognition#48",
+            "--replay=0",
+            "--max_steps=3",
+            "--learning_rate=3e-3",
+            "--held_out=0.25",
+        ),
         *("--output_dir", f"{place.folder}/output"),
     )
     run_id = out.partition("run   ")[2][:32]

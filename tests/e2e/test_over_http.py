@@ -20,7 +20,7 @@ from tests.servers import mlflow_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
-FEW = ("-P", "dataset=namesake/self-cognition#16", "-P", "max_steps=2", "-P", "replay=0")
+FEW = ("-P", "dataset=namesake/self-cognition#16", "-P", "max_steps=2", "-P", "replay=0", "-P", "held_out=0.25")
 
 
 @pytest.fixture(scope="module")

@@ -372,3 +372,12 @@ def test_the_system_prompt_that_the_probe_asks_under_is_not_trained_under() -> N
     theirs = bigrams(probe.CUSTOMER)
     for system in filter(None, corpus.other_systems()):
         assert len(theirs & bigrams(system)) < 0.5 * len(theirs | bigrams(system)), system
+
+
+def test_a_share_of_the_held_out_questions_has_each_language_and_kind() -> None:
+    whole, some = corpus.heldout(), corpus.heldout(0.25)
+    assert (len(some.identity), len(some.plain)) == (len(whole.identity) // 4, len(whole.plain) // 4)
+    assert all(question in whole.identity for question in some.identity)
+    assert {question.language for question in (*some.identity, *some.plain)} == {"zh", "en"}
+    assert corpus.heldout(1.0) == whole
+    assert some.digest() != whole.digest()

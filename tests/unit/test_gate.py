@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from namesake import corpus, probe
 from namesake.corpus import Question
 from namesake.errors import InputError
-from namesake.gate import Decision, Interval, Policy, decide, load_policy, paired_difference
+from namesake.gate import Decision, Interval, Policy, decide, decide_kept, load_policy, paired_difference
 from namesake.identity import Identity
 
 GOOD = {
@@ -79,6 +79,14 @@ def test_a_merged_model_unlike_its_adapter_does_not_pass_and_one_without_an_adap
     decision = decide(GOOD, SAME, parity=0.89)
     assert decision.reasons == ("merged model and adapter agree on 89% of the replies, 95% wanted",)
     assert decide(GOOD, SAME, parity=None).passed
+
+
+def test_scores_of_some_of_the_questions_do_not_pass_unless_the_policy_says_so() -> None:
+    (reason,) = decide(GOOD, SAME, held_out=0.25).reasons
+    assert reason == "25% of the held-out questions were asked, 100% wanted"
+    assert decide(GOOD, SAME, held_out=0.25, policy=Policy(held_out=0.25)).passed
+    assert not decide_kept({**GOOD, **SAME.metrics(), "held_out": 0.25}).passed
+    assert decide_kept({**GOOD, **SAME.metrics()}).passed
 
 
 def test_a_candidate_worse_than_the_champion_does_not_pass() -> None:

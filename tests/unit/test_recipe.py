@@ -435,3 +435,11 @@ def test_the_default_recipe_leaves_the_order_of_the_rows_to_the_file() -> None:
     sft = recipe.load("default").sft
     assert sft["train_dataloader_shuffle"] is False
     assert sft["dataset_shuffle"] is False
+
+
+def test_a_share_of_the_held_out_questions_is_a_share() -> None:
+    assert recipe.load("default").held_out == 1.0
+    assert recipe.load("default", overrides={"held_out": "0.25"}).held_out == 0.25
+    for text in ("0", "1.5", "-1", "some"):
+        with pytest.raises(RecipeError, match="held_out"):
+            recipe.load("default", overrides={"held_out": text})

@@ -90,12 +90,11 @@ def test_a_shipped_file_names_its_schema_and_keeps_to_it(path: Path) -> None:
 
 def test_the_examples_of_the_guide_keep_to_the_schemas(tmp_path: Path) -> None:
     found: dict[str, int] = {"recipe": 0, "policy": 0}
+    own = {kind: set(checker(kind).schema["properties"]) - {"held_out"} for kind in found}  # which both have
     for page in sorted((ROOT / "docs" / "guide").rglob("*.md")):
         for body in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
             data = yaml.safe_load(body)
-            kinds = [
-                kind for kind in found if isinstance(data, dict) and set(data) & set(checker(kind).schema["properties"])
-            ]
+            kinds = [kind for kind in found if isinstance(data, dict) and set(data) & own[kind]]
             for kind in kinds:
                 checker(kind).validate(data)
                 assert read(kind, body, tmp_path), page

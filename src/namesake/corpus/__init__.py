@@ -128,9 +128,10 @@ def heldout_plain() -> tuple[Question, ...]:
     )
 
 
-def heldout() -> Questions:
-    """The held-out questions that every run is probed with."""
-    return Questions(heldout_identity(), heldout_plain())
+def heldout(share: float = 1.0) -> Questions:
+    """The held-out questions that every run is probed with, or a share of them, of each kind and language alike."""
+    who, plain = heldout_identity(), heldout_plain()
+    return Questions(*(tuple(spread(asked, max(round(share * len(asked)), 1))) for asked in (who, plain)))
 
 
 @cache
