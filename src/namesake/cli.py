@@ -262,8 +262,8 @@ def promote(
 ) -> None:
     """Merge the best run, prove it, register it as the next version and point the alias at it."""
 
-    from namesake.promote import Request
-    from namesake.promote import promote as use_case
+    from namesake.promotion import Request
+    from namesake.promotion import promote as use_case
     from namesake.terminal import Screen
 
     request = Request(

@@ -17,7 +17,7 @@ _RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Policy:
-    """Bounds on the fractions of :class:`namesake.probe.Scorecard`, and on the agreement of adapter and merged model.
+    """Bounds on the fractions of :class:`namesake.probing.Scorecard`, and on the agreement of adapter and merged model.
 
     Attributes:
         identity: least share right, greedy, under the trained system prompt.
