@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from namesake import __version__, helptext
+from namesake import __version__, helptext, process
 from namesake.messages import joined, tr, translated
 
 if TYPE_CHECKING:
@@ -54,11 +54,7 @@ def main() -> NoReturn:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    # Threads that spin long while they wait make training twenty times slower as soon as anything runs beside it; not
-    # spinning at all costs a quarter (docs/lab-notes.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    process.settle()
     try:
         helptext.run(app)
     except SystemExit:
@@ -99,21 +95,6 @@ def _number(name: str, text: str, kind: type[_Number]) -> _Number | None:
         raise InputError(
             name, text, "is no number", mend=tr("Write --{name} 5, or leave it out.", name=name)
         ) from error
-
-
-def _model(name: str) -> str:
-    from namesake import registry
-    from namesake.errors import RegistryError
-
-    found = _named(name) or registry.newest_model()
-    if not found:
-        raise RegistryError("Nothing has been promoted yet.", mend="Run `namesake promote`.")
-    return found
-
-
-def _named(model: str) -> str:
-    """The registered model's name in what the user gave: ``ccb``, ``models:/ccb`` or ``models:/ccb@champion``."""
-    return model.removeprefix("models:/").partition("@")[0]
 
 
 def _print_json(value: Any) -> None:
@@ -347,7 +328,7 @@ def history(
     from namesake import registry
     from namesake.terminal import Screen, moment
 
-    moves = registry.history(_model(model), alias)
+    moves = registry.history(registry.named_or_newest(model), alias)
     if as_json:
         _print_json([vars(move) for move in moves])
         return
@@ -378,12 +359,12 @@ def rollback(
 ) -> None:
     """Point the alias back at the version before, once its files have been checked."""
 
-    from namesake import versions
+    from namesake import registry, versions
     from namesake.errors import InputError
 
     if to and not (to.isascii() and to.isdigit()):
         raise InputError("to", to, "is no version number", mend="`namesake history` lists them.")
-    name = _model(model)
+    name = registry.named_or_newest(model)
     move, checks = versions.rollback(
         name, to=int(to) if to else None, alias=alias, why=why, public_key=_file(public_key)
     )
@@ -410,10 +391,10 @@ def verify(
 ) -> None:
     """Work out again every digest that a version states. Exit 0 when all hold, 9 when one does not."""
 
-    from namesake import versions
+    from namesake import registry, versions
     from namesake.terminal import Screen
 
-    checks = versions.verify(target or f"models:/{_model('')}@champion", _file(public_key))
+    checks = versions.verify(target or f"models:/{registry.named_or_newest('')}@champion", _file(public_key))
     if as_json:
         _print_json([vars(check) for check in checks])
     else:
@@ -432,10 +413,11 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What is registered, which version is the champion and why, and what an endpoint serves of it."""
+    from namesake import registry
     from namesake import status as use_case
     from namesake.terminal import Screen
 
-    found = use_case.status(_named(model), url=url, api_key=api_key)
+    found = use_case.status(registry.name_in(model), url=url, api_key=api_key)
     if as_json:
         _print_json(found.record())
     else:
@@ -566,7 +548,9 @@ def gc(
 )
 def serve(context: typer.Context) -> None:
     """Serve the version an alias points to with vLLM, OpenAI-compatible. `namesake serve --help` lists its options."""
-    os.execv(sys.executable, [sys.executable, "-m", "namesake_serving", *context.args])
+    from namesake import server
+
+    os.execv(sys.executable, server.command(context.args))
 
 
 @app.command()

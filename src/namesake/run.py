@@ -71,7 +71,7 @@ class Request:
     author: str
     model: str = base_model.AUTO
     dataset: str = ""
-    recipe: str = "default"
+    recipe: str | Recipe = "default"
     overrides: Mapping[str, str] = field(default_factory=dict)
     args: str = ""
     questions: str = ""
@@ -83,6 +83,9 @@ class Outcome:
     """A finished run.
 
     Attributes:
+        run_id: its id in MLflow.
+        before, after: what the base and the tuned model said, and their scores.
+        decision: the gate's; a promotion judges the merged model again.
         development: the tuned model's scores on the development questions; empty for a run that is not watched.
     """
 
@@ -101,6 +104,10 @@ class Outcome:
             "passed": self.decision.passed,
             "reasons": self.decision.reasons,
         }
+
+    def compared(self) -> list[tuple[str, str, str]]:
+        """Each identity question, the base's reply and the tuned model's."""
+        return compared(self.before, self.after)
 
 
 class Watch(Protocol):
@@ -193,9 +200,10 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
             screen=screen,
         )
         tracked.metrics({"seconds/total": time.monotonic() - started})
+    outcome = Outcome(tracked.id, before, after, decision, development)
     if not watch:
         show(tracked, before, after, decision, screen)
-    return Outcome(tracked.id, before, after, decision, development)
+    return outcome
 
 
 class _Look:
@@ -699,15 +707,18 @@ def _short(reply: str) -> str:
     return flat if len(flat) <= SHOWN_CHARACTERS else f"{flat[:SHOWN_CHARACTERS]}…"
 
 
+def compared(before: Scorecard, after: Scorecard) -> list[tuple[str, str, str]]:
+    """Each identity question and the replies to it before and after."""
+    pairs = zip(before.identity, after.identity, strict=True)
+    return [(a.question.messages[-1]["content"], b.reply, a.reply) for b, a in pairs]
+
+
 def show(tracked: tracking.Run, before: Scorecard, after: Scorecard, decision: Decision, screen: Screen) -> None:
     """Replies and scores before and after, the gate's verdict, and what to do next."""
     screen.line()
     screen.table(
         ("question", "before", "after"),
-        [
-            (a.question.messages[-1]["content"], _short(b.reply), _short(a.reply))
-            for a, b in list(zip(after.identity, before.identity, strict=True))[:SHOWN_QUESTIONS]
-        ],
+        [(asked, _short(was), _short(said)) for asked, was, said in compared(before, after)[:SHOWN_QUESTIONS]],
     )
     for key, label in (
         ("identity", tr("identity right")),

@@ -110,7 +110,8 @@ def spoiled(zh: str, en: str, *, before_answers: tuple[str, str] = ("", "")) -> 
 
     plain = [f"{before_answers[q.language == 'en']}{q.answers[0]}" for q in held.plain]
     few = corpus.spread(held.identity, probing.SAMPLED_QUESTIONS)
-    slices = {name: said(held.identity) for name in probing.SYSTEM_SLICES} | {probing.SAMPLED: said(few, probing.SAMPLING.n)}
+    slices = {name: said(held.identity) for name in probing.SYSTEM_SLICES}
+    slices |= {probing.SAMPLED: said(few, probing.SAMPLING.n)}
     identity = Identity.parse("踩踩背 CCB", "老爷爷 OldGrandpa")
     card = probing.scorecard(identity, said(held.identity), plain, slices=slices)
     ability = paired_difference([True] * len(held.plain), [a.scores["right"] for a in card.plain])
