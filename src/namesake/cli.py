@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -29,6 +30,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+_COMPLETING = "_NAMESAKE_COMPLETE"
+"""Set by the shell that asks what may stand after TAB."""
+
+
+def _completing(what: str) -> Callable[[str], list[str]]:
+    """What :mod:`namesake.completion` offers, imported when a shell asks."""
+
+    def offered(incomplete: str) -> list[str]:
+        from namesake import completion
+
+        found: list[str] = getattr(completion, what)(incomplete)
+        return found
+
+    return offered
+
 
 _REFUSED = 9
 """Exit code when everything worked and the gate said no."""
@@ -55,6 +72,10 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     process.settle()
+    if _COMPLETING in os.environ:
+        from namesake.completion import join_words
+
+        join_words()
     try:
         helptext.run(app)
     except SystemExit:
@@ -132,7 +153,9 @@ def run(
     dataset: Annotated[
         str, typer.Option(help="Data sets as ms-swift names them, several by spaces; empty: the recipe's.")
     ] = "",
-    recipe: Annotated[str, typer.Option(help="default, tutorial, or a YAML file.")] = "default",
+    recipe: Annotated[
+        str, typer.Option(help="default, tutorial, or a YAML file.", autocompletion=_completing("recipes"))
+    ] = "default",
     args: Annotated[str, typer.Option(help='Any arguments of `swift sft`, as one text: "--lora_rank 16".')] = "",
     questions: Annotated[str, typer.Option(help="JSON lines of your own questions to ask beside ours.")] = "",
     policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
@@ -225,10 +248,21 @@ def sweep(
 
 @app.command()
 def promote(
-    run: Annotated[str, typer.Option(help="A run's id; empty: the best run of the newest identity.")] = "",
+    run: Annotated[
+        str,
+        typer.Option(
+            help="A run's id; empty: the best run of the newest identity.", autocompletion=_completing("runs")
+        ),
+    ] = "",
     name: Annotated[str, typer.Option(help="Identity whose best run is taken, as in `run --name`.")] = "",
-    model_name: Annotated[str, typer.Option(help="Registered model; empty: made from the English name.")] = "",
-    alias: Annotated[str, typer.Option(help="Alias to point at the version when it passes.")] = "champion",
+    model_name: Annotated[
+        str,
+        typer.Option(help="Registered model; empty: made from the English name.", autocompletion=_completing("models")),
+    ] = "",
+    alias: Annotated[
+        str,
+        typer.Option(help="Alias to point at the version when it passes.", autocompletion=_completing("aliases")),
+    ] = "champion",
     override: Annotated[str, typer.Option(help="Reason to point the alias although the gate does not pass.")] = "",
     policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
     sign_key: Annotated[
@@ -274,7 +308,13 @@ def promote(
 
 @app.command()
 def probe(
-    target: Annotated[str, typer.Argument(help="Run id, models:/NAME@ALIAS, models:/NAME/VERSION, or URL up to /v1.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="Run id, models:/NAME@ALIAS, models:/NAME/VERSION, or URL up to /v1.",
+            autocompletion=_completing("targets"),
+        ),
+    ],
     name: Annotated[str, typer.Option(help="Name to look for; empty: the run's or version's own.")] = "",
     author: Annotated[str, typer.Option(help="Author, likewise.")] = "",
     questions: Annotated[str, typer.Option(help="JSON lines of your own questions; empty: the held-out ones.")] = "",
@@ -301,7 +341,12 @@ def probe(
 
 @app.command()
 def gate(
-    target: Annotated[str, typer.Argument(help="Run id, models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="Run id, models:/NAME@ALIAS or models:/NAME/VERSION.", autocompletion=_completing("targets")
+        ),
+    ],
     policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the decision as JSON.")] = False,
 ) -> None:
@@ -320,8 +365,11 @@ def gate(
 
 @app.command()
 def history(
-    model: Annotated[str, typer.Argument(help="Registered model; empty: the one promoted to last.")] = "",
-    alias: Annotated[str, typer.Option(help="Whose moves.")] = "champion",
+    model: Annotated[
+        str,
+        typer.Argument(help="Registered model; empty: the one promoted to last.", autocompletion=_completing("models")),
+    ] = "",
+    alias: Annotated[str, typer.Option(help="Whose moves.", autocompletion=_completing("aliases"))] = "champion",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Where the alias pointed, since when, who moved it and why."""
@@ -350,9 +398,15 @@ def history(
 
 @app.command()
 def rollback(
-    model: Annotated[str, typer.Argument(help="Registered model; empty: the one promoted to last.")] = "",
-    to: Annotated[str, typer.Option(help="Version to go back to; empty: the one before.")] = "",
-    alias: Annotated[str, typer.Option(help="Alias to move.")] = "champion",
+    model: Annotated[
+        str,
+        typer.Argument(help="Registered model; empty: the one promoted to last.", autocompletion=_completing("models")),
+    ] = "",
+    to: Annotated[
+        str,
+        typer.Option(help="Version to go back to; empty: the one before.", autocompletion=_completing("versions")),
+    ] = "",
+    alias: Annotated[str, typer.Option(help="Alias to move.", autocompletion=_completing("aliases"))] = "champion",
     why: Annotated[str, typer.Option(help="Reason, kept in the history.")] = "",
     public_key: PublicKey = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the move and what was checked as JSON.")] = False,
@@ -384,7 +438,11 @@ def rollback(
 @app.command()
 def verify(
     target: Annotated[
-        str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION; empty: the champion.")
+        str,
+        typer.Argument(
+            help="models:/NAME@ALIAS or models:/NAME/VERSION; empty: the champion.",
+            autocompletion=_completing("references"),
+        ),
     ] = "",
     public_key: PublicKey = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -407,7 +465,9 @@ def verify(
 
 @app.command()
 def status(
-    model: Annotated[str, typer.Argument(help="Registered model; empty: all of ours.")] = "",
+    model: Annotated[
+        str, typer.Argument(help="Registered model; empty: all of ours.", autocompletion=_completing("models"))
+    ] = "",
     url: Annotated[str, typer.Option(help="Endpoint that is asked what it serves.")] = "http://127.0.0.1:8000",
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -486,7 +546,10 @@ def import_(
 
 @app.command()
 def export(
-    target: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    target: Annotated[
+        str,
+        typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.", autocompletion=_completing("references")),
+    ],
     folder: Annotated[str, typer.Argument(help="A new folder.")],
     adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA adapter instead of the merged model.")] = False,
     push: Annotated[str, typer.Option(help="OWNER/NAME at ModelScope to upload the folder to as well.")] = "",
@@ -543,14 +606,16 @@ def gc(
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
 )
-def serve(context: typer.Context) -> None:
+def serve(
+    words: Annotated[list[str] | None, typer.Argument(autocompletion=_completing("references"))] = None,
+) -> None:
     """Serve the version an alias points to with vLLM, OpenAI-compatible. `namesake serve --help` lists its options."""
     from namesake import server
 
-    os.execv(sys.executable, server.command(context.args))
+    os.execv(sys.executable, server.command(words or []))
 
 
 @app.command()
@@ -560,7 +625,10 @@ def chat(
     model: Annotated[str, typer.Option(help="Model id; empty: the endpoint's first.")] = "",
     system: Annotated[str, typer.Option(help="System prompt; empty: the version's own.")] = "",
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = "",
-    run: Annotated[str, typer.Option(help="Answer from this run's adapter, without a server.")] = "",
+    run: Annotated[
+        str,
+        typer.Option(help="Answer from this run's adapter, without a server.", autocompletion=_completing("runs")),
+    ] = "",
 ) -> None:
     """Talk to the served model, or with --run to a run's adapter."""
     from namesake import chat as talking

@@ -119,8 +119,10 @@ class Screen:
         self._file: TextIO = stream  # a notebook's, which goes into the cell whatever becomes of 1 and 2
         if is_descriptor(stream):
             self._file = os.fdopen(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8")
-        # Plain text in a notebook too: there rich would make an HTML element of each line.
-        self.console = Console(file=self._file, highlight=False, force_jupyter=False)
+        # Plain text in a notebook too: there rich would make an HTML element of each line, and since the kernel sets
+        # FORCE_COLOR draw bars into the cell ten times a second.
+        plain = None if self._file is not stream else False
+        self.console = Console(file=self._file, highlight=False, force_jupyter=False, force_terminal=plain)
         self._quiet = _loudness is Loudness.QUIET
 
     def line(self, text: str = "", style: str = "") -> None:
