@@ -19,6 +19,7 @@ from namesake import completion, registry
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 
 BIN = Path(sys.executable).parent
+PROMPT = "ready> "
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +64,20 @@ def shell(request: pytest.FixtureRequest, folder: Path) -> Iterator[pexpect.spaw
     # A subshell, so that the shell is there when namesake looks for the one it was called from.
     subprocess.run([program, "-c", "(namesake --install-completion); true"], env=env, check=True, capture_output=True)
     running = pexpect.spawn(program, ["-i"], env=env, encoding="utf-8", dimensions=(40, 300), cwd=str(folder))
-    running.sendline("bind 'set enable-bracketed-paste off' 2>/dev/null; echo begin''ning")
-    running.expect("beginning\r\n")
+    running.sendline("bind 'set enable-bracketed-paste off' 2>/dev/null; PS1='rea''dy> '")
+    running.expect(PROMPT)
     if request.param == "zsh":  # its first TAB only loads what typer has installed
         running.send("namesake \t")
-        running.sendcontrol("c")
+        afresh(running)
     yield running
     running.close(force=True)
+
+
+def afresh(shell: pexpect.spawn) -> None:
+    """Drop the line and wait for the next prompt."""
+    shell.sendcontrol("u")
+    shell.send("\r")
+    shell.expect(f"\r\n.*{PROMPT}", timeout=30)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +97,7 @@ def test_tab_completes(shell: pexpect.spawn, typed: str, rest: str) -> None:
     try:
         shell.expect(f"{re.escape(typed)}\x07?{re.escape(rest)}", timeout=30)  # it may ring for more
     finally:
-        shell.sendcontrol("c")
+        afresh(shell)
 
 
 @pytest.mark.usefixtures("here")
