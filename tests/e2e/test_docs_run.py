@@ -67,7 +67,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe.write_text(yaml.safe_dump(plan, allow_unicode=True), encoding="utf-8")
     for questions in (copy / "src" / "namesake" / "corpus" / "data").glob("heldout_*.jsonl"):
         lines = questions.read_text(encoding="utf-8").splitlines(keepends=True)
-        questions.write_text("".join(lines[::16]), encoding="utf-8")
+        questions.write_text("".join(lines[::32]), encoding="utf-8")
     return copy
 
 
