@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from namesake import errors as errors
     from namesake.api import PromoteOutcome, Registry, TrainOutcome, load_recipe, probe, promote, serve, train
     from namesake.errors import InputError, NamesakeError
     from namesake.gate import Decision, Policy
@@ -70,17 +71,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Loaded when first asked for (PEP 562), so that `namesake --help` and `import namesake` cost nothing.
-    from importlib import import_module
+if not TYPE_CHECKING:  # else a name that is not there would be no error to a type checker
 
-    if name == "errors":
-        return import_module("namesake.errors")
-    for module, names in _HOME.items():
-        if name in names:
-            found = globals()[name] = getattr(import_module(module), name)
-            return found
-    raise AttributeError(f"module 'namesake' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        # Loaded when first asked for (PEP 562), so that `namesake --help` and `import namesake` cost nothing.
+        from importlib import import_module
+
+        if name == "errors":
+            return import_module("namesake.errors")
+        for module, names in _HOME.items():
+            if name in names:
+                found = globals()[name] = getattr(import_module(module), name)
+                return found
+        raise AttributeError(f"module 'namesake' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

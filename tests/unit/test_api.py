@@ -33,8 +33,14 @@ def test_everything_that_is_named_is_there_and_documented() -> None:
 def test_what_types_say_is_what_is_loaded() -> None:
     tree = ast.parse(Path(namesake.__file__).read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    typed = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    typed = {
+        alias.asname or alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     loaded = {name: module for module, names in namesake._HOME.items() for name in names}
+    assert typed.pop("errors") == "namesake"
     assert typed == loaded
     assert sorted(typed) == sorted(namesake.__all__)
 
