@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from namesake.errors import InputError, ServingError
+from namesake.messages import tr
 from namesake.process import end_with_parent
 
 Option = str | int | float | bool | os.PathLike[str] | Sequence[str] | None
@@ -107,7 +108,15 @@ class Server:
             with suppress(OSError), urllib.request.urlopen(f"{self.url}/ready", timeout=5):
                 return self
             time.sleep(0.1)
-        raise ServingError(f"Nothing answers at {self.url} after {seconds:.0f} s.\n{self.log()}", mend="Wait longer.")
+        raise ServingError(
+            tr(
+                "Nothing answers at {url} after {seconds} s.\n{log}",
+                url=self.url,
+                seconds=f"{seconds:.0f}",
+                log=self.log(),
+            ),
+            mend="Wait longer.",
+        )
 
     def log(self, lines: int = _LINES) -> str:
         """The end of what the server has printed; empty once it has been stopped."""
@@ -135,8 +144,11 @@ class Server:
     def _ended(self) -> ServingError | InputError:
         said = self.log()
         if self._process.returncode == InputError.exit_code:
-            return InputError("serve", self._process.args, f"is refused\n{said}", mend="See `namesake serve --help`.")
-        return ServingError(f"The server ended with exit code {self._process.returncode}.\n{said}")
+            fault = tr("is refused\n{log}", log=said)
+            return InputError("serve", self._process.args, fault, mend="See `namesake serve --help`.")
+        return ServingError(
+            tr("The server ended with exit code {code}.\n{log}", code=self._process.returncode, log=said)
+        )
 
 
 def _stop(process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:

@@ -79,6 +79,7 @@ def environment(checkout: Path) -> dict[str, str]:
         "PATH": f"{checkout / '.venv' / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": f"{checkout / 'src'}:{checkout / 'serving'}",
         "NAMESAKE_SERVE_EAGER": "true",
+        "COLUMNS": "240",  # tables unbroken
     }
 
 
