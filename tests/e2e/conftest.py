@@ -105,7 +105,7 @@ def tour(way: Way) -> NotebookNode:
     """``examples/tour.ipynb``, executed with few steps in the same place; its version is the challenger."""
     notebook = nbformat.read(way.place.root / "examples" / "tour.ipynb", as_version=4)
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
-    values = {"NAME": NAME, "AUTHOR": AUTHOR, "REPLAY": 0, "STEPS": 3, "ALIAS": "challenger"}
+    values = {"NAME": NAME, "AUTHOR": AUTHOR, "REPLAY": 0, "STEPS": 3, "HELD_OUT": 0.25, "ALIAS": "challenger"}
     parameters.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
     folder = {"metadata": {"path": str(way.place.folder)}}
     client = NotebookClient(notebook, timeout=600, coalesce_streams=True, resources=folder)
