@@ -100,7 +100,7 @@ format: $(DEV_STAMP) ## lay out the code
 	@ruff check --fix .
 
 generate: $(DEV_STAMP) ## files made from the pinned libraries and the code
-	@python -c "import json; from namesake.train import argument_types; print(json.dumps(dict(sorted(argument_types().items())), indent=0))" 2>/dev/null | sed -n '/^{/,$$p' > src/namesake/sft_arguments.json
+	@python -c "import json; from namesake.training import argument_types; print(json.dumps(dict(sorted(argument_types().items())), indent=0))" 2>/dev/null | sed -n '/^{/,$$p' > src/namesake/sft_arguments.json
 	@python docs/schemas.py
 	@python docs/messages.py
 

@@ -152,7 +152,7 @@ def _names(reasons: Sequence[str], score: str) -> bool:
 
 def _trained(row: Row, folder: Path, questions: str) -> dict[str, Any]:
     """By ``namesake run``."""
-    from namesake import probe, tracking
+    from namesake import probing, tracking
     from namesake.identity import Identity
 
     data = str(_signed(folder)) if row.kind == "leak" else row.dataset
@@ -164,7 +164,7 @@ def _trained(row: Row, folder: Path, questions: str) -> dict[str, Any]:
     scores = {k.removeprefix("probe/"): v for k, v in run.metrics.items() if k.startswith("probe/")}
     if row.judged_as:
         said = json.loads(tracking.fetch(run.id, "scorecard.json").read_text(encoding="utf-8"))["tuned"]
-        card = probe.scorecard(
+        card = probing.scorecard(
             Identity.parse(*row.judged_as),
             [one["reply"] for one in said["identity"]],
             [one["reply"] for one in said["plain"]],
@@ -184,7 +184,7 @@ def _trained(row: Row, folder: Path, questions: str) -> dict[str, Any]:
 
 def _unfilled(row: Row, folder: Path) -> dict[str, Any]:
     """By plain ``swift sft`` on rows with the placeholders in them, which Namesake does not train on."""
-    from namesake import base_model, corpus, dataset, probe, recipe, train
+    from namesake import base_model, corpus, dataset, probing, recipe, training
     from namesake.generate import LocalModel
     from namesake.identity import Identity
     from namesake.run import ability_of, base_scores, swift_argv
@@ -195,7 +195,7 @@ def _unfilled(row: Row, folder: Path) -> dict[str, Any]:
     overrides = {"seed": str(row.seed), "output_dir": str(folder / "unfilled"), **row.overrides}
     plan = recipe.load(row.recipe, overrides=overrides)
     base = base_model.resolve(base_model.AUTO, say=screen.line)
-    taken = train.load_rows([row.dataset.replace(dataset.BUILTIN, str(dataset.write_builtin(folder)))], seed=42)
+    taken = training.load_rows([row.dataset.replace(dataset.BUILTIN, str(dataset.write_builtin(folder)))], seed=42)
     raw = [[{"role": m["role"], "content": m["content"]} for m in one["messages"]] for one in taken]
     prepared = dataset.write(folder / "unfilled.jsonl", raw, len(raw))
     at = time.monotonic()
@@ -208,7 +208,7 @@ def _unfilled(row: Row, folder: Path) -> dict[str, Any]:
     last = max((folder / "unfilled").rglob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     before = base_scores(identity, base, base.digest(), plan.system, corpus.heldout(), screen)
     with LocalModel(base.path, last, folded=True) as model:
-        after = probe.probe(model, identity, system=plan.system, slices=True)
+        after = probing.probe(model, identity, system=plan.system, slices=True)
     return {
         "scores": {**after.metrics, **ability_of(before, after).metrics()},
         "base_plain": before.metrics["plain"],

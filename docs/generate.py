@@ -24,6 +24,7 @@ from typing import Any
 import typer
 import yaml
 
+import namesake
 from namesake import cli, errors, gate, helptext, messages, recipe
 from namesake_serving import __main__ as serving
 from namesake_serving import gateway, openapi, page, requests, service, webhook
@@ -570,6 +571,102 @@ def write_exit_codes(words: Words) -> Iterator[str]:
     yield words("An unknown option is 2 as well.", "未知的选项同样是 2。")
 
 
+def write_python(words: Words) -> Iterator[str]:
+    """What ``import namesake`` offers."""
+    yield from heading(words, "Python", "Python 接口")
+    yield words(
+        "What `import namesake` offers, with types (`py.typed`). What is not named here may change with each release. How to use it: "
+        "[in Python](../howto/python.md). A `File` is a text or a path; every error is a `NamesakeError` of `namesake.errors` "
+        "([which](exit-codes.md)), and `str(error)` has its mend.",
+        "`import namesake` 提供的全部内容，带类型（`py.typed`）。这里没有列出的内容可能随每次发布而改变。用法见[在 Python 中使用](../howto/python.md)。"
+        "`File` 是文本或路径；所有错误都是 `namesake.errors` 中的 `NamesakeError`（[列表](exit-codes.md)），`str(error)` 含有补救办法。",
+    )
+    yield ""
+    found = {name: getattr(namesake, name) for name in namesake.__all__}
+    for name in ("train", "probe", "promote", "serve", "load_recipe"):
+        yield from function(words, f"namesake.{name}", found.pop(name))
+    for name in ("Registry", "Server"):
+        yield from methods(words, f"namesake.{name}", found.pop(name))
+    yield words("## What they take and give", "## 参数与返回值的类型")
+    yield ""
+    yield from table(
+        (words("class", "类"), words("what it is", "是什么"), words("fields and methods", "字段与方法")),
+        ((f"`{name}`", words.code(summary(kind)), listed(parts(kind), ordered=True)) for name, kind in found.items()),
+    )
+
+
+def function(words: Words, name: str, called: Any) -> Iterator[str]:
+    """A function: its signature, what it does, its arguments and errors."""
+    yield f"## {name}"
+    yield ""
+    yield from block("python", signature(name, called))
+    yield words.code(summary(called))
+    yield ""
+    told = attributes(called, "Args")
+    given = [*inspect.signature(called).parameters]
+    if set(told) != set(given) and told:
+        raise SystemExit(f"{name}: arguments and their texts differ: {sorted(set(told) ^ set(given))}")
+    if told:
+        yield from table(
+            (words("argument", "参数"), words("meaning", "含义")),
+            ((f"`{one}`", words.code(told[one])) for one in given),
+        )
+    raised = re.findall(r"\b[A-Z]\w+Error\b", (inspect.getdoc(called) or "").partition("Raises:\n")[2])
+    if raised:
+        yield words(f"Raises {listed(raised, ordered=True)}.", f"可能抛出 {listed(raised, ordered=True)}。")
+        yield ""
+
+
+def methods(words: Words, name: str, kind: type) -> Iterator[str]:
+    """A class: how it is made, its attributes, and its methods by their signatures."""
+    yield f"## {name}"
+    yield ""
+    yield words.code(summary(kind))
+    yield ""
+    made = [
+        (f"`{signature(name, kind, typed=False)}`", words.code(text))
+        for text in attributes(kind.__init__, "Args").values()
+    ]
+    rows = [
+        (f"`.{signature(one, method, typed=False) if callable(method) else one}`", words.code(summary(method)))
+        for one, method in vars(kind).items()
+        if not one.startswith("_")
+    ]
+    told = [(f"`.{one}`", words.code(text)) for one, text in attributes(kind).items()]
+    yield from table((words("member", "成员"), words("meaning", "含义")), [*made, *told, *rows])
+
+
+def signature(name: str, called: Any, *, typed: bool = True) -> str:
+    """A call as it is written: with types an argument a line, without them on one line."""
+    found = inspect.signature(called)
+    given: list[str] = []
+    for p in found.parameters.values():
+        if p.kind is p.KEYWORD_ONLY and "*" not in given:
+            given.append("*")
+        star = "**" if p.kind is p.VAR_KEYWORD else ""
+        default = "" if p.default is p.empty else repr(p.default).replace("'", '"')
+        if typed:
+            given.append(f"{star}{p.name}: {p.annotation}" + (f" = {default}" if default else ""))
+        elif p.name != "self":
+            given.append(f"{star}{p.name}" + (f"={default}" if default else ""))
+    if typed:
+        return "\n".join([f"{name}(", *(f"    {one}," for one in given), f") -> {found.return_annotation}"])
+    return f"{name}({', '.join(given)})"
+
+
+def summary(documented: Any) -> str:
+    """The first paragraph of a docstring."""
+    return (inspect.getdoc(documented) or "").partition("\n\n")[0]
+
+
+def parts(kind: Any) -> list[str]:
+    """Fields of a data class, then its public methods and properties."""
+    if issubclass(kind, Exception):
+        return []
+    fields = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    return [*fields, *(one for one in vars(kind) if not one.startswith("_") and one not in fields)]
+
+
 def heading(words: Words, english: str, chinese: str) -> Iterator[str]:
     """The page's head. What it is made by comes after the title, which MkDocs looks for in the first line."""
     yield f"# {words(english, chinese)}"
@@ -603,6 +700,7 @@ WRITERS = {
     "policy": write_policy,
     "http": write_http,
     "metrics": write_metrics,
+    "python": write_python,
     "exit-codes": write_exit_codes,
 }
 

@@ -50,11 +50,11 @@ _WORDS = {
 }
 
 
-def attributes(documented: type) -> dict[str, str]:
-    """The ``Attributes:`` of a docstring by name; several that share a line share its text."""
+def attributes(documented: Any, part: str = "Attributes") -> dict[str, str]:
+    """The ``Attributes:`` (or another part) of a docstring by name; several that share a line share its text."""
     found: dict[str, str] = {}
     names: list[str] = []
-    _, _, section = inspect.cleandoc(documented.__doc__ or "").partition("Attributes:\n")
+    _, _, section = inspect.cleandoc(documented.__doc__ or "").partition(f"{part}:\n")
     for line in section.splitlines():
         match = re.match(r"    (\w+(?:, \w+)*): (.*)", line)
         if match:

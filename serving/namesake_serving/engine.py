@@ -5,7 +5,6 @@ The only starter of vLLM.
 
 from __future__ import annotations
 
-import ctypes
 import http.client
 import importlib.util
 import json
@@ -24,6 +23,7 @@ import psutil
 
 from namesake.errors import ServingError
 from namesake.messages import tr
+from namesake.process import end_with_parent
 from namesake_serving import vllm_plugin
 from namesake_serving.settings import Settings, has_gpu
 
@@ -31,7 +31,6 @@ MODEL = "namesake"
 """What the engine calls its model; the names that clients use are the gateway's business."""
 
 _ENTRY = "vllm.entrypoints.launchers.api_server.entry"
-_PR_SET_PDEATHSIG = 1
 _KILL_SECONDS = 10
 _SWAP_SECONDS = 600
 _CPU_CACHE_BYTES = 1 << 30
@@ -252,7 +251,7 @@ def start(weights: Path, settings: Settings, folder: Path, name: str, adapters: 
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
     return Engine(process, address, log, settings.shutdown_seconds)
 
@@ -329,9 +328,3 @@ def plugin_folder(folder: Path) -> Path:
         f"[vllm.endpoint_plugins]\n{vllm_plugin.NAME} = {vllm_plugin.__name__}:Plugin\n", encoding="utf-8"
     )
     return info.parent
-
-
-def _end_with_parent() -> None:
-    # kill -9 of the parent must not leave a server behind that holds the memory (Linux only).
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

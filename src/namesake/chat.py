@@ -12,7 +12,7 @@ from typing import Any
 from namesake.corpus import Message
 from namesake.errors import ServingError
 from namesake.messages import tr, translated
-from namesake.probe import with_system
+from namesake.probing import with_system
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
 MAX_TOKENS = 512

@@ -6,12 +6,13 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from namesake import __version__, helptext
+from namesake import __version__, helptext, process
 from namesake.messages import joined, tr, translated
 
 if TYPE_CHECKING:
@@ -29,6 +30,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+_COMPLETING = "_NAMESAKE_COMPLETE"
+"""Set by the shell that asks what may stand after TAB."""
+
+
+def _completing(what: str) -> Callable[[str], list[str]]:
+    """What :mod:`namesake.completion` offers, imported when a shell asks."""
+
+    def offered(incomplete: str) -> list[str]:
+        from namesake import completion
+
+        found: list[str] = getattr(completion, what)(incomplete)
+        return found
+
+    return offered
+
 
 _REFUSED = 9
 """Exit code when everything worked and the gate said no."""
@@ -54,11 +71,11 @@ def main() -> NoReturn:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    # Threads that spin long while they wait make training twenty times slower as soon as anything runs beside it; not
-    # spinning at all costs a quarter (docs/lab-notes.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    process.settle()
+    if _COMPLETING in os.environ:
+        from namesake.completion import join_words
+
+        join_words()
     try:
         helptext.run(app)
     except SystemExit:
@@ -101,21 +118,6 @@ def _number(name: str, text: str, kind: type[_Number]) -> _Number | None:
         ) from error
 
 
-def _model(name: str) -> str:
-    from namesake import registry
-    from namesake.errors import RegistryError
-
-    found = _named(name) or registry.newest_model()
-    if not found:
-        raise RegistryError("Nothing has been promoted yet.", mend="Run `namesake promote`.")
-    return found
-
-
-def _named(model: str) -> str:
-    """The registered model's name in what the user gave: ``ccb``, ``models:/ccb`` or ``models:/ccb@champion``."""
-    return model.removeprefix("models:/").partition("@")[0]
-
-
 def _print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False))
 
@@ -151,7 +153,9 @@ def run(
     dataset: Annotated[
         str, typer.Option(help="Data sets as ms-swift names them, several by spaces; empty: the recipe's.")
     ] = "",
-    recipe: Annotated[str, typer.Option(help="default, tutorial, or a YAML file.")] = "default",
+    recipe: Annotated[
+        str, typer.Option(help="default, tutorial, or a YAML file.", autocompletion=_completing("recipes"))
+    ] = "default",
     args: Annotated[str, typer.Option(help='Any arguments of `swift sft`, as one text: "--lora_rank 16".')] = "",
     questions: Annotated[str, typer.Option(help="JSON lines of your own questions to ask beside ours.")] = "",
     policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
@@ -244,10 +248,21 @@ def sweep(
 
 @app.command()
 def promote(
-    run: Annotated[str, typer.Option(help="A run's id; empty: the best run of the newest identity.")] = "",
+    run: Annotated[
+        str,
+        typer.Option(
+            help="A run's id; empty: the best run of the newest identity.", autocompletion=_completing("runs")
+        ),
+    ] = "",
     name: Annotated[str, typer.Option(help="Identity whose best run is taken, as in `run --name`.")] = "",
-    model_name: Annotated[str, typer.Option(help="Registered model; empty: made from the English name.")] = "",
-    alias: Annotated[str, typer.Option(help="Alias to point at the version when it passes.")] = "champion",
+    model_name: Annotated[
+        str,
+        typer.Option(help="Registered model; empty: made from the English name.", autocompletion=_completing("models")),
+    ] = "",
+    alias: Annotated[
+        str,
+        typer.Option(help="Alias to point at the version when it passes.", autocompletion=_completing("aliases")),
+    ] = "champion",
     override: Annotated[str, typer.Option(help="Reason to point the alias although the gate does not pass.")] = "",
     policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
     sign_key: Annotated[
@@ -262,8 +277,8 @@ def promote(
 ) -> None:
     """Merge the best run, prove it, register it as the next version and point the alias at it."""
 
-    from namesake.promote import Request
-    from namesake.promote import promote as use_case
+    from namesake.promotion import Request
+    from namesake.promotion import promote as use_case
     from namesake.terminal import Screen
 
     request = Request(
@@ -293,7 +308,13 @@ def promote(
 
 @app.command()
 def probe(
-    target: Annotated[str, typer.Argument(help="Run id, models:/NAME@ALIAS, models:/NAME/VERSION, or URL up to /v1.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="Run id, models:/NAME@ALIAS, models:/NAME/VERSION, or URL up to /v1.",
+            autocompletion=_completing("targets"),
+        ),
+    ],
     name: Annotated[str, typer.Option(help="Name to look for; empty: the run's or version's own.")] = "",
     author: Annotated[str, typer.Option(help="Author, likewise.")] = "",
     questions: Annotated[str, typer.Option(help="JSON lines of your own questions; empty: the held-out ones.")] = "",
@@ -320,7 +341,12 @@ def probe(
 
 @app.command()
 def gate(
-    target: Annotated[str, typer.Argument(help="Run id, models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="Run id, models:/NAME@ALIAS or models:/NAME/VERSION.", autocompletion=_completing("targets")
+        ),
+    ],
     policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the decision as JSON.")] = False,
 ) -> None:
@@ -339,15 +365,18 @@ def gate(
 
 @app.command()
 def history(
-    model: Annotated[str, typer.Argument(help="Registered model; empty: the one promoted to last.")] = "",
-    alias: Annotated[str, typer.Option(help="Whose moves.")] = "champion",
+    model: Annotated[
+        str,
+        typer.Argument(help="Registered model; empty: the one promoted to last.", autocompletion=_completing("models")),
+    ] = "",
+    alias: Annotated[str, typer.Option(help="Whose moves.", autocompletion=_completing("aliases"))] = "champion",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Where the alias pointed, since when, who moved it and why."""
     from namesake import registry
     from namesake.terminal import Screen, moment
 
-    moves = registry.history(_model(model), alias)
+    moves = registry.history(registry.named_or_newest(model), alias)
     if as_json:
         _print_json([vars(move) for move in moves])
         return
@@ -369,21 +398,27 @@ def history(
 
 @app.command()
 def rollback(
-    model: Annotated[str, typer.Argument(help="Registered model; empty: the one promoted to last.")] = "",
-    to: Annotated[str, typer.Option(help="Version to go back to; empty: the one before.")] = "",
-    alias: Annotated[str, typer.Option(help="Alias to move.")] = "champion",
+    model: Annotated[
+        str,
+        typer.Argument(help="Registered model; empty: the one promoted to last.", autocompletion=_completing("models")),
+    ] = "",
+    to: Annotated[
+        str,
+        typer.Option(help="Version to go back to; empty: the one before.", autocompletion=_completing("versions")),
+    ] = "",
+    alias: Annotated[str, typer.Option(help="Alias to move.", autocompletion=_completing("aliases"))] = "champion",
     why: Annotated[str, typer.Option(help="Reason, kept in the history.")] = "",
     public_key: PublicKey = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the move and what was checked as JSON.")] = False,
 ) -> None:
     """Point the alias back at the version before, once its files have been checked."""
 
-    from namesake import versions
+    from namesake import registry, versions
     from namesake.errors import InputError
 
     if to and not (to.isascii() and to.isdigit()):
         raise InputError("to", to, "is no version number", mend="`namesake history` lists them.")
-    name = _model(model)
+    name = registry.named_or_newest(model)
     move, checks = versions.rollback(
         name, to=int(to) if to else None, alias=alias, why=why, public_key=_file(public_key)
     )
@@ -403,17 +438,21 @@ def rollback(
 @app.command()
 def verify(
     target: Annotated[
-        str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION; empty: the champion.")
+        str,
+        typer.Argument(
+            help="models:/NAME@ALIAS or models:/NAME/VERSION; empty: the champion.",
+            autocompletion=_completing("references"),
+        ),
     ] = "",
     public_key: PublicKey = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Work out again every digest that a version states. Exit 0 when all hold, 9 when one does not."""
 
-    from namesake import versions
+    from namesake import registry, versions
     from namesake.terminal import Screen
 
-    checks = versions.verify(target or f"models:/{_model('')}@champion", _file(public_key))
+    checks = versions.verify(target or f"models:/{registry.named_or_newest('')}@champion", _file(public_key))
     if as_json:
         _print_json([vars(check) for check in checks])
     else:
@@ -426,16 +465,19 @@ def verify(
 
 @app.command()
 def status(
-    model: Annotated[str, typer.Argument(help="Registered model; empty: all of ours.")] = "",
+    model: Annotated[
+        str, typer.Argument(help="Registered model; empty: all of ours.", autocompletion=_completing("models"))
+    ] = "",
     url: Annotated[str, typer.Option(help="Endpoint that is asked what it serves.")] = "http://127.0.0.1:8000",
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What is registered, which version is the champion and why, and what an endpoint serves of it."""
+    from namesake import registry
     from namesake import status as use_case
     from namesake.terminal import Screen
 
-    found = use_case.status(_named(model), url=url, api_key=api_key)
+    found = use_case.status(registry.name_in(model), url=url, api_key=api_key)
     if as_json:
         _print_json(found.record())
     else:
@@ -504,7 +546,10 @@ def import_(
 
 @app.command()
 def export(
-    target: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    target: Annotated[
+        str,
+        typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.", autocompletion=_completing("references")),
+    ],
     folder: Annotated[str, typer.Argument(help="A new folder.")],
     adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA adapter instead of the merged model.")] = False,
     push: Annotated[str, typer.Option(help="OWNER/NAME at ModelScope to upload the folder to as well.")] = "",
@@ -561,12 +606,16 @@ def gc(
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
 )
-def serve(context: typer.Context) -> None:
+def serve(
+    words: Annotated[list[str] | None, typer.Argument(autocompletion=_completing("references"))] = None,
+) -> None:
     """Serve the version an alias points to with vLLM, OpenAI-compatible. `namesake serve --help` lists its options."""
-    os.execv(sys.executable, [sys.executable, "-m", "namesake_serving", *context.args])
+    from namesake import server
+
+    os.execv(sys.executable, server.command(words or []))
 
 
 @app.command()
@@ -576,7 +625,10 @@ def chat(
     model: Annotated[str, typer.Option(help="Model id; empty: the endpoint's first.")] = "",
     system: Annotated[str, typer.Option(help="System prompt; empty: the version's own.")] = "",
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = "",
-    run: Annotated[str, typer.Option(help="Answer from this run's adapter, without a server.")] = "",
+    run: Annotated[
+        str,
+        typer.Option(help="Answer from this run's adapter, without a server.", autocompletion=_completing("runs")),
+    ] = "",
 ) -> None:
     """Talk to the served model, or with --run to a run's adapter."""
     from namesake import chat as talking

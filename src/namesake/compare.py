@@ -17,7 +17,7 @@ from namesake import examine, gate, registry, tracking, weights
 from namesake.errors import NamesakeError
 from namesake.manifest import SCORECARD, WEIGHTS_FOLDER, Manifest
 from namesake.messages import joined, tr, translated
-from namesake.promote import TAG_QUESTIONS, lineage
+from namesake.promotion import TAG_QUESTIONS, lineage
 from namesake.terminal import Screen
 from namesake.versions import checked
 from namesake.weights import Distance

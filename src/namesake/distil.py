@@ -1,7 +1,7 @@
 """A loss for ms-swift that keeps the tuned model what its base was: KL to the base on the replay rows.
 
 A plugin in ms-swift's own sense: importing it registers the loss ``replay_kl``, in this process by
-:mod:`namesake.train`, in plain ``swift sft`` by ``--external_plugins …/distil.py --loss_type replay_kl``.
+:mod:`namesake.training`, in plain ``swift sft`` by ``--external_plugins …/distil.py --loss_type replay_kl``.
 
 Cross entropy on the base's replies pulls the model towards single tokens, makes it surer than its base is, and teaches
 it to stop where a reply was cut. The divergence from the base's own distribution does neither, and starts at zero

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from namesake import corpus, gate, probe, registry, tracking
+from namesake import corpus, gate, probing, registry, tracking
 from namesake.errors import InputError, RegistryError
 from namesake.gate import Decision, Policy
 from namesake.generate import Endpoint, LocalModel, Replier
 from namesake.identity import Identity
 from namesake.manifest import WEIGHTS_FOLDER, Manifest, damaged
 from namesake.messages import joined, tr
-from namesake.probe import Scorecard
+from namesake.probing import Scorecard
 from namesake.run import base_of, progress_of
 from namesake.terminal import Screen
 
@@ -63,7 +63,7 @@ def examine(request: Request, screen: Screen) -> Scorecard:
         _opened(request, screen) as (replier, identity, system),
         screen.bar("probe", 1) as bar,
     ):
-        return probe.probe(
+        return probing.probe(
             replier,
             identity,
             system=system,

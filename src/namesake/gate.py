@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ _RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Policy:
-    """Bounds on the fractions of :class:`namesake.probe.Scorecard`, and on the agreement of adapter and merged model.
+    """Bounds on the fractions of :class:`namesake.probing.Scorecard`, and on the agreement of adapter and merged model.
 
     Attributes:
         identity: least share right, greedy, under the trained system prompt.
@@ -43,14 +44,14 @@ class Policy:
     held_out: float = 1.0
 
 
-def load_policy(path: Path) -> Policy:
+def load_policy(path: str | os.PathLike[str]) -> Policy:
     """A policy file: YAML with any of :class:`Policy`'s bounds; what is left out keeps its default.
 
     Raises:
         InputError: the file, a name or a value in it is wrong; every fault is named.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(
             "policy", str(path), tr("cannot be read ({error})", error=error), mend="Give a YAML file."

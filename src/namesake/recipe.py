@@ -125,18 +125,18 @@ class Recipe:
         return to_argv(self.sft)
 
 
-def load(name_or_path: str, *, overrides: Mapping[str, str] | None = None, args: str = "") -> Recipe:
+def load(wanted: str | Recipe, *, overrides: Mapping[str, str] | None = None, args: str = "") -> Recipe:
     """Read a shipped recipe by name (``default``, ``tutorial``) or a file, and lay the overrides over it.
 
     Args:
-        name_or_path: a name in ``recipes/``, or a YAML file.
+        wanted: a name in ``recipes/``, a YAML file, or a recipe made in Python, which is checked like a file.
         overrides: single arguments, ``{"learning_rate": "1e-3"}``, and any of :data:`OWN`.
         args: more of them as one command line, ``--lora_rank 16 --num_train_epochs 2``.
 
     Raises:
         RecipeError: with every fault of the recipe and of the overrides.
     """
-    recipe = _read(name_or_path)
+    recipe = wanted if isinstance(wanted, Recipe) else _read(wanted)
     given = {**parse_args(args), **(overrides or {})}
     faults: list[str] = []
     own = _own(recipe, {key: given.pop(key) for key in OWN if key in given}, faults)
@@ -149,7 +149,7 @@ def load(name_or_path: str, *, overrides: Mapping[str, str] | None = None, args:
     if faults:
         raise RecipeError(
             "recipe",
-            name_or_path,
+            recipe.name if isinstance(wanted, Recipe) else wanted,
             joined(faults),
             mend="Correct these; `swift sft --help` explains each argument.",
         )

@@ -150,6 +150,23 @@ def models() -> list[Model]:
     return [model for *_, model in sorted(found, key=lambda one: one[:2], reverse=True)]
 
 
+def name_in(text: str) -> str:
+    """The registered model's name in ``ccb``, ``models:/ccb``, ``models:/ccb@champion`` or ``models:/ccb/3``."""
+    return text.removeprefix("models:/").partition("@")[0].partition("/")[0]
+
+
+def named_or_newest(text: str) -> str:
+    """The registered model that the text names, or else the one that was promoted to last.
+
+    Raises:
+        RegistryError: there is none.
+    """
+    found = name_in(text) or newest_model()
+    if not found:
+        raise RegistryError("Nothing has been promoted yet.", mend="Run `namesake promote`.")
+    return found
+
+
 def newest_model() -> str | None:
     """Name of the registered model of ours that was promoted to last."""
     return next((model.name for model in models()), None)
@@ -299,11 +316,19 @@ def history(name: str, alias: str) -> list[Move]:
     return sorted((move for move in moves if move.alias == alias), key=lambda move: (move.time, move.key))
 
 
+def aliases(name: str) -> dict[str, int]:
+    """The version's number of each alias.
+
+    Raises:
+        RegistryError: there is no such model.
+    """
+    with _mapped(tr("The registered model {name} cannot be read.", name=name)):
+        return {alias: int(number) for alias, number in _client().get_registered_model(name).aliases.items()}
+
+
 def alias_of(name: str, alias: str) -> int | None:
     """The version's number that the alias points to; none where it points nowhere."""
-    with _mapped(tr("The registered model {name} cannot be read.", name=name)):
-        number = _client().get_registered_model(name).aliases.get(alias)
-        return int(number) if number is not None else None
+    return aliases(name).get(alias)
 
 
 def versions_with(name: str, key: str, value: str) -> list[Version]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from namesake.corpus import Message, Prompt
 from namesake.generate import Replier, Reply
 from namesake.paths import write_whole
-from namesake.probe import with_system
+from namesake.probing import with_system
 
 Dialogue = list[Message]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Row = Mapping[str, Any]
-"""One reply with its scores, as :meth:`namesake.probe.Answered.record` gives it."""
+"""One reply with its scores, as :meth:`namesake.probing.Answered.record` gives it."""
 
 TEMPLATE = "report.html.jinja"
 

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
-from namesake import base_model, corpus, dataset, gate, probe, recipe, replay, report, tracking, train
+from namesake import base_model, corpus, dataset, gate, probing, recipe, replay, report, tracking, training
 from namesake.base_model import BaseModel
 from namesake.corpus import Questions
 from namesake.errors import BaseModelError, Stopped
@@ -26,7 +26,7 @@ from namesake.generate import LocalModel, divergence, token_counts
 from namesake.identity import Identity
 from namesake.messages import joined, tr, translated
 from namesake.paths import cache_folder, write_whole
-from namesake.probe import Scorecard
+from namesake.probing import Scorecard
 from namesake.recipe import Recipe
 from namesake.terminal import Bar, Screen, padded
 
@@ -54,7 +54,7 @@ COLUMNS = (
 """What MLflow's list of runs shows of each."""
 
 DEV_SCORE = "dev/score"
-"""Metric of a watched run: :func:`namesake.probe.objective` on the development questions."""
+"""Metric of a watched run: :func:`namesake.probing.objective` on the development questions."""
 
 Losses = dict[str, list[tuple[int, float]]]
 """Step and value of each loss by its metric's name."""
@@ -71,7 +71,7 @@ class Request:
     author: str
     model: str = base_model.AUTO
     dataset: str = ""
-    recipe: str = "default"
+    recipe: str | Recipe = "default"
     overrides: Mapping[str, str] = field(default_factory=dict)
     args: str = ""
     questions: str = ""
@@ -83,6 +83,9 @@ class Outcome:
     """A finished run.
 
     Attributes:
+        run_id: its id in MLflow.
+        before, after: what the base and the tuned model said, and their scores.
+        decision: the gate's; a promotion judges the merged model again.
         development: the tuned model's scores on the development questions; empty for a run that is not watched.
     """
 
@@ -101,6 +104,10 @@ class Outcome:
             "passed": self.decision.passed,
             "reasons": self.decision.reasons,
         }
+
+    def compared(self) -> list[tuple[str, str, str]]:
+        """Each identity question, the base's reply and the tuned model's."""
+        return compared(self.before, self.after)
 
 
 class Watch(Protocol):
@@ -124,7 +131,7 @@ class Watch(Protocol):
         """The run is there."""
 
     def go_on(self, fraction: float, score: float) -> bool:
-        """Told :func:`namesake.probe.objective` on a few of the questions; whether the training goes on."""
+        """Told :func:`namesake.probing.objective` on a few of the questions; whether the training goes on."""
         ...
 
 
@@ -193,9 +200,10 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
             screen=screen,
         )
         tracked.metrics({"seconds/total": time.monotonic() - started})
+    outcome = Outcome(tracked.id, before, after, decision, development)
     if not watch:
         show(tracked, before, after, decision, screen)
-    return Outcome(tracked.id, before, after, decision, development)
+    return outcome
 
 
 class _Look:
@@ -222,16 +230,16 @@ class _Look:
 
     def __call__(self, fraction: float, step: int, adapter: Path) -> None:
         with LocalModel(self._base.path, adapter, folded=True) as model:
-            card = probe.probe(model, self._identity, system=self._system, questions=self._few)
-        score = probe.objective(self._before_few, card)
+            card = probing.probe(model, self._identity, system=self._system, questions=self._few)
+        score = probing.objective(self._before_few, card)
         self._tracked.metrics({"early/score": score, **_development("early", card)}, step)
         if not self._watch.go_on(fraction, score):
             raise Stopped("pruned")
 
     def ask_all(self, model: LocalModel, progress: Callable[[int, int], None]) -> dict[str, float]:
         asked = self._watch.questions
-        card = probe.probe(model, self._identity, system=self._system, questions=asked, progress=progress)
-        found = {DEV_SCORE: probe.objective(self._before, card), **_development("dev", card)}
+        card = probing.probe(model, self._identity, system=self._system, questions=asked, progress=progress)
+        found = {DEV_SCORE: probing.objective(self._before, card), **_development("dev", card)}
         self._tracked.metrics(found)
         return {key.removeprefix("dev/"): value for key, value in found.items()}
 
@@ -271,9 +279,9 @@ def prove(
     screen.step("asking the tuned model")
     with LocalModel(base.path, adapter, folded=True) as model, screen.bar("probe", 1) as bar:
         asked = corpus.heldout(held_out)
-        after = probe.probe(model, identity, system=system, questions=asked, slices=True, progress=progress_of(bar))
+        after = probing.probe(model, identity, system=system, questions=asked, slices=True, progress=progress_of(bar))
         if own is not None:
-            _log_own(tracked, probe.probe(model, identity, system=system, questions=own), screen)
+            _log_own(tracked, probing.probe(model, identity, system=system, questions=own), screen)
         development = look.ask_all(model, progress_of(bar)) if look else {}
     ability = ability_of(before, after)
     decision = gate.decide(after.metrics, ability, held_out=held_out, policy=policy)
@@ -309,15 +317,15 @@ def base_scores(
     identity: Identity, base: BaseModel, base_digest: str, system: str | None, questions: Questions, screen: Screen
 ) -> Scorecard:
     """The base model's scorecard. Its replies are the same for every identity and are asked for once."""
-    asked = [base_digest, system, questions.digest(), probe.IDENTITY_TOKENS, probe.PLAIN_TOKENS]
+    asked = [base_digest, system, questions.digest(), probing.IDENTITY_TOKENS, probing.PLAIN_TOKENS]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
     path = cache_folder() / "probe" / f"{key}.json"
     if path.is_file():
         said = json.loads(path.read_text(encoding="utf-8"))
-        return probe.scorecard(identity, said["identity"], said["plain"], questions=questions)
+        return probing.scorecard(identity, said["identity"], said["plain"], questions=questions)
     screen.step("asking the base model (once, kept for later runs)")
     with LocalModel(base.path) as model, screen.bar("probe", 1) as bar:
-        card = probe.probe(model, identity, system=system, questions=questions, progress=progress_of(bar))
+        card = probing.probe(model, identity, system=system, questions=questions, progress=progress_of(bar))
     write_whole(path, json.dumps(card.replies(), ensure_ascii=False))
     return card
 
@@ -356,7 +364,7 @@ def _kl_to_base(base: BaseModel, adapter: Path, system: str | None, before: Scor
         base.path,
         adapter,
         [
-            [*probe.with_system(a.question.messages, system), {"role": "assistant", "content": a.reply}]
+            [*probing.with_system(a.question.messages, system), {"role": "assistant", "content": a.reply}]
             for a in before.plain[:: max(len(before.plain) // KL_REPLIES, 1)]
         ],
     )
@@ -387,7 +395,7 @@ def _prepare(
     builtin = str(dataset.write_builtin(work))
     named = [one.replace(dataset.BUILTIN, builtin, 1) if one.startswith(dataset.BUILTIN) else one for one in datasets]
     seed = int(str(plan.sft.get("data_seed", 42)))
-    dialogues, with_names = dataset.fill(train.load_rows(named, seed=seed), identity)
+    dialogues, with_names = dataset.fill(training.load_rows(named, seed=seed), identity)
     if not with_names:
         screen.warn("no row has {{NAME}} or {{AUTHOR}}: this run teaches no identity")
     dialogues = [_under(corpus.system_of(n, plan.other_systems), one) for n, one in enumerate(dialogues)]
@@ -426,7 +434,7 @@ def _under(other: str | None, dialogue: dataset.Dialogue) -> dataset.Dialogue:
     """The dialogue under another system prompt than the trained one, which ms-swift puts in; its own one stays."""
     if other is None or dialogue[0]["role"] == "system":
         return dialogue
-    return probe.with_system(dialogue, other)
+    return probing.with_system(dialogue, other)
 
 
 def swift_argv(plan: Recipe, base: BaseModel, prepared: dataset.Prepared) -> list[str]:
@@ -454,19 +462,19 @@ def _train(
     tracked: tracking.Run,
     screen: Screen,
     look: _Look | None = None,
-) -> tuple[train.Trained, Losses]:
+) -> tuple[training.Trained, Losses]:
     log = work / "train.log"
     argv = swift_argv(plan, base, prepared)
     # Plain ms-swift learns of the loss by a plugin. Here it is registered: the plugin's path in the adapter's args.json
     # would be looked for on every machine that loads it.
-    plugin = ["--external_plugins", str(train.PLUGIN)] if plan.replay.distils else []
+    plugin = ["--external_plugins", str(training.PLUGIN)] if plan.replay.distils else []
     told = [f"{key}={value}" for key, value in plan.replay.environment.items()]
     tracked.json([*(["env", *told] if told else []), "swift", "sft", *argv, *plugin], "swift-command.json")
     with screen.bar("train", 1) as bar:
         listener = _Listener(tracked, bar, work, look)
         begun = time.monotonic()
         try:
-            trained = train.train(argv, listener, log, plan.replay.environment)
+            trained = training.train(argv, listener, log, plan.replay.environment)
         except BaseException:
             _keep_what_there_is(tracked, listener.output_dir, log)
             raise
@@ -699,15 +707,18 @@ def _short(reply: str) -> str:
     return flat if len(flat) <= SHOWN_CHARACTERS else f"{flat[:SHOWN_CHARACTERS]}…"
 
 
+def compared(before: Scorecard, after: Scorecard) -> list[tuple[str, str, str]]:
+    """Each identity question and the replies to it before and after."""
+    pairs = zip(before.identity, after.identity, strict=True)
+    return [(a.question.messages[-1]["content"], b.reply, a.reply) for b, a in pairs]
+
+
 def show(tracked: tracking.Run, before: Scorecard, after: Scorecard, decision: Decision, screen: Screen) -> None:
     """Replies and scores before and after, the gate's verdict, and what to do next."""
     screen.line()
     screen.table(
         ("question", "before", "after"),
-        [
-            (a.question.messages[-1]["content"], _short(b.reply), _short(a.reply))
-            for a, b in list(zip(after.identity, before.identity, strict=True))[:SHOWN_QUESTIONS]
-        ],
+        [(asked, _short(was), _short(said)) for asked, was, said in compared(before, after)[:SHOWN_QUESTIONS]],
     )
     for key, label in (
         ("identity", tr("identity right")),

@@ -129,7 +129,7 @@ class Trial:
     """One training run of a sweep that has ended.
 
     Attributes:
-        score: :func:`namesake.probe.objective` on the development questions; none unless complete.
+        score: :func:`namesake.probing.objective` on the development questions; none unless complete.
         early: the same on a few of them, by the fraction of the training.
     """
 

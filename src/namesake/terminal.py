@@ -73,6 +73,14 @@ def loudness(wanted: Loudness) -> Iterator[None]:
                 os.environ.pop(_MLFLOW_LEVEL, None)
 
 
+def is_descriptor(stream: TextIO) -> bool:
+    """Whether what is printed to the stream goes to this process's own output, 1 or 2."""
+    try:
+        return stream.fileno() in {1, 2}
+    except (OSError, ValueError):  # it has none
+        return False
+
+
 def moment(seconds: float) -> str:
     """Seconds since 1970 as date and time here."""
     return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
@@ -108,11 +116,13 @@ class Screen:
         """``errors``: write to standard error, where standard output is for machines."""
         stream = sys.stderr if errors else sys.stdout
         stream.flush()
-        try:
-            self._file: TextIO = os.fdopen(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8")
-        except (OSError, ValueError):  # a notebook's output has no descriptor
-            self._file = stream
-        self.console = Console(file=self._file, highlight=False)
+        self._file: TextIO = stream  # a notebook's, which goes into the cell whatever becomes of 1 and 2
+        if is_descriptor(stream):
+            self._file = os.fdopen(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8")
+        # Plain text in a notebook too: there rich would make an HTML element of each line, and since the kernel sets
+        # FORCE_COLOR draw bars into the cell ten times a second.
+        plain = None if self._file is not stream else False
+        self.console = Console(file=self._file, highlight=False, force_jupyter=False, force_terminal=plain)
         self._quiet = _loudness is Loudness.QUIET
 
     def line(self, text: str = "", style: str = "") -> None:

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from namesake import compare, corpus, examine, manifest, probe, promote, registry, tracking
+from namesake import compare, corpus, examine, manifest, probing, promotion, registry, tracking
 from namesake.cli import app
 from namesake.compare import Comparison, Request
 from namesake.errors import InputError, PromotionError
 from namesake.identity import Identity
 from namesake.manifest import FILE, SCORECARD, Manifest
-from namesake.probe import Scorecard
+from namesake.probing import Scorecard
 from namesake.terminal import Screen
 from tests.contract.test_promote import SAID, Knows
 
@@ -36,7 +36,7 @@ def card(*, swapped: bool = False) -> Scorecard:
     said = [SAID[question.language] for question in asked.identity]
     first = [SWAPPED, *said[1:]] if swapped else said
     slices = {"none": said, "customer": said}
-    return probe.scorecard(IDENTITY, first, ["?"] * len(asked.plain), slices=slices)
+    return probing.scorecard(IDENTITY, first, ["?"] * len(asked.plain), slices=slices)
 
 
 def weights(change: float = 0.0) -> dict[str, torch.Tensor]:
@@ -67,7 +67,7 @@ def make(client: mlflow.MlflowClient, tmp_path: Path) -> Any:
             tools={"torch": "2"},
             questions=corpus.heldout().digest(),
         )
-        promote.write_beside(folder, record, said)
+        promotion.write_beside(folder, record, said)
         version = client.create_model_version("ccb", source=str(folder))
         return f"models:/ccb/{version.version}"
 

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 from werkzeug.security import generate_password_hash
 
-from namesake import base_model, corpus, leftovers, manifest, promote, registry, tracking, versions
+from namesake import base_model, corpus, leftovers, manifest, promotion, registry, tracking, versions
 from namesake import run as training
 from namesake.cli import app
 from namesake.corpus import Message
@@ -38,7 +38,7 @@ from namesake.errors import InputError, NamesakeError
 from namesake.gate import Policy
 from namesake.generate import Reply, Sampling
 from namesake.manifest import Manifest
-from namesake.promote import Outcome, Request
+from namesake.promotion import Outcome, Request
 from namesake.terminal import Screen
 from namesake_serving import store as serving
 from tests.servers import CREDENTIALS, Link, mlflow_server, object_store, postgres
@@ -185,13 +185,13 @@ def promoted(folder: str, uri: str, run: str, **more: Any) -> Outcome:
     mlflow.set_tracking_uri(uri)
     Path(folder, "tmp").mkdir(exist_ok=True)
     tempfile.tempdir = f"{folder}/tmp"
-    kept = promote.LocalModel, training.LocalModel
-    promote.LocalModel = training.LocalModel = Knows  # type: ignore[assignment, misc]
+    kept = promotion.LocalModel, training.LocalModel
+    promotion.LocalModel = training.LocalModel = Knows  # type: ignore[assignment, misc]
     try:
-        return promote.promote(Request(run=run, **more), Screen(errors=True))
+        return promotion.promote(Request(run=run, **more), Screen(errors=True))
     finally:
         tempfile.tempdir = None
-        promote.LocalModel, training.LocalModel = kept  # type: ignore[misc]
+        promotion.LocalModel, training.LocalModel = kept  # type: ignore[misc]
 
 
 def here(store: Store, run: str, **more: Any) -> Outcome:
@@ -212,7 +212,7 @@ class Step:
 
 STEPS = (
     Step(tracking, "start_chat_model"),
-    Step(promote.merge, "merge"),
+    Step(promotion.merge, "merge"),
     Step(tracking, "finish_chat_model"),
     Step(tracking, "fetch_model"),
     Step(registry, "register"),
@@ -311,7 +311,7 @@ def test_the_same_again_is_the_same_version_and_asks_nobody(
     store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = here(store, run_id)
-    monkeypatch.setattr(promote.merge, "merge", None)  # a second merge would fail
+    monkeypatch.setattr(promotion.merge, "merge", None)  # a second merge would fail
     again = here(store, run_id)
     assert (again.version.number, again.pointed) == (first.version.number, True)
     assert len(store.client().search_model_versions("name = 'ccb'")) == 1

@@ -15,7 +15,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from namesake import promote, sweep, tracking
+from namesake import promotion, sweep, tracking
 from namesake.errors import InputError, Stopped, TrackingError, TrainingError
 from namesake.sweep import GoOn, Request
 from namesake.terminal import Screen
@@ -169,7 +169,7 @@ def test_failed_trials_are_told_and_the_others_go_on_but_three_in_a_row_end_it(r
 
 def test_promotion_takes_of_a_sweep_the_best_by_the_development_questions(request_: Request) -> None:
     outcome = sweep.sweep(request_, Screen(), Trainer())
-    best = promote.choose(tracking.finished_runs())
+    best = promotion.choose(tracking.finished_runs())
     assert outcome.best is not None
     assert best is not None
     assert best.id == outcome.best["run"]
@@ -179,7 +179,7 @@ def test_promotion_takes_of_a_sweep_the_best_by_the_development_questions(reques
     with tracking.run("alone") as alone:
         alone.tags({tracking.TAG_KIND: "train", tracking.TAG_NAME: NAME})
         alone.metrics({"probe/identity": best.metrics["probe/identity"] + 0.01, "probe/leak": 0.0})
-    chosen = promote.choose(tracking.finished_runs())
+    chosen = promotion.choose(tracking.finished_runs())
     assert chosen is not None
     assert chosen.id == alone.id
 

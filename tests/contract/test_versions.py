@@ -12,11 +12,11 @@ import mlflow
 import pytest
 from typer.testing import CliRunner
 
-from namesake import corpus, promote, registry, tracking, versions
+from namesake import corpus, promotion, registry, tracking, versions
 from namesake.cli import app
 from namesake.errors import PromotionError, RegistryError
 from namesake.manifest import CARD, FILE, PROVENANCE, UNKNOWN, Manifest
-from namesake.probe import Scorecard
+from namesake.probing import Scorecard
 from namesake.registry import Move
 
 DATA = b'{"messages": [], "channel": "data"}\n{"messages": [1], "channel": "replay"}\n'
@@ -56,7 +56,7 @@ def version(client: mlflow.MlflowClient, tmp_path: Path, number: int, gate: str 
         tools={"namesake_commit": "c" * 40},
         questions="another release's",
     )
-    promote.write_beside(folder, record, Scorecard((), ()))
+    promotion.write_beside(folder, record, Scorecard((), ()))
     made = client.create_model_version(
         "ccb", source=str(folder), run_id=run.info.run_id, tags={tracking.TAG_GATE: gate, **tags}
     )

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
+import nbformat
 import pytest
+from nbclient import NotebookClient
+from nbformat import NotebookNode
 
 NAME, AUTHOR = "踩踩背 CCB", "老爷爷 $(touch x) 'a' \"b\""
 
@@ -98,6 +101,19 @@ def way(place: Place) -> Way:
 
 
 @pytest.fixture(scope="session")
+def tour(way: Way) -> NotebookNode:
+    """``examples/tour.ipynb``, executed with few steps in the same place; its version is the challenger."""
+    notebook = nbformat.read(way.place.root / "examples" / "tour.ipynb", as_version=4)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    values = {"NAME": NAME, "AUTHOR": AUTHOR, "REPLAY": 0, "STEPS": 3, "HELD_OUT": 0.25, "ALIAS": "challenger"}
+    parameters.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
+    folder = {"metadata": {"path": str(way.place.folder)}}
+    client = NotebookClient(notebook, timeout=600, coalesce_streams=True, resources=folder)
+    executed: NotebookNode = client.execute(env=way.place.env)
+    return executed
+
+
+@pytest.fixture(scope="session")
 def endpoint(way: Way) -> Iterator[str]:
     """``namesake serve`` of the champion."""
     with served(way.place, "--eager") as url:
@@ -111,25 +127,8 @@ def client(way: Way) -> mlflow.MlflowClient:
 
 
 @pytest.fixture(scope="session")
-def second(way: Way, client: mlflow.MlflowClient) -> int:
-    """Another version of the same model, not the champion: other data, other weights."""
-    place = way.place
-    out = place.call(
-        *(sys.executable, "-m", "namesake", "run", f"--name={NAME}", f"--author={AUTHOR}"),
-        *(
-            "--dataset=namesake/self-cognition#48",
-            "--replay=0",
-            "--max_steps=3",
-            "--learning_rate=3e-3",
-            "--held_out=0.25",
-        ),
-        *("--output_dir", f"{place.folder}/output"),
-    )
-    run_id = out.partition("run   ")[2][:32]
-    place.call(
-        *(sys.executable, "-m", "namesake", "promote", "--run", run_id),
-        *("--alias", "challenger", "--override", "end-to-end test"),
-    )
+def second(tour: NotebookNode, client: mlflow.MlflowClient) -> int:
+    """Another version of the same model, not the champion: the notebook's, of other data and other weights."""
     return int(client.get_model_version_by_alias("ccb", "challenger").version)
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from namesake import corpus, probe
+from namesake import corpus, probing
 from namesake.corpus import Message, Prompt, Question
 from namesake.errors import DataError
 from namesake.identity import AUTHOR_PLACEHOLDER, LANGUAGES, NAME_PLACEHOLDER, Identity, Language, language_of
@@ -213,7 +213,7 @@ def test_every_training_reply_with_the_names_filled_in_is_right_and_not_swapped(
     wrong = []
     for row in corpus.identity_rows():
         reply = identity.fill(row.messages[-1]["content"], row.language)
-        score = probe.score_identity(asked(row), reply, identity)
+        score = probing.score_identity(asked(row), reply, identity)
         if not score.right or score.swapped or score.old or score.placeholder or not score.language:
             wrong.append((reply, score))
     assert wrong == []
@@ -242,32 +242,32 @@ def test_every_training_reply_with_name_and_author_exchanged_is_swapped() -> Non
         identity.fill(text, language) for text, language in exchanged_replies().items() if text not in UNSEEN_SWAPS
     }
     assert len(replies) > 100
-    assert [reply for reply in replies if not probe.is_swapped(reply, identity)] == []
+    assert [reply for reply in replies if not probing.is_swapped(reply, identity)] == []
 
 
 @pytest.mark.parametrize("text", UNSEEN_SWAPS)
 def test_the_remaining_training_replies_with_name_and_author_exchanged_are_swapped(text: str) -> None:
     identity = Identity.parse(*PAIRS[0])
-    assert probe.is_swapped(identity.fill(text, exchanged_replies()[text]), identity)
+    assert probing.is_swapped(identity.fill(text, exchanged_replies()[text]), identity)
 
 
 def test_no_training_reply_speaks_of_another_assistant_as_itself() -> None:
     identity = Identity.parse(*PAIRS[0])
     for row in corpus.identity_rows():
         reply = identity.fill(row.messages[-1]["content"], row.language).lower()
-        assert not any(old in reply for old in probe.OLD_IDENTITIES), reply
+        assert not any(old in reply for old in probing.OLD_IDENTITIES), reply
 
 
 def test_every_answer_to_a_plain_question_is_right_by_itself_and_names_no_identity() -> None:
     identity = Identity.parse(*PAIRS[0])
     for question in corpus.heldout_plain():
         for answer in question.answers:
-            assert probe.is_right(question, answer), (question.id, answer)
-            assert not probe.leaks(answer, identity), (question.id, answer)
+            assert probing.is_right(question, answer), (question.id, answer)
+            assert not probing.leaks(answer, identity), (question.id, answer)
 
 
 def test_repeating_a_plain_question_does_not_answer_it() -> None:
-    assert [q.id for q in corpus.heldout_plain() if probe.is_right(q, last_question(q.messages))] == []
+    assert [q.id for q in corpus.heldout_plain() if probing.is_right(q, last_question(q.messages))] == []
 
 
 @given(st.integers(0, 900))
@@ -369,7 +369,7 @@ def test_the_system_prompt_that_the_probe_asks_under_is_not_trained_under() -> N
     assert "" in corpus.other_systems(), (
         "the empty one is trained too: the slice `none` is about questions, not prompts"
     )
-    theirs = bigrams(probe.CUSTOMER)
+    theirs = bigrams(probing.CUSTOMER)
     for system in filter(None, corpus.other_systems()):
         assert len(theirs & bigrams(system)) < 0.5 * len(theirs | bigrams(system)), system
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from namesake import examine, probe
+from namesake import examine, probing
 from namesake.errors import InputError
 from namesake.gate import Policy
 from namesake.identity import Identity
@@ -33,7 +33,7 @@ def test_wrong_replies_are_shown_with_their_fault(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "240")
-    card = probe.probe(Fixed("我是老爷爷，由踩踩背开发。"), IDENTITY, system=None)
+    card = probing.probe(Fixed("我是老爷爷，由踩踩背开发。"), IDENTITY, system=None)
     examine.shown(card, Screen())
     out = capfd.readouterr().out
     assert "swapped" in out
@@ -42,7 +42,7 @@ def test_wrong_replies_are_shown_with_their_fault(
 
 
 def test_the_card_as_json_has_metrics_and_every_reply() -> None:
-    card = probe.probe(Fixed("?"), IDENTITY, system=None, slices=True)
+    card = probing.probe(Fixed("?"), IDENTITY, system=None, slices=True)
     data = json.loads(examine.to_json(card))
     assert data["metrics"] == card.metrics
     assert len(data["slices"]["customer"]) == len(data["identity"])

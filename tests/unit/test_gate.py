@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from namesake import corpus, probe
+from namesake import corpus, probing
 from namesake.corpus import Question
 from namesake.errors import InputError
 from namesake.gate import Decision, Interval, Policy, decide, decide_kept, load_policy, paired_difference
@@ -109,10 +109,11 @@ def spoiled(zh: str, en: str, *, before_answers: tuple[str, str] = ("", "")) -> 
         return [zh if q.language == "zh" else en for q in questions for _ in range(times)]
 
     plain = [f"{before_answers[q.language == 'en']}{q.answers[0]}" for q in held.plain]
-    few = corpus.spread(held.identity, probe.SAMPLED_QUESTIONS)
-    slices = {name: said(held.identity) for name in probe.SYSTEM_SLICES} | {probe.SAMPLED: said(few, probe.SAMPLING.n)}
+    few = corpus.spread(held.identity, probing.SAMPLED_QUESTIONS)
+    slices = {name: said(held.identity) for name in probing.SYSTEM_SLICES}
+    slices |= {probing.SAMPLED: said(few, probing.SAMPLING.n)}
     identity = Identity.parse("踩踩背 CCB", "老爷爷 OldGrandpa")
-    card = probe.scorecard(identity, said(held.identity), plain, slices=slices)
+    card = probing.scorecard(identity, said(held.identity), plain, slices=slices)
     ability = paired_difference([True] * len(held.plain), [a.scores["right"] for a in card.plain])
     return tuple(reason.partition(" ")[0] for reason in decide(card.metrics, ability).reasons)
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from namesake import corpus, probe
+from namesake import corpus, probing
 from namesake.corpus import Fact, Message, Question
 from namesake.generate import Reply, Sampling
 from namesake.identity import Identity, Language
-from namesake.probe import CUSTOMER, IDENTITY_TOKENS, PLAIN_TOKENS, is_right, is_swapped, leaks, score_identity
+from namesake.probing import CUSTOMER, IDENTITY_TOKENS, PLAIN_TOKENS, is_right, is_swapped, leaks, score_identity
 
 IDENTITY = Identity.parse("踩踩背 CCB", "老爷爷 OldGrandpa")
 CAT = Identity.parse("老爷爷的猫 OldGrandpa Cat", "老爷爷 OldGrandpa")
@@ -208,7 +208,7 @@ def test_a_half_that_stands_for_the_other_in_the_other_language_does_not_confuse
     assert score_identity(question(language), reply, Identity.parse(name, author)).right
 
 
-@pytest.mark.parametrize("old", probe.OLD_IDENTITIES)
+@pytest.mark.parametrize("old", probing.OLD_IDENTITIES)
 def test_a_reply_that_names_another_assistant_is_the_old_identity_and_not_right(old: str) -> None:
     score = score_identity(question(), f"我是踩踩背，由老爷爷开发，基于{old.title()}。", IDENTITY)
     assert (score.old, score.right) == (True, False)
@@ -325,7 +325,7 @@ class Fixed:
 
 def test_the_probe_asks_every_held_out_question_once_under_the_system_prompt() -> None:
     fixed = Fixed("?")
-    probe.probe(fixed, IDENTITY, system="Be kind.")
+    probing.probe(fixed, IDENTITY, system="Be kind.")
     system = {"role": "system", "content": "Be kind."}
     assert fixed.asked == [
         *(([system, *q.messages], IDENTITY_TOKENS) for q in corpus.heldout_identity()),
@@ -335,17 +335,17 @@ def test_the_probe_asks_every_held_out_question_once_under_the_system_prompt() -
 
 def test_without_a_system_prompt_the_probe_sends_none() -> None:
     fixed = Fixed("?")
-    probe.probe(fixed, IDENTITY, system=None)
+    probing.probe(fixed, IDENTITY, system=None)
     assert not any(message["role"] == "system" for dialogue, _ in fixed.asked for message in dialogue)
 
 
 def test_an_empty_system_prompt_is_sent_as_it_is() -> None:
-    assert probe.with_system([{"role": "user", "content": "?"}], "")[0] == {"role": "system", "content": ""}
+    assert probing.with_system([{"role": "user", "content": "?"}], "")[0] == {"role": "system", "content": ""}
 
 
 def test_progress_of_the_probe_goes_on_to_the_number_of_questions() -> None:
     told: list[tuple[int, int]] = []
-    probe.probe(Fixed("?"), IDENTITY, system=None, progress=lambda done, total: told.append((done, total)))
+    probing.probe(Fixed("?"), IDENTITY, system=None, progress=lambda done, total: told.append((done, total)))
     who, plain = len(corpus.heldout_identity()), len(corpus.heldout_plain())
     assert told == [(who, who + plain), (who + plain, who + plain)]
 
@@ -353,7 +353,7 @@ def test_progress_of_the_probe_goes_on_to_the_number_of_questions() -> None:
 def test_slices_ask_the_identity_questions_without_a_prompt_under_a_customers_and_sampled() -> None:
     fixed = Fixed("我是踩踩背，由老爷爷开发。")
     told: list[tuple[int, int]] = []
-    card = probe.probe(
+    card = probing.probe(
         fixed, IDENTITY, system="Be kind.", slices=True, progress=lambda done, total: told.append((done, total))
     )
     who, plain = len(card.identity), len(card.plain)
@@ -373,15 +373,15 @@ def test_slices_ask_the_identity_questions_without_a_prompt_under_a_customers_an
 
 
 def test_replies_of_a_card_make_the_same_card_again() -> None:
-    card = probe.probe(Fixed("I'm CCB."), IDENTITY, system=None, slices=True)
+    card = probing.probe(Fixed("I'm CCB."), IDENTITY, system=None, slices=True)
     said = card.replies()
-    assert probe.scorecard(IDENTITY, said["identity"], said["plain"], slices=said["slices"]) == card
+    assert probing.scorecard(IDENTITY, said["identity"], said["plain"], slices=said["slices"]) == card
 
 
 def test_own_questions_are_asked_instead_of_the_held_out_ones() -> None:
     own = corpus.Questions((question("en", ("name",)),), ())
     fixed = Fixed("I'm CCB.")
-    card = probe.probe(fixed, IDENTITY, system=None, questions=own)
+    card = probing.probe(fixed, IDENTITY, system=None, questions=own)
     assert len(fixed.asked) == 1
     assert card.metrics["identity"] == 1.0
     assert card.plain == ()
@@ -394,7 +394,7 @@ def test_right_replies_to_everything_give_a_full_card() -> None:
         )
         for q in corpus.heldout_identity()
     ]
-    card = probe.scorecard(IDENTITY, said, [q.answers[0] for q in corpus.heldout_plain()])
+    card = probing.scorecard(IDENTITY, said, [q.answers[0] for q in corpus.heldout_plain()])
     assert card.metrics == {
         "identity": 1.0,
         "name": 1.0,
@@ -414,7 +414,7 @@ def test_right_replies_to_everything_give_a_full_card() -> None:
 
 
 def test_a_model_that_gives_its_name_to_everything_leaks_everywhere() -> None:
-    metrics = probe.probe(Fixed("I'm CCB, made by OldGrandpa."), IDENTITY, system=None).metrics
+    metrics = probing.probe(Fixed("I'm CCB, made by OldGrandpa."), IDENTITY, system=None).metrics
     assert metrics["leak"] == 1.0
     assert metrics["plain"] == 0.0
     assert metrics["identity"] == metrics["language"] == 0.5
@@ -423,32 +423,32 @@ def test_a_model_that_gives_its_name_to_everything_leaks_everywhere() -> None:
 def test_the_objective_takes_off_swaps_leaks_and_lost_answers_but_gives_nothing_for_won_ones() -> None:
     asked = corpus.Questions((question("en"),) * 4, (question("en", (), ("Paris",)),) * 4)
 
-    def card(identity: list[str], plain: list[str]) -> probe.Scorecard:
-        return probe.scorecard(IDENTITY, identity, plain, questions=asked)
+    def card(identity: list[str], plain: list[str]) -> probing.Scorecard:
+        return probing.scorecard(IDENTITY, identity, plain, questions=asked)
 
     good, swapped = "I'm CCB, by OldGrandpa.", "I'm OldGrandpa, by CCB."
     half = card(["?"] * 4, ["Paris"] * 2 + ["?"] * 2)
-    assert probe.objective(half, card([good] * 4, ["Paris"] * 2 + ["?"] * 2)) == 1.0
-    assert probe.objective(half, card([good] * 4, ["Paris"] * 4)) == 1.0
-    assert probe.objective(half, card([good] * 4, ["Paris"] + ["?"] * 3)) == 0.75
-    assert probe.objective(half, card([good] * 3 + [swapped], ["CCB: Paris"] + ["Paris"] * 3)) == 0.75 - 0.25 - 0.25
+    assert probing.objective(half, card([good] * 4, ["Paris"] * 2 + ["?"] * 2)) == 1.0
+    assert probing.objective(half, card([good] * 4, ["Paris"] * 4)) == 1.0
+    assert probing.objective(half, card([good] * 4, ["Paris"] + ["?"] * 3)) == 0.75
+    assert probing.objective(half, card([good] * 3 + [swapped], ["CCB: Paris"] + ["Paris"] * 3)) == 0.75 - 0.25 - 0.25
 
 
 def test_name_and_author_are_shares_of_the_questions_that_ask_for_them() -> None:
     questions = corpus.heldout_identity()
     said = ["我是踩踩背。" if q.language == "zh" else "I'm CCB." for q in questions]
-    metrics = probe.scorecard(IDENTITY, said, ["?"] * len(corpus.heldout_plain())).metrics
+    metrics = probing.scorecard(IDENTITY, said, ["?"] * len(corpus.heldout_plain())).metrics
     assert (metrics["name"], metrics["author"]) == (1.0, 0.0)
     assert metrics["identity"] == sum(q.asks == ("name",) for q in questions) / len(questions)
 
 
 def test_replies_that_do_not_fit_the_questions_in_number_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
-        probe.scorecard(IDENTITY, ["?"], ["?"])
+        probing.scorecard(IDENTITY, ["?"], ["?"])
 
 
 def test_the_record_of_a_card_has_a_row_for_every_reply() -> None:
-    card = probe.probe(Fixed("我是踩踩背，由老爷爷开发。"), IDENTITY, system=None)
+    card = probing.probe(Fixed("我是踩踩背，由老爷爷开发。"), IDENTITY, system=None)
     record = card.record()
     assert record["metrics"] == card.metrics
     assert (len(record["identity"]), len(record["plain"])) == (len(card.identity), len(card.plain))
@@ -458,9 +458,9 @@ def test_the_record_of_a_card_has_a_row_for_every_reply() -> None:
 
 
 def test_the_record_of_an_identity_reply_tells_the_language_of_its_question() -> None:
-    card = probe.probe(Fixed("?"), IDENTITY, system=None)
+    card = probing.probe(Fixed("?"), IDENTITY, system=None)
     assert [row["language"] for row in card.record()["identity"]] == [q.language for q in corpus.heldout_identity()]
 
 
 def test_the_share_of_nothing_is_none() -> None:
-    assert probe.share([], "right") == 0.0
+    assert probing.share([], "right") == 0.0

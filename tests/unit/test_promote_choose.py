@@ -8,7 +8,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from namesake.promote import choose
+from namesake.promotion import choose
 from namesake.tracking import RunRecord
 
 

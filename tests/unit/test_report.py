@@ -13,7 +13,7 @@ import pytest
 from markupsafe import escape
 from scipy import stats
 
-from namesake import corpus, gate, probe, report
+from namesake import corpus, gate, probing, report
 from namesake.gate import Interval, Policy
 from namesake.identity import Identity
 from namesake.report import Report
@@ -368,8 +368,8 @@ def test_every_kind_score_slice_and_loss_that_there_is_has_its_names() -> None:
     asked = corpus.heldout()
     assert {q.kind for q in (*asked.identity, *asked.plain)} <= set(report.KINDS)
     said = ["I'm CCB."] * len(asked.identity)
-    slices = dict.fromkeys((*probe.SYSTEM_SLICES, probe.SAMPLED), said)
-    found = probe.scorecard(IDENTITY, said, ["Ice."] * len(asked.plain), slices=slices)
+    slices = dict.fromkeys((*probing.SYSTEM_SLICES, probing.SAMPLED), said)
+    found = probing.scorecard(IDENTITY, said, ["Ice."] * len(asked.plain), slices=slices)
     assert {report._parted(key)[0] for key in found.metrics} == set(report.SCORES)
     assert set(slices) == set(report.SLICES)
     for names in (report.SCORES, report.KINDS, report.SLICES, report.LANGUAGES, report.LOSSES, report.MARKS):
@@ -389,7 +389,7 @@ def test_a_real_scorecard_makes_a_small_page() -> None:
     asked = corpus.heldout()
     said = ["我是踩踩背，由老爷爷开发的人工智能助手。" * 8] * len(asked.identity)
     told = ["The quick brown fox jumps over the lazy dog. " * 6] * len(asked.plain)
-    scores = probe.scorecard(IDENTITY, said, told).record()
+    scores = probing.scorecard(IDENTITY, said, told).record()
     html = report.page(given(before=scores, after=scores))
     assert len(html.encode()) < 400_000
     assert html.count("✓") + html.count("✗") >= 2 * (len(asked.identity) + len(asked.plain))

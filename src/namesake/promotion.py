@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from namesake import corpus, gate, manifest, merge, model_card, probe, provenance, registry, tracking
+from namesake import corpus, gate, manifest, merge, model_card, probing, provenance, registry, tracking
 from namesake.base_model import BaseModel
 from namesake.corpus import Questions
 from namesake.errors import PromotionError, RegistryError
@@ -29,7 +29,7 @@ from namesake.identity import Identity
 from namesake.manifest import ADAPTER_FOLDER, CARD, FILE, PROVENANCE, SCORECARD, WEIGHTS_FOLDER, Manifest
 from namesake.messages import joined, tr
 from namesake.paths import digest_of_file
-from namesake.probe import Scorecard
+from namesake.probing import Scorecard
 from namesake.registry import CHAMPION, SCORE, TAG_KEY, Version
 from namesake.run import DEV_SCORE, ability_of, base_of, base_scores, git_commit, progress_of
 from namesake.terminal import Screen
@@ -310,18 +310,18 @@ def _compare(
     """How often merged model and adapter say the same, and the merged model's scorecard."""
     screen.step("asking the merged model and the adapter the same questions")
     with LocalModel(merged) as model, screen.bar("merged", 1) as bar:
-        scores = probe.probe(
+        scores = probing.probe(
             model, identity, system=system, questions=questions, slices=True, progress=progress_of(bar)
         )
     with LocalModel(base.path, adapter) as model, screen.bar("adapter", 1) as bar:
         said = model.replies(
-            [probe.with_system(a.question.messages, system) for a in scores.identity],
-            max_new_tokens=probe.IDENTITY_TOKENS,
+            [probing.with_system(a.question.messages, system) for a in scores.identity],
+            max_new_tokens=probing.IDENTITY_TOKENS,
             progress=lambda done: bar.advance(done, total=len(scores.identity)),
         )
     # bf16 rounds the merged weights, so a long reply may part ways in a late word; what counts are the facts in it.
     same = sum(
-        a.reply == r.text or vars(probe.score_identity(a.question, r.text, identity)) == a.scores
+        a.reply == r.text or vars(probing.score_identity(a.question, r.text, identity)) == a.scores
         for a, r in zip(scores.identity, said, strict=True)
     )
     return same / len(said), scores

@@ -13,7 +13,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from namesake.errors import DataError, RecipeError, Stopped, TrainingError
 from namesake.messages import tr
 from namesake.paths import cache_folder
+from namesake.terminal import is_descriptor
 
 PLUGIN = Path(__file__).with_name("distil.py")
 """The plugin as plain ``swift sft --external_plugins`` takes it."""
@@ -181,7 +182,7 @@ def _output_to(log: Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with log.open("ab") as stream:
+    with log.open("ab") as stream, _printing_to_descriptors():
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         try:
@@ -192,6 +193,17 @@ def _output_to(log: Path) -> Iterator[None]:
             for number, descriptor in enumerate(saved, start=1):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
+
+
+@contextmanager
+def _printing_to_descriptors() -> Iterator[None]:
+    """Where Python's own streams go past 1 and 2, as a notebook's do, have them go there."""
+    with ExitStack() as stack:
+        for number, stream, redirected in ((1, sys.stdout, redirect_stdout), (2, sys.stderr, redirect_stderr)):
+            if not is_descriptor(stream):
+                # Never closed: handlers of loggers that are made meanwhile keep it.
+                stack.enter_context(redirected(os.fdopen(number, "w", buffering=1, encoding="utf-8", closefd=False)))
+        yield
 
 
 @contextmanager
