@@ -335,7 +335,8 @@ class Gateway:
             return ended
         finally:
             self._settle(request, used, reserved)
-        self._service.note(live, request.status >= 500, request.first_byte)
+        if asked.get("model") in (None, self._service.routing.name):  # who named a version asked for just that one
+            self._service.note(live, request.status >= 500, request.first_byte)
         if shadow is not None and request.kept is not None and request.status == 200:
             shadow.copy(asked, request.kept, lambda rival: self._ask(rival, request.path, asked))
         return None
@@ -525,7 +526,7 @@ class _Used:
 
     def count(self, chunk: bytes, *, ok: bool = True) -> None:
         """Take note of a part of the reply, or of the whole."""
-        usage = json.loads(found[-1]) if (found := _USAGE.findall(chunk)) else {}
+        usage = _usage(chunk)
         if not ok:
             self.prompt = 0
         elif usage:
@@ -533,6 +534,16 @@ class _Used:
             self.completion = usage.get("completion_tokens", usage.get("output_tokens", self.completion))
         else:
             self.completion += chunk.count(b"data: ")
+
+
+def _usage(chunk: bytes) -> dict[str, int]:
+    """The last usage in a part of a reply; a tool's description, which a client writes, may look like one."""
+    for text in reversed(_USAGE.findall(chunk)):
+        with suppress(ValueError):
+            found = {key: value for key, value in json.loads(text).items() if key.endswith("_tokens")}
+            if found and all(type(value) is int and value >= 0 for value in found.values()):
+                return found
+    return {}
 
 
 def _reserved(raw: bytes, asked: dict[str, Any]) -> int:

@@ -65,18 +65,16 @@ class Allowances:
 
     def __init__(self, requests: int, tokens: int) -> None:
         self._requests, self._tokens = requests, tokens
-        self._of: dict[str, Allowance] = {}
+        self._of: dict[tuple[str, int, int], Allowance] = {}
 
     def of(self, key: Key) -> Allowance:
         """What is left to the key. A limit that was changed starts full."""
-        found = self._of.setdefault(key.name, Allowance(None, None))
         requests = self._requests if key.requests is None else key.requests
         tokens = self._tokens if key.tokens is None else key.tokens
-        if (found.requests.most if found.requests else 0) != requests:
-            found.requests = Bucket(requests) if requests else None
-        if (found.tokens.most if found.tokens else 0) != tokens:
-            found.tokens = Bucket(tokens) if tokens else None
-        return found
+        asked = (key.name, requests, tokens)  # keys of one name with limits of their own must not reset each other's
+        if asked not in self._of:
+            self._of[asked] = Allowance(*(Bucket(most) if most else None for most in (requests, tokens)))
+        return self._of[asked]
 
 
 class Full(Exception):

@@ -351,7 +351,8 @@ class Service:
         if not self.settings.any_version or self.settings.mode != "adapter" or not isinstance(model, str):
             return
         found = re.fullmatch(rf"{re.escape(self.routing.name)}-v([1-9][0-9]{{0,8}})", model, re.ASCII)
-        if found is None or model in self.routing.names():
+        # Before the champion is up nobody else settles what the engine's base and greatest rank are.
+        if found is None or model in self.routing.names() or self.routing.champion.live is None:
             return
         number = int(found[1])
         if number not in self._summoned:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ class Base:
     digest: str
 
 
+_FETCHING = threading.Lock()
+
+
 def fetch(version: Version, cache: Path, public_key: Path | None = None, part: str = WEIGHTS_FOLDER) -> Stored:
     """Get the version's files and check every digest; with a public key, first the signature.
 
@@ -83,6 +87,11 @@ def fetch(version: Version, cache: Path, public_key: Path | None = None, part: s
     Raises:
         RegistryError: files are missing, changed, not signed by the key, or of a kind that may hold code.
     """
+    with _FETCHING:  # champion, challenger and a client may want one version at one moment
+        return _fetch(version, cache, public_key, part)
+
+
+def _fetch(version: Version, cache: Path, public_key: Path | None, part: str) -> Stored:
     folder = cache / "versions" / f"{version.name}-{_id(version)}"
     partly = part == ADAPTER_FOLDER and public_key is None
     record, faults = _whole(folder, part if partly else ""), []

@@ -93,6 +93,11 @@ class Traffic:
         self._open = asyncio.Event()
         self._open.set()
 
+    @property
+    def open(self) -> bool:
+        """Whether whoever enters need not wait."""
+        return self._open.is_set()
+
     @asynccontextmanager
     async def enter(self) -> AsyncIterator[Live]:
         """The live version, counted as answering one request more.
@@ -168,7 +173,8 @@ class Routing:
         """
         rival = self.challenger.live
         if model is None or model == self.name:
-            if shared and rival is not None and self._is_challengers(session, rival.label):
+            # Not while the challenger is changed: nobody who asked for neither waits at its door.
+            if shared and rival is not None and self.challenger.open and self._is_challengers(session, rival.label):
                 traffic, alias = self.challenger, self.challenger_alias
             else:
                 traffic, alias = self.champion, self.alias

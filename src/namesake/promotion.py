@@ -130,20 +130,23 @@ def promote(request: Request, screen: Screen) -> Outcome:
         adapter = tracking.fetch(run.id, tracking.ADAPTER)
         questions = corpus.heldout(_share(run))
         key = promotion_key(adapter, run.params["base.digest"], request.policy, signer, questions)
-        made = _made_before(name, key, screen)
+        made = _made_before(name, key, signer, screen)
         if made:
             screen.line(tr("  this run is version {number} already", number=made[0].number))
-        version, record = made or _make(request, name, identity, run, adapter, key, tracked.id, screen)
+        version, record = made or _make(request, name, identity, run, adapter, key, signer, tracked.id, screen)
         champion = _champions_scores(name, run.id, questions)
         decision = gate.decide_kept(record.scores, champion=champion, policy=request.policy)
         tracked.metrics({f"probe/{k}": v for k, v in record.scores.items()})
         # A champion that came since may be better, and a person may have a reason now: a version found again says so.
-        registry.tag(version, tracking.TAG_GATE, decision.told)
-        if request.override:
-            registry.tag(version, registry.TAG_OVERRIDE, request.override)
-        pointed = decision.passed or bool(request.override)
+        # But a pass is kept: `rollback` goes back to what was good enough once.
+        if decision.passed or not version.tags.get(tracking.TAG_GATE, "").startswith("passed"):
+            registry.tag(version, tracking.TAG_GATE, decision.told)
+        override = "" if decision.passed else request.override
+        if override:
+            registry.tag(version, registry.TAG_OVERRIDE, override)
+        pointed = decision.passed or bool(override)
         if pointed:
-            point(version, request.alias, how="promote", why=request.override or "gate passed")
+            point(version, request.alias, how="promote", why=override or "gate passed")
         tracked.tags({"namesake.version": version.uri, tracking.TAG_GATE: decision.told})
     _show(version, decision, record, pointed, request, screen)
     return Outcome(version, decision, pointed)
@@ -160,9 +163,11 @@ def promotion_key(
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def _made_before(name: str, key: str, screen: Screen, than: Version | None = None) -> tuple[Version, Manifest] | None:
-    """The first version that promoting the same has made, if there is one that is still what its manifest says; with
-    ``than``, only of those before that one.
+def _made_before(
+    name: str, key: str, signer: str, screen: Screen, than: Version | None = None
+) -> tuple[Version, Manifest] | None:
+    """The first version that promoting the same has made, if there is one that is still what its manifest, its tags and
+    (with the public key of a signer) its signature say; with ``than``, only of those before that one.
     """
     if registry.identity_of(name) is None:
         return None
@@ -172,7 +177,18 @@ def _made_before(name: str, key: str, screen: Screen, than: Version | None = Non
         try:
             folder = registry.fetch(version)
             record = Manifest.read(folder)
-            faults = manifest.damaged(folder, record.digests)
+            faults = [*manifest.damaged(folder, record.digests), *manifest.strange(folder, record.digests)]
+            if signer:
+                with tempfile.NamedTemporaryFile("w", suffix=".pub") as public_key:
+                    public_key.write(signer)
+                    public_key.flush()
+                    manifest.check_signature(folder, Path(public_key.name))
+            # The manifest lies in the artifact store and the tags in the database: one alone is not believed.
+            faults += [
+                tr("{file} and the tags state other scores", file=FILE)
+                for tag, value in version.tags.items()
+                if tag.startswith(SCORE) and f"{record.scores.get(tag.removeprefix(SCORE), math.nan):.4f}" != value
+            ][:1]
         except RegistryError as error:
             faults = [error.message]
         if version.status == "READY" and not faults:
@@ -190,6 +206,7 @@ def _make(
     run: RunRecord,
     adapter: Path,
     key: str,
+    signer: str,
     promotion: str,
     screen: Screen,
 ) -> tuple[Version, Manifest]:
@@ -241,7 +258,7 @@ def _make(
                 tags=tags,
                 description=_description(record, run),
             )
-    first = _made_before(name, key, screen, than=version)
+    first = _made_before(name, key, signer, screen, than=version)
     if first:  # somebody promoted the same meanwhile
         registry.delete(version)
     return first or (version, record)
@@ -364,7 +381,7 @@ def _record(
         data=made["data"],
         recipe=made["recipe"],
         tools=made["tools"],
-        override=request.override,
+        override="" if decision.passed else request.override,
         golden=questions,
         gate={"passed": decision.passed, "reasons": [*decision.reasons], "policy": vars(request.policy)},
         questions=corpus.heldout(_share(run)).digest(),

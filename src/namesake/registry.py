@@ -208,15 +208,21 @@ def register(
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # somebody was faster
                     raise
         source = client.get_logged_model(model_uri.removeprefix("models:/")).artifact_location
-        made = _write(
-            client.create_model_version,
-            name,
-            source=source,
-            run_id=run_id,
-            tags={**tags, TAG_RUN: run_id},
-            description=description,
-            model_id=model_uri.removeprefix("models:/"),
-        )
+        try:
+            made = _write(
+                client.create_model_version,
+                name,
+                source=source,
+                run_id=run_id,
+                tags={**tags, TAG_RUN: run_id},
+                description=description,
+                model_id=model_uri.removeprefix("models:/"),
+            )
+        except BaseException:
+            with suppress(Exception):  # it may be there, and only the answer was lost
+                for found in client.search_model_versions(f"name = '{name}' and source_path = '{source}'"):
+                    client.delete_model_version(name, found.version)
+            raise
         return _version(made)
 
 

@@ -58,10 +58,15 @@ class Server:
 
     def __init__(self, version: str = "", *, host: str = "127.0.0.1", port: int = 8000, **options: Option) -> None:
         """Start the process; see :func:`namesake.serve`."""
-        port = port or _free_port(host)
         reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        if port and _answers(reached, port):
+            raise InputError(
+                "port", port, "is taken", mend="Stop what listens there, or give another one; 0 finds one."
+            )
+        port = port or _free_port(host)
         self.url = f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
         self.base_url = f"{self.url}/v1"
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # it is on this machine
         descriptor, log = tempfile.mkstemp(prefix="namesake-serve-", suffix=".log")
         self._log = Path(log)
         words = flags({**options, "host": host, "port": port})
@@ -105,7 +110,7 @@ class Server:
         while time.monotonic() < until:
             if not self.running():
                 raise self._ended()
-            with suppress(OSError), urllib.request.urlopen(f"{self.url}/ready", timeout=5):
+            with suppress(OSError), self._open(f"{self.url}/ready", timeout=5):
                 return self
             time.sleep(0.1)
         raise ServingError(
@@ -160,6 +165,13 @@ def _stop(process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     log.unlink(missing_ok=True)
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether somebody listens there: what is asked of our server would go to that one."""
+    with suppress(OSError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
 
 
 def _free_port(host: str) -> int:

@@ -36,6 +36,9 @@ TAG_BEST = "namesake.sweep.best"
 FAILURES = 3
 """So many failed trials in a row end the sweep."""
 
+_TOLD = 2000
+"""Characters of an error that a trial's result keeps."""
+
 GoOn = Callable[[float, float], bool]
 """Told the fraction of the training that is done and its score; whether it goes on."""
 
@@ -163,7 +166,7 @@ def run_trial(spec: Mapping[str, Any], go_on: GoOn, screen: Screen) -> dict[str,
     except Stopped:
         result["state"] = "pruned"
     except (InputError, TrainingError) as error:
-        result["error"] = error.message
+        result["error"] = error.message[:_TOLD]  # MLflow cuts a tag that is too long, and half of it is no JSON
     else:
         scores = dict(outcome.development)
         result |= {"state": "complete", "score": scores.pop("score"), "scores": scores, "gate": outcome.decision.told}

@@ -564,8 +564,10 @@ def _add_flavor(model: NewModel, weights: str) -> None:
     for path in (model.folder / "components").rglob("*"):  # the same tokenizer: one copy is enough
         same = model.folder / weights / path.name
         if path.is_file() and same.is_file() and filecmp.cmp(path, same, shallow=False):
-            path.unlink()
-            path.hardlink_to(same)
+            linked = path.with_name(f".{path.name}")
+            with suppress(OSError):  # a file system without hard links keeps the copy
+                linked.hardlink_to(same)
+                linked.replace(path)
     record.flavors["transformers"]["source_model_name"] = weights
     record.model_size_bytes = sum(path.stat().st_size for path in model.folder.rglob("*") if path.is_file())
     record.save(model.folder / "MLmodel")

@@ -125,11 +125,10 @@ def export(uri: str, target: Path, *, adapter: bool = False, public_key: Path | 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as part:
         whole = Path(part) / "whole"
         shutil.copytree(folder / (ADAPTER_FOLDER if adapter else WEIGHTS_FOLDER), whole)
-        if (folder / CARD).is_file():
+        record = Manifest.read(folder)
+        if {CARD, PROVENANCE} <= set(record.digests):  # what the manifest does not name may be anybody's
             shutil.copy(folder / PROVENANCE, whole)
-            card = (
-                model_card.card(Manifest.read(folder), adapter=True) if adapter else (folder / CARD).read_text("utf-8")
-            )
+            card = model_card.card(record, adapter=True) if adapter else (folder / CARD).read_text("utf-8")
             (whole / CARD).write_text(card, encoding="utf-8")
         if target.exists():
             target.rmdir()

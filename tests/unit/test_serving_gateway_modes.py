@@ -76,7 +76,7 @@ async def test_the_challenger_answers_under_its_own_system_prompt_and_both_are_t
         assert gate.upstream.asked == []
         exact = await gate.ask("POST", CHAT, body={**BODIES[CHAT], "model": "ccb@champion"})
         assert (exact.headers["x-namesake-version"], exact.headers["x-namesake-alias"]) == ("ccb-v3", "champion")
-        assert gate.serving.noted == [("ccb-v4", False), ("ccb-v3", False)]
+        assert gate.serving.noted == [("ccb-v4", False)], "who names a version is no part of the comparison"
         told = (await gate.ask("GET", "/v1/version")).json
         assert (told["live"]["model"], told["challenger"]["model"]) == ("ccb-v3", "ccb-v4")
 
