@@ -418,6 +418,55 @@ def test_a_version_whose_files_have_changed_is_not_taken_again(store: Store, run
     assert registry.alias_of("ccb", "champion") == 2
 
 
+def test_a_reason_for_what_passes_is_no_overruling(store: Store, run_id: str) -> None:
+    outcome = here(store, run_id, override="just in case")
+    assert outcome.pointed
+    version = registry.resolve("models:/ccb/1")
+    assert registry.TAG_OVERRIDE not in version.tags
+    assert Manifest.read(registry.fetch(version)).override == ""
+    assert registry.history("ccb", "champion")[-1].why == "gate passed"
+
+
+def test_a_version_that_passed_keeps_that_when_a_champion_has_become_better(store: Store, run_id: str) -> None:
+    first = here(store, run_id).version
+    # Another one, which is champion and states better scores.
+    client = store.client()
+    better = client.create_model_version(
+        "ccb", source=first.source, tags={**first.tags, registry.TAG_RUN: "another", "score.plain": "0.9999"}
+    )
+    client.set_registered_model_alias("ccb", "champion", better.version)
+    again = here(store, run_id)
+    assert (again.version.number, again.decision.passed, again.pointed) == (1, False, False)
+    assert registry.resolve("models:/ccb/1").tags[tracking.TAG_GATE] == "passed"
+    assert versions.rollback("ccb", to=1)[0].to == 1
+
+
+def test_scores_that_were_changed_in_the_store_are_not_believed(store: Store, run_id: str) -> None:
+    first = here(store, run_id).version
+    path = registry.fetch(first) / "namesake.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["scores"]["plain"] = 1.0
+    path.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+    assert here(store, run_id).version.number == 2
+
+
+def test_a_version_whose_answer_was_lost_goes_with_its_files(
+    store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = mlflow.MlflowClient.create_model_version
+
+    def lost(*given: Any, **named: Any) -> None:
+        real(*given, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mlflow.MlflowClient, "create_model_version", lost)
+        with pytest.raises(KeyboardInterrupt):
+            here(store, run_id)
+    assert store.client().search_model_versions("name = 'ccb'") == []
+    assert store.client().search_logged_models(["0"]) == []
+
+
 @locally_and_over_http
 def test_a_store_that_keeps_something_else_makes_no_version(
     store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch

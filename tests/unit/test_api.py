@@ -153,3 +153,8 @@ def test_the_notebook_is_kept_as_it_was_executed_with_nothing_of_a_machine(root:
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
     assert not re.findall(r"(?<![\w:.])/(?:home|root|tmp|work|usr|var|opt|mnt|Users)/", text)
     assert socket.gethostname() not in re.findall(r"[\w.-]+", json.dumps(outputs))
+
+
+def test_a_server_is_never_somebody_elses_on_the_same_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="is taken"):
+        server.Server(port=taken.getsockname()[1])

@@ -115,6 +115,17 @@ def test_a_keys_own_limits_win_over_those_for_all_and_keys_of_one_name_share_the
     assert (changed.requests.level, changed.tokens) == (6, None)
 
 
+def test_two_keys_of_one_name_with_limits_of_their_own_do_not_fill_each_others_again() -> None:
+    allowances, admitted = Allowances(0, 0), 0
+    for number in range(100):
+        bucket = allowances.of(Key("alice", 5 + number % 2, None)).requests
+        assert bucket is not None
+        if not bucket.seconds(1):
+            bucket.take(1)
+            admitted += 1
+    assert admitted == 5 + 6
+
+
 def test_limits_stand_behind_the_digest_of_a_key_and_a_line_with_a_fault_lets_nobody_in(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     lines = [
