@@ -327,8 +327,10 @@ class Gateway:
             options = body.get("stream_options", {})
             used.told = bool(options.get("include_usage"))
             body["stream_options"] = {**options, "include_usage": True}
+        routing = self._service.routing
+        spare = live is not routing.champion.live and asked.get("model") in (None, routing.name)
         try:
-            await self._pass_through(request, live, alias, json.dumps(body).encode(), used, send)
+            await self._pass_through(request, live, alias, json.dumps(body).encode(), used, send, spare=spare)
         except Refused as ended:
             self._service.note(live, True, time.monotonic() - begun)
             used.prompt = used.prompt if request.status else 0
@@ -365,8 +367,13 @@ class Gateway:
             request.allowance.tokens.take(used.prompt + used.completion - reserved)
 
     async def _pass_through(
-        self, request: _Request, live: Answerer, alias: str, body: bytes, used: _Used, send: Send
+        self, request: _Request, live: Answerer, alias: str, body: bytes, used: _Used, send: Send, *, spare: bool
     ) -> None:
+        """Send the engine's reply on as it comes.
+
+        Raises:
+            Refused: the engine has ended; or, where another version can answer (``spare``), it failed.
+        """
         begun = time.monotonic()
         mark = b'"system_fingerprint":' + json.dumps(live.label).encode() + b","
         called, own = (b'"model":' + json.dumps(name).encode() for name in (live.model, live.label))
@@ -384,6 +391,8 @@ class Gateway:
                 if not kind.startswith("text/event-stream"):
                     whole = await response.read()
                     used.count(whole, ok=response.status == 200)
+                    if spare and response.status >= 500:
+                        raise _unavailable("The challenger has failed.")
                     whole = _named(whole, mark, called, own)
                     self._first_byte(request, begun)
                     if request.kept is not None:

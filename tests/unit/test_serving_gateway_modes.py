@@ -102,6 +102,18 @@ async def test_a_session_stays_on_one_side_by_header_or_by_the_user_field() -> N
         assert sides == {"ccb-v3", "ccb-v4"}
 
 
+@in_a_loop
+async def test_a_client_of_a_challenger_that_fails_is_answered_by_the_champion() -> None:
+    async with front() as gate, upstream() as other:
+        with_challenger(gate, other)
+        other.status = 500
+        reply = await gate.ask("POST", CHAT)
+        assert (reply.status, reply.headers["x-namesake-version"]) == (200, "ccb-v3")
+        assert gate.serving.noted == [("ccb-v4", True), ("ccb-v3", False)]
+        exact = await gate.ask("POST", CHAT, body={**BODIES[CHAT], "model": "ccb@challenger"})
+        assert exact.status == 500
+
+
 @pytest.mark.parametrize("body", [BODIES[CHAT], STREAM], ids=["whole", "streamed"])
 @in_a_loop
 async def test_a_client_of_a_challenger_that_has_ended_is_answered_by_the_champion(
