@@ -403,11 +403,19 @@ def test_another_policy_is_another_promotion(store: Store, run_id: str) -> None:
 
 
 def test_a_reason_given_later_is_kept_on_the_version(store: Store, run_id: str) -> None:
-    strict = Policy(parity=1.0, plain_loss=0.0, identity=1.0, champion_loss=0.0)
-    here(store, run_id, policy=strict)
-    outcome = here(store, run_id, policy=strict, override="for the demo")
-    assert outcome.version.number == 1
+    better_champion(store, here(store, run_id).version)
+    assert not here(store, run_id).pointed
+    outcome = here(store, run_id, override="for the demo")
+    assert (outcome.version.number, outcome.pointed) == (1, True)
     assert registry.resolve("models:/ccb/1").tags[registry.TAG_OVERRIDE] == "for the demo"
+
+
+def better_champion(store: Store, version: registry.Version) -> None:
+    """Another version, which is champion and states better scores."""
+    tags = {**version.tags, registry.TAG_RUN: "another", "score.plain": "0.9999"}
+    client = store.client()
+    better = client.create_model_version("ccb", source=version.source, tags=tags)
+    client.set_registered_model_alias("ccb", "champion", better.version)
 
 
 def test_a_version_whose_files_have_changed_is_not_taken_again(store: Store, run_id: str) -> None:
@@ -428,13 +436,7 @@ def test_a_reason_for_what_passes_is_no_overruling(store: Store, run_id: str) ->
 
 
 def test_a_version_that_passed_keeps_that_when_a_champion_has_become_better(store: Store, run_id: str) -> None:
-    first = here(store, run_id).version
-    # Another one, which is champion and states better scores.
-    client = store.client()
-    better = client.create_model_version(
-        "ccb", source=first.source, tags={**first.tags, registry.TAG_RUN: "another", "score.plain": "0.9999"}
-    )
-    client.set_registered_model_alias("ccb", "champion", better.version)
+    better_champion(store, here(store, run_id).version)
     again = here(store, run_id)
     assert (again.version.number, again.decision.passed, again.pointed) == (1, False, False)
     assert registry.resolve("models:/ccb/1").tags[tracking.TAG_GATE] == "passed"
