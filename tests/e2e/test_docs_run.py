@@ -73,7 +73,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(checkout: Path) -> dict[str, str]:
     """What a reader's shell has after ``source .venv/bin/activate``, with a quick start of vLLM."""
     return {
-        **{key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "NAMESAKE_SERVE_"))},
+        # Nor what `make test ARGS=…` hands to every make below it.
+        **{k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "NAMESAKE_SERVE_", "MAKE", "MFLAGS"))},
         "PATH": f"{checkout / '.venv' / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": f"{checkout / 'src'}:{checkout / 'serving'}",
         "NAMESAKE_SERVE_EAGER": "true",
