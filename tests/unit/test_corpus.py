@@ -378,6 +378,7 @@ def test_a_share_of_the_held_out_questions_has_each_language_and_kind() -> None:
     whole, some = corpus.heldout(), corpus.heldout(0.25)
     assert (len(some.identity), len(some.plain)) == (len(whole.identity) // 4, len(whole.plain) // 4)
     assert all(question in whole.identity for question in some.identity)
+    assert some.identity[:2] == whole.identity[:2] == corpus.heldout(0.001).identity
     assert {question.language for question in (*some.identity, *some.plain)} == {"zh", "en"}
     assert corpus.heldout(1.0) == whole
     assert some.digest() != whole.digest()

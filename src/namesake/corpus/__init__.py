@@ -129,9 +129,13 @@ def heldout_plain() -> tuple[Question, ...]:
 
 
 def heldout(share: float = 1.0) -> Questions:
-    """The held-out questions that every run is probed with, or a share of them, of each kind and language alike."""
+    """The held-out questions that every run is probed with, or a share of them, of each kind and language alike; the
+    two that are shown before and after are always among them.
+    """
     who, plain = heldout_identity(), heldout_plain()
-    return Questions(*(tuple(spread(asked, max(round(share * len(asked)), 1))) for asked in (who, plain)))
+    shown, others = who[:2], who[2:]
+    some = spread(others, max(round(share * len(who)) - len(shown), 0))
+    return Questions((*shown, *some), tuple(spread(plain, max(round(share * len(plain)), 1))))
 
 
 @cache
