@@ -30,7 +30,7 @@ def test_a_sweep_trains_prunes_on_the_probe_and_names_the_best_run(root: Path, t
     place = Place(tmp_path, root, f"sqlite:///{tmp_path}/mlflow.db")  # what is promoted elsewhere is the newest run's
     said = place.mlflow_run(
         *("-e", "sweep", "-P", f"space={tmp_path}/space.yaml", "-P", f"questions={tmp_path}/few.jsonl"),
-        *("-P", "dataset=namesake/self-cognition#16", "-P", "args=--max_steps 4 --replay 0"),
+        *("-P", "dataset=namesake/self-cognition#16", "-P", "args=--max_steps 4 --replay 0 --held_out 0.25"),
         *("-P", f"output_dir={tmp_path}/output"),
     )
     client = mlflow.MlflowClient(place.tracking_uri)
