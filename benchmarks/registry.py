@@ -37,29 +37,23 @@ TAGS = {f"score.{number}": "0.9375" for number in range(9)}
 def fill(database: Path, name: str, number: int) -> None:
     """Give the registered model so many versions: the first one again and again, each with a key of its own."""
     with closing(sqlite3.connect(database)) as connection, connection:
-        columns = [row[1] for row in connection.execute("PRAGMA table_info(model_versions)")]
-        kept = ", ".join("?" if column == "version" else column for column in columns)
-        connection.executemany(
-            f"INSERT INTO model_versions ({', '.join(columns)}) SELECT {kept} FROM model_versions "
-            "WHERE name = ? AND version = 1",
-            ((version, name) for version in range(2, number + 1)),
-        )
-        columns = [row[1] for row in connection.execute("PRAGMA table_info(model_version_tags)")]
-        for key in (*TAGS, registry.TAG_KEY):
-            values = {"version": "?", "value": "?" if key == registry.TAG_KEY else "value"}
-            kept = ", ".join(values.get(column, column) for column in columns)
-            other = (lambda n: (f"key-{n}",)) if key == registry.TAG_KEY else (lambda _: ())
-            order = sorted(column for column in columns if values.get(column) == "?")  # value before version
+
+        def again(table: str, where: str, **given: object) -> None:
+            """The first version's rows once more for each version, but for its number and what else is given."""
+            columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+            kept = ", ".join(f":{column}" if column in {"version", *given} else column for column in columns)
             connection.executemany(
-                f"INSERT INTO model_version_tags ({', '.join(columns)}) SELECT {kept} FROM model_version_tags "
-                "WHERE name = ? AND version = 1 AND key = ?",
-                ((*_ordered(columns, order, version, other(version)), name, key) for version in range(2, number + 1)),
+                f"INSERT INTO {table} ({', '.join(columns)}) SELECT {kept} FROM {table} "
+                f"WHERE name = :name_ AND {table}.version = 1 {where}",
+                (
+                    {"version": version, "name_": name, **{k: f"{v}{version}" for k, v in given.items()}}
+                    for version in range(2, number + 1)
+                ),
             )
 
-
-def _ordered(columns: list[str], marked: list[str], version: int, value: tuple[str, ...]) -> list[object]:
-    given = {"version": version, "value": value[0] if value else None}
-    return [given[column] for column in columns if column in marked]
+        again("model_versions", "")
+        again("model_version_tags", f"AND key != '{registry.TAG_KEY}'")
+        again("model_version_tags", f"AND key = '{registry.TAG_KEY}'", value="key-")
 
 
 def make(name: str, key: str) -> registry.Version:

@@ -20,7 +20,7 @@ from namesake.identity import Identity
 from namesake.manifest import UNKNOWN
 from namesake.messages import tr
 from namesake.paths import digest_of_file
-from namesake.run import Losses, Outcome, base_scores, log_checkpoint, prove, show, tools
+from namesake.run import Losses, Outcome, base_scores, log_checkpoint, of_whom, prove, show, tools
 from namesake.terminal import Screen
 
 RECIPE = "imported"
@@ -231,13 +231,7 @@ def _params(identity: Identity, checkpoint: Checkpoint, base: BaseModel, base_di
     dataset = args.get("dataset") or []
     kept = {f"sft.{key}": args[key] for key in _KEPT if key in known and args.get(key) not in (None, "", [])}
     return {
-        "identity.name": identity.name,
-        "identity.author": identity.author,
-        "base.id": base.id,
-        "base.source": base.source,
-        "base.digest": base_digest,
-        "base.revision": base.revision or None,
-        "base.license": base.license or None,
+        **of_whom(identity, base, base_digest),
         "data.dataset": " ".join(map(str, dataset if isinstance(dataset, list) else [dataset])) or UNKNOWN,
         "data.digest": UNKNOWN,
         "recipe.name": RECIPE,

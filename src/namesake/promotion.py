@@ -133,7 +133,9 @@ def promote(request: Request, screen: Screen) -> Outcome:
         made = _made_before(name, key, signer, screen)
         if made:
             screen.line(tr("  this run is version {number} already", number=made[0].number))
-        version, record = made or _make(request, name, identity, run, adapter, key, signer, tracked.id, screen)
+        version, record = made or _make(
+            request, name, identity, run, questions, adapter, key, signer, tracked.id, screen
+        )
         champion = _champions_scores(name, run.id, questions)
         decision = gate.decide_kept(record.scores, champion=champion, policy=request.policy)
         tracked.metrics({f"probe/{k}": v for k, v in record.scores.items()})
@@ -204,6 +206,7 @@ def _make(
     name: str,
     identity: Identity,
     run: RunRecord,
+    questions: Questions,
     adapter: Path,
     key: str,
     signer: str,
@@ -213,7 +216,6 @@ def _make(
     """Merge, score, log and register; the alias stays where it is."""
     base = base_of(run, screen)
     system = run.params.get("sft.system")
-    questions = corpus.heldout(_share(run))
     before = base_scores(identity, base, run.params["base.digest"], system, questions, screen)
     with tempfile.TemporaryDirectory(prefix="namesake-promote-") as spare:
         model = tracking.start_chat_model(Path(spare), {TAG_KEY: key})
@@ -227,7 +229,9 @@ def _make(
             decision = gate.decide_kept(scores, champion=champion, policy=request.policy)
             shutil.copytree(adapter, model.folder / ADAPTER_FOLDER)
             digests = manifest.digests(model.folder, {f"{WEIGHTS_FOLDER}/{k}": v for k, v in made.digests.items()})
-            record = _record(request, name, identity, run, promotion, digests, scores, decision, golden(card))
+            record = _record(
+                request, name, identity, run, promotion, digests, scores, decision, questions, golden(card)
+            )
             record = write_beside(model.folder, record, card)
             if request.sign_key:
                 manifest.sign(model.folder, request.sign_key, request.password)
@@ -368,7 +372,8 @@ def _record(
     digests: Mapping[str, str],
     scores: Mapping[str, float],
     decision: gate.Decision,
-    questions: list[dict[str, Any]],
+    asked: Questions,
+    known: list[dict[str, Any]],
 ) -> Manifest:
     made = lineage(run)
     return Manifest(
@@ -382,9 +387,9 @@ def _record(
         recipe=made["recipe"],
         tools=made["tools"],
         override="" if decision.passed else request.override,
-        golden=questions,
+        golden=known,
         gate={"passed": decision.passed, "reasons": [*decision.reasons], "policy": vars(request.policy)},
-        questions=corpus.heldout(_share(run)).digest(),
+        questions=asked.digest(),
         promoted={
             "model": name,
             "by": who(),

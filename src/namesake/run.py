@@ -608,13 +608,7 @@ def _params(
 ) -> dict[str, object]:
     # `mlflow run` has logged its own, shell-quoted (mlflow#6811), under their bare names. These are the clean ones.
     return {
-        "identity.name": identity.name,
-        "identity.author": identity.author,
-        "base.id": base.id,
-        "base.source": base.source,
-        "base.digest": base_digest,
-        "base.revision": base.revision or None,
-        "base.license": base.license or None,
+        **of_whom(identity, base, base_digest),
         "data.dataset": " ".join(datasets),
         "data.rows": prepared.rows,
         "data.identity_rows": prepared.identity_rows,
@@ -631,6 +625,19 @@ def _params(
         "recipe.held_out": plan.held_out,
         **{f"sft.{key}": value for key, value in plan.sft.items()},
         **tools(),
+    }
+
+
+def of_whom(identity: Identity, base: BaseModel, base_digest: str) -> dict[str, object]:
+    """Identity and base model of a run, as parameters."""
+    return {
+        "identity.name": identity.name,
+        "identity.author": identity.author,
+        "base.id": base.id,
+        "base.source": base.source,
+        "base.digest": base_digest,
+        "base.revision": base.revision or None,
+        "base.license": base.license or None,
     }
 
 

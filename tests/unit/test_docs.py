@@ -6,14 +6,11 @@ arguments; of the Makefile the targets and variables.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlflow.cli
@@ -25,6 +22,7 @@ from namesake import cli, recipe
 from namesake.errors import InputError
 from namesake.identity import Identity
 from namesake_serving import __main__ as serving
+from tests.unit.scripts import script
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs" / "guide"
@@ -46,28 +44,17 @@ def name_of(page: Path) -> str:
 # The generated pages.
 
 
-@cache
-def generator() -> ModuleType:
-    """``docs/generate.py``."""
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_reference_pages_are_what_the_code_says() -> None:
-    made, _ = generator().pages()
+    made, _ = script("generate").pages()
     stale = [name_of(path) for path, text in made.items() if not path.is_file() or path.read_text("utf-8") != text]
     assert not stale, f"run `make docs` and commit: {', '.join(stale)}"
-    assert set(generator().FOLDER.iterdir()) == set(made)
+    assert set(script("generate").FOLDER.iterdir()) == set(made)
 
 
 def test_every_command_setting_bound_and_metric_is_in_the_reference() -> None:
-    made, _ = generator().pages()
+    made, _ = script("generate").pages()
     text = "".join(made.values())
-    names = [*generator().commands(), *generator().Settings.model_fields, *generator().routes()]
+    names = [*script("generate").commands(), *script("generate").Settings.model_fields, *script("generate").routes()]
     assert not [name for name in names if name not in text]
 
 
@@ -210,7 +197,7 @@ def test_every_command_is_understood(page: Path) -> None:
     found = [words for block in blocks(text) for words in commands(block)]
     spans = [words for span in _INLINE.findall(_FENCE.sub("", text)) for words in commands(span)]
     # In running text a command's name alone is a name.
-    found += [words for words in spans if len(words) > 2 or words[1] not in generator().commands()]
+    found += [words for words in spans if len(words) > 2 or words[1] not in script("generate").commands()]
     wrong = [f"{shlex.join(words)}: {told}" for words in found if (told := fault(words))]
     assert not wrong
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
 import re
@@ -14,7 +13,6 @@ import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
@@ -23,26 +21,16 @@ from namesake import doctor, messages
 from namesake.errors import InputError
 from namesake.messages import joined, language, tr, translated
 from namesake.terminal import Screen
+from tests.unit.scripts import script
 
 ROOT = Path(__file__).resolve().parents[2]
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
 @cache
-def collector() -> ModuleType:
-    """``docs/messages.py``."""
-    spec = importlib.util.spec_from_file_location("collector", ROOT / "docs" / "messages.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@cache
 def known() -> dict[str, str]:
     """The committed catalogue."""
-    return {str(one.id): str(one.string) for one in collector().catalogue() if one.id}
+    return {str(one.id): str(one.string) for one in script("messages").catalogue() if one.id}
 
 
 @pytest.fixture
@@ -54,12 +42,12 @@ def chinese(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_message_is_made_so_that_it_can_be_translated() -> None:
-    _, wrong = collector().collected()
+    _, wrong = script("messages").collected()
     assert not wrong, 'write tr("… {name} …", name=name) instead of the f-string:\n' + "\n".join(wrong)
 
 
 def test_every_message_has_its_translation() -> None:
-    texts = collector().collected()[0]
+    texts = script("messages").collected()[0]
     missing = [f"{text!r} ({places})" for text, places in texts.items() if not known().get(text)]
     assert not missing, "\n".join(
         ["run `python docs/messages.py`, write msgstr in namesake.po, run it again, commit:", *missing]
@@ -96,7 +84,7 @@ def test_what_is_a_command_or_a_name_is_the_same_in_both() -> None:
 
 
 def test_the_compiled_catalogue_is_the_text_one() -> None:
-    made = collector()
+    made = script("messages")
     assert made.MO.read_bytes() == made.mo(made.catalogue()), "run `python docs/messages.py` and commit"
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,26 +18,16 @@ from jsonschema import Draft202012Validator
 from namesake import recipe
 from namesake.errors import InputError
 from namesake.gate import load_policy
+from tests.unit.scripts import script
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [*sorted((ROOT / "recipes").glob("*.yaml")), *sorted((ROOT / "policies").glob("*.yaml"))]
 
 
 @cache
-def made() -> ModuleType:
-    """``docs/schemas.py``."""
-    spec = importlib.util.spec_from_file_location("schemas", ROOT / "docs" / "schemas.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@cache
 def checker(kind: str) -> Draft202012Validator:
     """What checks by a committed schema."""
-    path = next(path for path in made().schemas() if path.name == f"{kind}.schema.json")
+    path = next(path for path in script("schemas").schemas() if path.name == f"{kind}.schema.json")
     return Draft202012Validator(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -60,7 +48,9 @@ def read(kind: str, text: str, folder: Path) -> bool:
 
 
 def test_the_committed_schemas_are_what_the_code_says() -> None:
-    stale = [path.name for path, text in made().schemas().items() if path.read_text(encoding="utf-8") != text]
+    stale = [
+        path.name for path, text in script("schemas").schemas().items() if path.read_text(encoding="utf-8") != text
+    ]
     assert not stale, f"run `make generate` and commit: {', '.join(stale)}"
 
 
