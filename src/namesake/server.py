@@ -70,6 +70,7 @@ class Server:
         descriptor, log = tempfile.mkstemp(prefix="namesake-serve-", suffix=".log")
         self._log = Path(log)
         words = flags({**options, "host": host, "port": port})
+        self._given = " ".join([*words, *([version] if version else [])])
         # The kernel's signal comes when the starting thread ends, so that it is of use in the main one alone.
         lasting = threading.current_thread() is threading.main_thread()
         try:
@@ -150,7 +151,7 @@ class Server:
         said = self.log()
         if self._process.returncode == InputError.exit_code:
             fault = tr("is refused\n{log}", log=said)
-            return InputError("serve", self._process.args, fault, mend="See `namesake serve --help`.")
+            return InputError("serve", self._given, fault, mend="See `namesake serve --help`.")
         return ServingError(
             tr("The server ended with exit code {code}.\n{log}", code=self._process.returncode, log=said)
         )
