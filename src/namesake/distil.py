@@ -128,7 +128,7 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         divergence = counted = entropy.new_zeros(())
         if replay.any():
             each = _divergence(model[kept], base)
-            opening = learnt[replay].cumsum(1)[learnt[replay]] <= OPENING
+            opening = _within(learnt[replay])[learnt[replay]] <= OPENING
             divergence = each.sum()
             counted = self._weight * (each * torch.where(opening, self._opening_weight, 1.0)).sum()
         self._record(f"loss_{DATA}", entropy.detach(), int((~kept).sum()))
@@ -206,6 +206,12 @@ def _asked(inputs: dict[str, Any], rows: Tensor | slice = slice(None)) -> dict[s
 def _places(labels: Tensor) -> Tensor:
     """The places (rows, places) whose next token bears a label."""
     return torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1), value=False)
+
+
+def _within(learnt: Tensor) -> Tensor:
+    """The number, from one on, of each label token in its own reply: a dialogue has several (rows, places)."""
+    count = learnt.cumsum(1)
+    return count - torch.where(learnt, 0, count).cummax(1).values
 
 
 def _keys(given: dict[str, Any]) -> list[bytes]:

@@ -293,3 +293,9 @@ def test_the_first_tokens_of_a_reply_count_more(monkeypatch: pytest.MonkeyPatch)
     weighted = Trainer(tiny(SMALL))
     loss = float(weighted.compute_loss(weighted.model, dict(whole), 1))
     assert loss == pytest.approx(everything + 4 * opening, rel=1e-4)
+
+
+def test_the_opening_is_counted_anew_in_each_reply_of_a_dialogue() -> None:
+    learnt = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 1], [1, 1, 0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1, 1]]).bool()
+    found = distil._within(learnt)
+    assert found[learnt].tolist() == [1, 2, 3, 1, 2, 1, 2, 1, 1, 1, 2]
