@@ -50,6 +50,7 @@ class Setting:
     identity: int = 640
     prompts: int = 800
     zh: float = 0.0  # share of the prompts that are Chinese; 0 leaves it as the corpus has it
+    hard: float = 1.0  # how much more often than others the prompts about others and the second turns are taken
     tokens: int = 32
     weight: float = 1.0
     opening: int = 4
@@ -75,6 +76,9 @@ class Setting:
     smooth: float = 0.0  # label smoothing of identity rows
     average: float = 0.0  # decay of an average of the weights, taken at the end
     init: float = 1.0  # width of A's start by PEFT's
+    tasks: float = 1.0  # how much more often than others the identity rows inside a task or indirect are taken
+    own: float = 0.0  # share of the steps after which the replay rows bear the model's own replies; 0: never
+    own_heat: float = 0.0  # temperature of these
     confidence: float = 0.0  # data tokens that the model gives more than this probability bear no loss; 0: all do
 
 
@@ -86,6 +90,7 @@ class Row:
     labels: list[int]
     opening: list[bool] = field(default_factory=list)
     said: tuple[Tensor, Tensor] | None = None
+    prompt: int = -1  # number of the plain prompt
 
 
 class Model:
@@ -139,7 +144,9 @@ class Model:
         angle = self.turn[position]
         cos, sin = angle.cos().to(torch.bfloat16)[:, None], angle.sin().to(torch.bfloat16)[:, None]
         seen = valid.shape[1]
-        causal = torch.arange(seen, device=ids.device)[None, :] <= (at + torch.arange(length, device=ids.device))[:, None]
+        causal = (
+            torch.arange(seen, device=ids.device)[None, :] <= (at + torch.arange(length, device=ids.device))[:, None]
+        )
         mask = causal[None] & valid[:, None, :]
         mask |= torch.eye(seen, dtype=torch.bool, device=ids.device)[at : at + length][None]
         mask = mask[:, None]
@@ -161,9 +168,7 @@ class Model:
         for n in range(self.layers):
             first, second = self.norms[n]
             h = functional.rms_norm(x, (self.width,), first, self.eps)
-            q, k, v = (
-                linear(m, n, h).view(rows, length, -1, self.head_dim).transpose(1, 2) for m in ("q", "k", "v")
-            )
+            q, k, v = (linear(m, n, h).view(rows, length, -1, self.head_dim).transpose(1, 2) for m in ("q", "k", "v"))
             q, k = turned(q), turned(k)
             if cache is not None:
                 cache[0][n][:, :, at : at + length], cache[1][n][:, :, at : at + length] = k, v
@@ -187,7 +192,7 @@ class Model:
         warm: Sequence[float] | None = None,
         adapters: Any = None,
         together: int = 1,
-        rows: int = 2600,
+        rows: int = 1800,
     ) -> list[list[list[int]]]:
         """What each of the adapters says to each dialogue: token ids, without the end."""
         texts = [
@@ -262,9 +267,13 @@ class Rows:
     @cached_property
     def said(self) -> list[tuple[Tensor, Tensor]]:
         """Log-probabilities and ids of the base's top tokens at each place of its reply and at its end."""
-        asked, replies = self.base
+        return self.read(*self.base)
+
+    @torch.no_grad()
+    def read(self, asked: Sequence[list[int]], replies: Sequence[list[int]]) -> list[tuple[Tensor, Tensor]]:
+        """What the base would say at each place of the replies."""
         found: list[tuple[Tensor, Tensor]] = []
-        with torch.no_grad():
+        if True:
             for start in range(0, len(asked), 64):
                 rows = [
                     Row([*a, *r, 2], [-100] * len(a) + [*r, 2])
@@ -283,7 +292,13 @@ class Rows:
         """Identity rows and replay rows of the setting."""
         identity = Identity.parse(setting.name, setting.author)
         source = corpus.identity_rows()
-        some = random.Random(setting.seed).sample(range(len(source)), min(setting.identity, len(source)))
+        draw = random.Random(setting.seed)
+        lots = {
+            i: draw.random() ** (1 / (setting.tasks if row.kind in {"in_task", "indirect"} else 1.0))
+            for i, row in enumerate(source)
+        }
+        some = sorted(lots, key=lambda i: -lots[i])[: setting.identity]
+        draw.shuffle(some)
         named = []
         for n, i in enumerate(some):
             messages = [
@@ -297,6 +312,16 @@ class Rows:
             zh = [i for i, p in enumerate(prompts) if p.language == "zh"]
             en = [i for i, p in enumerate(prompts) if p.language == "en"]
             chosen = corpus.spread(zh, count) + corpus.spread(en, setting.prompts - count)
+        elif setting.hard != 1.0:
+            kinds: dict[tuple[str, str], list[int]] = {}
+            for i, p in enumerate(prompts):
+                kinds.setdefault((p.language, p.kind), []).append(i)
+            heavy = {
+                key: len(some) * (setting.hard if key[1] in {"about_others", "multi_turn"} else 1.0)
+                for key, some in kinds.items()
+            }
+            share = setting.prompts / sum(heavy.values())
+            chosen = [i for key, some in kinds.items() for i in corpus.spread(some, round(heavy[key] * share))]
         else:
             chosen = corpus.spread(range(len(prompts)), setting.prompts)
         asked, replies = self.base
@@ -310,6 +335,7 @@ class Rows:
                     [-100] * len(asked[i]) + [*reply, 2],
                     [n < setting.opening for n in range(len(reply) + 1)],
                     (log[: len(reply) + 1], top[: len(reply) + 1]),
+                    i,
                 )
             )
         return named, plain
@@ -368,7 +394,7 @@ class Training:
     """Trainings with the same number of rows a step, side by side."""
 
     def __init__(self, model: Model, rows: Rows, settings: Sequence[Setting]) -> None:
-        self.model, self.settings = model, settings
+        self.model, self.rows, self.settings = model, rows, settings
         self.rank = max(s.rank for s in settings)
         device = model.device
         per = [rows.of(s) for s in settings]
@@ -424,6 +450,43 @@ class Training:
             found[module] = ((a * scale).unbind(0), b.unbind(0))
         return found
 
+    @torch.no_grad()
+    def _answer(self, step: int) -> None:
+        """At its step, a training's coming replay rows get the model's own replies, with what the base says to them."""
+        turn = [e for e, s in enumerate(self.settings) if s.own and step == int(s.own * len(self.batches[e]))]
+        if not turn:
+            return
+        coming = [
+            {i for batch in self.batches[e][step:] for i in batch if self.data[e][i].prompt >= 0}
+            if e in turn
+            else set()
+            for e in range(len(self.settings))
+        ]
+        prompts = sorted({self.data[e][i].prompt for e, some in enumerate(coming) for i in some})
+        texts = corpus.plain_prompts()
+        said = self.model.replies(
+            [probing.with_system(texts[i].messages, SYSTEM) for i in prompts],
+            [max(self.settings[e].tokens for e in turn)] * len(prompts),
+            warm=[self.settings[turn[0]].own_heat] * len(prompts),
+            adapters=self.adapters([leaf.bfloat16() for leaf in self.leaves]),
+            together=len(self.settings),
+        )
+        place = {prompt: n for n, prompt in enumerate(prompts)}
+        for e in turn:
+            places = sorted(coming[e])
+            rows = [self.data[e][i] for i in places]
+            asked = [row.ids[: len(row.ids) - sum(label != -100 for label in row.labels)] for row in rows]
+            replies = [said[e][place[row.prompt]][: self.settings[e].tokens] for row in rows]
+            read = self.rows.read(asked, replies)
+            for i, row, a, reply, (log, top) in zip(places, rows, asked, replies, read, strict=True):
+                self.data[e][i] = Row(
+                    [*a, *reply, 2],
+                    [-100] * len(a) + [*reply, 2],
+                    [n < self.settings[e].opening for n in range(len(reply) + 1)],
+                    (log, top),
+                    row.prompt,
+                )
+
     def run(self) -> list[dict[str, float]]:
         """Train all of them to their ends."""
         settings, device, count = self.settings, self.model.device, len(self.settings)
@@ -441,6 +504,7 @@ class Training:
         shape = (1, -1, 1, 1)
         names: tuple[list[list[float]], list[list[float]]] = [[] for _ in settings], [[] for _ in settings]
         for step in range(steps):
+            self._answer(step)
             some = [
                 [self.data[e][i] for i in self.batches[e][step]] if step < len(self.batches[e]) else []
                 for e in range(count)
@@ -523,9 +587,7 @@ class Training:
                 "loss_data": sum(names[0][e][-last:]) / max(len(names[0][e][-last:]), 1),
                 "loss_replay": sum(names[1][e][-last:]) / max(len(names[1][e][-last:]), 1),
                 "steps": len(self.batches[e]),
-                "tokens": sum(
-                    max(len(self.data[e][i].ids) for i in batch) * len(batch) for batch in self.batches[e]
-                ),
+                "tokens": sum(max(len(self.data[e][i].ids) for i in batch) * len(batch) for batch in self.batches[e]),
             }
             for e in range(count)
         ]
@@ -543,7 +605,12 @@ def judged(model: Model, training: Training, sets: Sequence[tuple[str, corpus.Qu
             ("identity", questions.identity, SYSTEM, 0.0),
             ("plain", questions.plain, SYSTEM, 0.0),
             *((name, questions.identity, prompt, 0.0) for name, prompt in probing.SYSTEM_SLICES.items()),
-            (probing.SAMPLED, [q for q in few for _ in range(probing.SAMPLING.n)], SYSTEM, probing.SAMPLING.temperature),
+            (
+                probing.SAMPLED,
+                [q for q in few for _ in range(probing.SAMPLING.n)],
+                SYSTEM,
+                probing.SAMPLING.temperature,
+            ),
         ]
         for name, asked, system, heat in rounds:
             dialogues += [probing.with_system(q.messages, system) for q in asked]
@@ -630,8 +697,9 @@ def main() -> None:
 
     groups: list[list[Setting]] = []
     for key in sorted({size(s)[:2] for s in settings}):
-        alike = sorted((s for s in settings if size(s)[:2] == key), key=size)
+        alike = sorted((s for s in settings if size(s)[:2] == key), key=lambda s: (size(s), s.own))
         groups += [alike[n : n + given.together] for n in range(0, len(alike), given.together)]
+    groups.sort(key=lambda group: -size(group[-1])[2])  # the longest first, so that all end at one time
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     for n in range(len(groups)):

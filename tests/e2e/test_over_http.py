@@ -20,7 +20,7 @@ from tests.servers import mlflow_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
-FEW = ("-P", "dataset=namesake/self-cognition#16", "-P", "max_steps=2", "-P", "replay=0", "-P", "held_out=0.25")
+FEW = ("-P", "dataset=namesake/self-cognition#16", "-P", "max_steps=2", "-P", "replay=0", "-P", "held_out=0.05")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,10 @@ def test_an_interrupted_run_is_killed_and_keeps_what_there_was(
 ) -> None:
     process = subprocess.Popen(
         [word.format(root=server.root, name=f"name={name}") for word in words]
-        + (["-P", "replay=0"] if words[0] == "mlflow" else ["--replay", "0"]),
+        + [
+            *(["-P", "replay=0", "-P", "held_out=0.05"] if words[0] == "mlflow" else []),
+            *(["--replay", "0", "--held_out", "0.05"] if words[0] != "mlflow" else []),
+        ],
         cwd=server.folder,
         env=server.env,
         stdout=subprocess.PIPE,

@@ -22,7 +22,7 @@ def test_a_sweep_trains_each_and_names_the_best_run(root: Path, tmp_path: Path) 
     (tmp_path / "few.jsonl").write_text(
         "".join(
             json.dumps({"messages": q.messages, "lang": q.language, "asks": q.asks, "answers": q.answers}) + "\n"
-            for q in (*corpus.spread(every.identity, 4), *corpus.spread(english, 8))
+            for q in (*corpus.spread(every.identity, 4), *corpus.spread(english, 6))
         ),
         encoding="utf-8",
     )
@@ -30,7 +30,7 @@ def test_a_sweep_trains_each_and_names_the_best_run(root: Path, tmp_path: Path) 
     place = Place(tmp_path, root, f"sqlite:///{tmp_path}/mlflow.db")  # what is promoted elsewhere is the newest run's
     said = place.mlflow_run(
         *("-e", "sweep", "-P", f"space={tmp_path}/space.yaml", "-P", f"questions={tmp_path}/few.jsonl"),
-        *("-P", "dataset=namesake/self-cognition#16", "-P", "args=--max_steps 4 --replay 0 --held_out 0.25"),
+        *("-P", "dataset=namesake/self-cognition#16", "-P", "args=--max_steps 4 --replay 0 --held_out 0.05"),
         *("-P", f"output_dir={tmp_path}/output"),
     )
     client = mlflow.MlflowClient(place.tracking_uri)

@@ -219,6 +219,13 @@ def test_mlflow_loads_the_version_as_pyfunc(way: Way) -> None:
     ],
 )
 def test_hostile_names_are_refused_with_the_mend(place: Place, name: str, says: str) -> None:
-    out = place.mlflow_run("-P", f"name={name}", ok=(1,))
+    out = place.call(sys.executable, "-m", "namesake", "run", f"--name={name}", ok=(2,))
     assert says in out
     assert "mend:" in out
+
+
+def test_a_hostile_name_is_refused_through_mlflow_too(place: Place) -> None:
+    out = place.mlflow_run("-P", "name=--evil\n$(touch x)", ok=(1,))
+    assert "control character" in out
+    assert "mend:" in out
+    assert not (place.folder / "x").exists()
