@@ -315,7 +315,7 @@ def test_a_file_that_is_no_text_is_refused(write: Path) -> None:
 def test_a_name_that_is_no_recipe_is_refused_and_the_shipped_ones_told(name: str) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe.load(name)
-    assert "default, tutorial" in caught.value.mend
+    assert "default, thorough, tutorial" in caught.value.mend
     assert len(caught.value.message) < 300
 
 
