@@ -173,7 +173,7 @@ def _made_before(
     """
     if registry.identity_of(name) is None:
         return None
-    for version in registry.versions_with(name, TAG_KEY, key):
+    for version in registry.promoted_as(name, key):
         if than is not None and version.number >= than.number:
             break
         try:
@@ -245,7 +245,7 @@ def _make(
                 tracking.TAG_BASE: base.id,
                 "namesake.data_digest": run.params["data.digest"],
                 TAG_QUESTIONS: questions.digest(),
-                TAG_KEY: key,
+                **registry.tag_of_promotion(key),
             }
             tracking.finish_chat_model(model, weights=WEIGHTS_FOLDER, tags=tags)
             faults = manifest.damaged(tracking.fetch_model(model.uri), record.digests)
