@@ -44,7 +44,7 @@ BY_HAND = "by hand"
 _HISTORY = "namesake.history."
 """What the tags of a registered model begin with that hold a move of an alias each, for ever."""
 
-_RECENT = "namesake.recent."
+RECENT = "namesake.recent."
 """What the tag begins with that holds an alias's last moves, on the version that it was moved to."""
 
 _KEPT = 10
@@ -324,9 +324,9 @@ def record_move(name: str, move: Move) -> None:
         if move.to is not None:
             kept = {"model": name, "moves": [vars(one) for one in _once([*found.moves, move])[-_KEPT:]]}
             text = json.dumps(kept, ensure_ascii=False)
-            _write(client.set_model_version_tag, name, str(move.to), _RECENT + move.alias, text)
+            _write(client.set_model_version_tag, name, str(move.to), RECENT + move.alias, text)
         for number in found.versions - {move.to}:  # only what has been read; a writer beside this one keeps its own
-            client.delete_model_version_tag(name, str(number), _RECENT + move.alias)
+            client.delete_model_version_tag(name, str(number), RECENT + move.alias)
 
 
 def recent(name: str, alias: str) -> list[Move]:
@@ -452,7 +452,7 @@ class _Recent:
 
 
 def _recent(name: str, alias: str) -> _Recent:
-    key = _RECENT + alias
+    key = RECENT + alias
     moves, versions = {}, set()
     for version in _client().search_model_versions(f"name = '{name}' and tag.`{key}` LIKE '%'"):
         with suppress(ValueError, TypeError, KeyError):  # a tag that somebody wrote by hand, or took away meanwhile
@@ -486,7 +486,11 @@ def _once(moves: Iterable[Move]) -> list[Move]:
 def _client() -> Any:
     import mlflow
 
-    return mlflow.MlflowClient()
+    client = mlflow.MlflowClient()
+    # Before it sets a tag or an alias it fetches the registered model with every version, to see that it is no prompt.
+    # Here a version of the model was read before. (Where a later MLflow calls this otherwise, writes are slow again.)
+    client._raise_if_prompt = lambda _name: None
+    return client
 
 
 def _version(found: Any) -> Version:
