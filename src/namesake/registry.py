@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import tenacity
 
-from namesake.errors import InputError, NamesakeError, RegistryError
+from namesake.errors import InputError, NamesakeError, RegistryError, said
 from namesake.messages import tr
 from namesake.paths import store_address
 
@@ -512,6 +512,5 @@ def _mapped(message: str, *, mend: str = _AGAIN) -> Iterator[None]:
     except NamesakeError:
         raise
     except Exception as error:  # MLflow raises its own, sqlalchemy's, requests' and the stores' errors
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        told = tr("{message} ({store}: {error})", message=message, store=store_address(), error=said)
+        told = tr("{message} ({store}: {error})", message=message, store=store_address(), error=said(error))
         raise RegistryError(told, mend=mend) from error
