@@ -56,8 +56,8 @@ _ABOUT = (
     "tells who moved it, when and why."
 )
 
-_CONFLICTS = ("IntegrityError", "UniqueViolation", "Model Version creation error")
-"""What MLflow's errors say where two writers met: sqlalchemy's, psycopg's and its own word."""
+_CONFLICTS = ("IntegrityError", "UniqueViolation", "0 were matched", "Model Version creation error")
+"""What MLflow's errors say where two writers met: sqlalchemy's, psycopg's, again sqlalchemy's, its own word."""
 
 _AGAIN = "Check that MLFLOW_TRACKING_URI answers, then run the same again: what is done already is not done twice."
 
@@ -326,7 +326,7 @@ def record_move(name: str, move: Move) -> None:
             text = json.dumps(kept, ensure_ascii=False)
             _write(client.set_model_version_tag, name, str(move.to), RECENT + move.alias, text)
         for number in found.versions - {move.to}:  # only what has been read; a writer beside this one keeps its own
-            client.delete_model_version_tag(name, str(number), RECENT + move.alias)
+            _write(client.delete_model_version_tag, name, str(number), RECENT + move.alias)
 
 
 def recent(name: str, alias: str) -> list[Move]:

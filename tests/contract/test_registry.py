@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,23 @@ def test_versions_that_several_make_have_a_number_each(client: mlflow.MlflowClie
     )
     assert errors == []
     assert [version.number for version in registry.newest_versions("ccb", 99)] == list(range(WRITERS, 0, -1))
+
+
+def test_moves_that_several_make_are_all_kept(client: mlflow.MlflowClient) -> None:
+    for _ in range(2 * WRITERS):
+        client.create_model_version("ccb", "/somewhere")
+    for first in (1, 1 + WRITERS):  # from nowhere, and then from what the first ones left
+
+        def move(writer: int, first: int = first) -> None:
+            versions.point(registry.resolve(f"models:/ccb/{first + writer}"), "champion", how="promote", why="")
+
+        assert together(move) == []
+    assert sorted(move.to for move in registry.history("ccb", "champion")) == list(range(1, 2 * WRITERS + 1))
+    now = registry.alias_of("ccb", "champion")
+    registry.record_move("ccb", registry.Move(time.time(), "champion", now, 1, "ann", "promote"))
+    found = client.search_model_versions("name = 'ccb' and tag.`namesake.recent.champion` LIKE '%'")
+    assert [version.version for version in found] == [1]
+    assert registry.recent("ccb", "champion")[-1].to == 1
 
 
 def test_promotion_and_look_ups_read_no_version_but_their_own(
