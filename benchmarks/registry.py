@@ -1,23 +1,25 @@
-"""A registry of many versions beside one of few: seconds of what promotion, serving and `namesake status` ask of it.
+"""A registry of many versions beside one of few: what promotion, serving and `namesake status` ask of it.
 
-One registered model has 10 versions, then 10,000 of them with the tags of real ones, written by SQL and otherwise as
-MLflow writes them. Each call runs in turn on both, warm; printed are medians in milliseconds and their ratio.
+One registered model has 10 versions, others 1,000 and 10,000, each with the tags of a real one and a move of `champion`
+to it; all but the first and the last are written by SQL, otherwise as MLflow writes them. Each call runs in turn on all
+of them, warm; printed are the milliseconds of the quickest round, and the ratio of the last to the first: of processor
+time without a server, as all of it is this process', else of the clock.
 
     python benchmarks/registry.py
-    python benchmarks/registry.py --http        # through an MLflow server
+    python benchmarks/registry.py --http        # through an MLflow server on SQLite
+    python benchmarks/registry.py --postgres    # through one on PostgreSQL
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import sqlite3
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from commands import ROOT
@@ -26,96 +28,123 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
-from tests.servers import mlflow_server
+import sqlalchemy
+from tests.servers import mlflow_server, postgres
 
 from namesake import registry, versions
 
+NAME = "ccb"
 IDENTITY = "踩踩背 CCB / 老爷爷 OldGrandpa"
 TAGS = {f"score.{number}": "0.9375" for number in range(9)}
 
 
-def fill(database: Path, name: str, number: int) -> None:
-    """Give the registered model so many versions: the first one again and again, each with a key of its own."""
-    with closing(sqlite3.connect(database)) as connection, connection:
+def fill(database: str, number: int) -> None:
+    """Give the registered model so many versions: the first one again and again, each with a promotion's key and a move
+    of its own.
+    """
+    engine = sqlalchemy.create_engine(database)
+    tables = sqlalchemy.MetaData()
+    tables.reflect(engine, only=["model_versions", "model_version_tags", "registered_model_tags"])
 
-        def again(table: str, where: str, **given: object) -> None:
-            """The first version's rows once more for each version, but for its number and what else is given."""
-            columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
-            kept = ", ".join(f":{column}" if column in {"version", *given} else column for column in columns)
-            connection.executemany(
-                f"INSERT INTO {table} ({', '.join(columns)}) SELECT {kept} FROM {table} "
-                f"WHERE name = :name_ AND {table}.version = 1 {where}",
-                (
-                    {"version": version, "name_": name, **{k: f"{v}{version}" for k, v in given.items()}}
-                    for version in range(2, number + 1)
-                ),
-            )
+    def again(table: str, where: str, **given: Callable[[int], object]) -> None:
+        """The first version's rows once more for each version, but for its number and what else is given."""
+        found = connection.execute(tables.tables[table].select().where(sqlalchemy.text(where))).mappings().all()
+        rows = [
+            {**row, **{column: value(version) for column, value in given.items()}}
+            for version in range(2, number + 1)
+            for row in found
+        ]
+        connection.execute(tables.tables[table].insert(), rows)
 
-        again("model_versions", "")
-        again("model_version_tags", f"AND key != '{registry.TAG_KEY}'")
-        again("model_version_tags", f"AND key = '{registry.TAG_KEY}'", value="key-")
+    def move(version: int) -> str:
+        told = {"time": float(version), "alias": "champion", "before": version - 1, "to": version, "who": "ann"}
+        return json.dumps({**told, "how": "promote", "why": "gate passed"})
+
+    key = registry.TAG_KEY
+    recent = f"key LIKE '{registry.RECENT}%'"
+    with engine.begin() as connection:
+        again("model_versions", "version = 1", version=int)
+        again("model_version_tags", f"NOT key LIKE '{key}%' AND NOT {recent}", version=int)
+        again("model_version_tags", f"key LIKE '{key}%'", version=int, key=lambda version: f"{key}.key-{version}")
+        again("registered_model_tags", "key LIKE '%history%'", key="namesake.history.{}".format, value=move)
+        connection.execute(sqlalchemy.text(f"DELETE FROM model_version_tags WHERE {recent}"))
+        connection.execute(sqlalchemy.text(f"UPDATE registered_model_aliases SET version = {number}"))
+    engine.dispose()
 
 
-def make(name: str, key: str) -> registry.Version:
+def make(key: str) -> registry.Version:
     """The part of a promotion that the registry sees."""
+    registry.identity_of(NAME)
+    registry.promoted_as(NAME, key)
     model = mlflow.MlflowClient().create_logged_model("0", name="model")
-    uri = f"models:/{model.model_id}"
+    tags = {**TAGS, **registry.tag_of_promotion(key)}
     version = registry.register(
-        name, uri, run_id="", identity=IDENTITY, tags={**TAGS, registry.TAG_KEY: key}, description="A version."
+        NAME, f"models:/{model.model_id}", run_id="", identity=IDENTITY, tags=tags, description="A version."
     )
+    registry.promoted_as(NAME, key)
+    registry.tag(version, "namesake.gate", "passed")
     versions.point(version, "champion", how="promote", why="gate passed")
     return version
 
 
-def calls(name: str, number: int) -> dict[str, Callable[[], object]]:
-    """What is measured."""
+def calls(number: int) -> dict[str, Callable[[], object]]:
+    """What is measured, for a registry of so many versions."""
     made = iter(range(number + 1, number + 1000))
     return {
-        "the alias's version (`serve`, each poll)": lambda: registry.resolve(f"models:/{name}@champion"),
-        "a version by number": lambda: registry.resolve(f"models:/{name}/{number // 2}"),
-        "the newest ten (`status`)": lambda: registry.newest_versions(name, 10),
-        "the version of a promotion key (`promote`)": lambda: registry.versions_with(
-            name, registry.TAG_KEY, f"key-{number // 2}"
-        ),
-        "whose it is (`promote`)": lambda: registry.identity_of(name),
-        "history": lambda: registry.history(name, "champion"),
-        "the registered models": registry.models,
-        "register, tag, point, history (`promote`)": lambda: make(name, f"new-{next(made)}"),
+        "the alias's version (`serve`, each poll)": lambda: registry.resolve(f"models:/{NAME}@champion"),
+        "where an alias points": lambda: registry.alias_of(NAME, "champion"),
+        "a version by number": lambda: registry.resolve(f"models:/{NAME}/{number // 2}"),
+        "the newest ten (`status`)": lambda: registry.newest_versions(NAME, 10),
+        "the version of a promotion key": lambda: registry.promoted_as(NAME, f"key-{number // 2}"),
+        "whose it is": lambda: registry.identity_of(NAME),
+        "the last moves (`rollback`, `status`, `serve`)": lambda: registry.recent(NAME, "champion"),
+        "history of an alias that moved once": lambda: registry.history(NAME, "challenger"),
+        "all of that (`promote`), a version made and pointed at": lambda: make(f"new-{next(made)}"),
+        "history of an alias that moved to each version": lambda: registry.history(NAME, "champion"),
+        "the registered models and their aliases (`status`)": registry.models,
     }
 
 
 @contextmanager
-def store(number: int, http: bool) -> Iterator[str]:
+def store(number: int, given: argparse.Namespace) -> Iterator[str]:
     """A fresh registry with so many versions; its address."""
-    with tempfile.TemporaryDirectory() as folder:
-        uri = f"sqlite:///{folder}/mlflow.db"
-        mlflow.set_tracking_uri(uri)
-        make("ccb", "key-1")
-        fill(Path(folder, "mlflow.db"), "ccb", number)
-        with mlflow_server(Path(folder)) if http else nullcontext(uri) as address:
-            yield address
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
+        database = servers.enter_context(postgres()) if given.postgres else f"sqlite:///{folder}/mlflow.db"
+        address = database
+        if given.http or given.postgres:
+            address = servers.enter_context(mlflow_server(Path(folder), store=database))
+        mlflow.set_tracking_uri(address)
+        make("key-1")
+        fill(database, number)
+        versions.point(registry.resolve(f"models:/{NAME}/1"), "challenger", how="promote", why="")
+        make("last")
+        yield address
 
 
 def main() -> None:
     """Print one line a call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--many", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--http", action="store_true", help="through an MLflow server")
+    parser.add_argument("--versions", type=int, nargs="+", default=[10, 1_000, 10_000])
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--http", action="store_true", help="through an MLflow server on SQLite")
+    parser.add_argument("--postgres", action="store_true", help="through an MLflow server on PostgreSQL")
     given = parser.parse_args()
-    with store(10, given.http) as few, store(given.many, given.http) as many:
-        asked = {few: calls("ccb", 10), many: calls("ccb", given.many)}
-        print(f"| what | 10 versions, ms | {given.many:,}, ms | ratio | goal |\n|---|---|---|---|---|")
-        for what in asked[few]:
-            spent: dict[str, list[float]] = {few: [], many: []}
+    now = time.perf_counter if given.http or given.postgres else time.process_time
+    with ExitStack() as stores:
+        asked = {stores.enter_context(store(number, given)): calls(number) for number in given.versions}
+        sizes = " | ".join(f"{number:,}" for number in given.versions)
+        print(f"| ms with so many versions | {sizes} | ratio |\n|---|{'---|' * len(given.versions)}---|")
+        for what in next(iter(asked.values())):
+            spent: dict[str, list[float]] = {address: [] for address in asked}
             for _ in range(given.rounds):
-                for address in (few, many):
+                for address, does in asked.items():
                     mlflow.set_tracking_uri(address)
-                    start = time.perf_counter()
-                    asked[address][what]()
-                    spent[address].append(1000 * (time.perf_counter() - start))
-            small, large = (statistics.median(spent[address]) for address in (few, many))
-            print(f"| {what} | {small:.1f} | {large:.1f} | {large / small:.2f} | 1.2 |", flush=True)
+                    start = now()
+                    does[what]()
+                    spent[address].append(1000 * (now() - start))
+            quickest = [min(one) for one in spent.values()]
+            told = " | ".join(f"{one:.1f}" for one in quickest)
+            print(f"| {what} | {told} | {quickest[-1] / quickest[0]:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

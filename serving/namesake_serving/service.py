@@ -42,6 +42,9 @@ _AT_A_TIME = 2
 
 _MOST_REFUSED = 1000
 _WATCH_SECONDS = 0.5
+_NOTE_SECONDS = 1.0
+"""Before a move is noted as made by hand: who makes one with `promote` writes it down right after moving the alias."""
+
 _LONGEST_RESTART_WAIT = 30.0
 
 _log = logging.getLogger("namesake.serving")
@@ -145,14 +148,15 @@ class Track:
 
     def _note_move(self, version: Version) -> None:
         """A move that is not in the history was made by hand, in the MLflow UI or by another client."""
-        alias = registry.alias_in(self.uri)
+        alias, seen = registry.alias_in(self.uri), time.time()
         try:
-            moves = registry.history(version.name, alias)
-            before = moves[-1].to if moves else None
-            if before != version.number:
-                registry.record_move(
-                    version.name, Move(time.time(), alias, before, version.number, "", registry.BY_HAND)
-                )
+            last = registry.recent(version.name, alias)[-1:]
+            before = last[0].to if last else None
+            if before == version.number:
+                return
+            time.sleep(_NOTE_SECONDS)
+            if registry.recent(version.name, alias)[-1:] == last:
+                registry.record_move(version.name, Move(seen, alias, before, version.number, "", registry.BY_HAND))
         except RegistryError as error:
             _log.warning("registry: %s", error.message)
 

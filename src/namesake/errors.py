@@ -122,6 +122,12 @@ class Stopped(Exception):
         self.why = why
 
 
+def said(error: BaseException) -> str:
+    """What a vendor's error says, in one line; SQLAlchemy's may begin with a remark on when it happened."""
+    lines = (line for line in str(error).splitlines() if line.strip() and not line.startswith("(raised as a result of"))
+    return next(lines, type(error).__name__)
+
+
 def shown(value: object) -> str:
     """The value as a message repeats it: quoted, control characters escaped, cut to a readable length."""
     text = repr(value)

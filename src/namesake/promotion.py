@@ -7,13 +7,16 @@ to repeat: promoting the same run under the same policy again gives the same ver
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +25,7 @@ from typing import Any
 from namesake import corpus, gate, manifest, merge, model_card, probing, provenance, registry, tracking
 from namesake.base_model import BaseModel
 from namesake.corpus import Questions
-from namesake.errors import PromotionError, RegistryError
+from namesake.errors import PromotionError, RegistryError, said
 from namesake.gate import Policy
 from namesake.generate import LocalModel
 from namesake.identity import Identity
@@ -38,6 +41,9 @@ from namesake.versions import point, who
 
 TAG_QUESTIONS = "namesake.questions"
 """Digest of the questions that a version's scores are about; others cannot be compared with it."""
+
+_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")
+"""What the system and SQLite say of a full disk."""
 
 _SHOWN_SCORES = ("identity", "name", "author", "swapped", "old_identity", "placeholder", "language", "leak", "plain")
 
@@ -109,13 +115,29 @@ def choose(runs: Iterable[RunRecord]) -> RunRecord | None:
     )
 
 
+@contextmanager
+def _told_when_full() -> Iterator[None]:
+    """A full disk stops whoever comes to write next: merge, copy, MLflow or its database. It is told as what it is."""
+    try:
+        yield
+    except Exception as error:
+        if not any(sign in str(error) for sign in _FULL):
+            raise
+        many = isinstance(error, shutil.Error)  # of a whole folder: one for each file
+        raise PromotionError(
+            tr("There is no room left ({error}).", error=error.args[0][0][2] if many else said(error)),
+            mend="Make room, then promote again: what is not whole is deleted, what is whole is taken.",
+        ) from error
+
+
+@_told_when_full()
 def promote(request: Request, screen: Screen) -> Outcome:
     """Make a version of a run and, where it passes the gate, point the alias at it.
 
     Raises:
         InputError: the key is none that can sign.
-        PromotionError: there is no run to promote, the registered model stands for another identity, or the artifact
-            store did not keep what it was given.
+        PromotionError: there is no run to promote, the registered model stands for another identity, the disk is full,
+            or the artifact store did not keep what it was given.
         BaseModelError: the base that the run was trained on cannot be had here.
         RegistryError, TrackingError: MLflow failed; nothing half made is left in the registry.
     """
@@ -173,7 +195,7 @@ def _made_before(
     """
     if registry.identity_of(name) is None:
         return None
-    for version in registry.versions_with(name, TAG_KEY, key):
+    for version in registry.promoted_as(name, key):
         if than is not None and version.number >= than.number:
             break
         try:
@@ -245,7 +267,7 @@ def _make(
                 tracking.TAG_BASE: base.id,
                 "namesake.data_digest": run.params["data.digest"],
                 TAG_QUESTIONS: questions.digest(),
-                TAG_KEY: key,
+                **registry.tag_of_promotion(key),
             }
             tracking.finish_chat_model(model, weights=WEIGHTS_FOLDER, tags=tags)
             faults = manifest.damaged(tracking.fetch_model(model.uri), record.digests)

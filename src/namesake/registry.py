@@ -8,15 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tenacity
 
-from namesake.errors import InputError, NamesakeError, RegistryError
+from namesake.errors import InputError, NamesakeError, RegistryError, said
 from namesake.messages import tr
 from namesake.paths import store_address
 
@@ -25,6 +25,9 @@ CHAMPION = "champion"
 
 TAG_RUN = "namesake.run"
 TAG_IDENTITY = "namesake.identity"
+TAG_MODEL = "namesake.model"
+"""The registered model that a version was made for; MLflow's copies of it into other ones have its tags, too."""
+
 TAG_KEY = "namesake.promotion_key"
 TAG_OVERRIDE = "namesake.override"
 """The reason that somebody gave for pointing an alias at a version which did not pass the gate."""
@@ -39,6 +42,13 @@ BY_HAND = "by hand"
 """How an alias moved that neither `promote` nor `rollback` moved."""
 
 _HISTORY = "namesake.history."
+"""What the tags of a registered model begin with that hold a move of an alias each, for ever."""
+
+RECENT = "namesake.recent."
+"""What the tag begins with that holds an alias's last moves, on the version that it was moved to."""
+
+_KEPT = 10
+"""How many moves that tag holds."""
 
 _ABOUT = (
     f"`namesake serve` answers with the version that the alias `{CHAMPION}` points to. Move it, here or with "
@@ -46,8 +56,8 @@ _ABOUT = (
     "tells who moved it, when and why."
 )
 
-_CONFLICTS = ("IntegrityError", "UniqueViolation", "Model Version creation error")
-"""What MLflow's errors say where two writers met: sqlalchemy's, psycopg's and its own word."""
+_CONFLICTS = ("IntegrityError", "UniqueViolation", "0 were matched", "Model Version creation error")
+"""What MLflow's errors say where two writers met: sqlalchemy's, psycopg's, again sqlalchemy's, its own word."""
 
 _AGAIN = "Check that MLFLOW_TRACKING_URI answers, then run the same again: what is done already is not done twice."
 
@@ -180,9 +190,16 @@ def newest_versions(name: str, most: int) -> list[Version]:
 
 
 def identity_of(name: str) -> str | None:
-    """The identity that a registered model stands for; none where the model does not exist."""
+    """The identity that a registered model stands for; none where the model does not exist.
+
+    Its newest version says so, too; one that does not (an older release made it, or somebody else) has the registered
+    model itself asked.
+    """
     import mlflow
 
+    newest = newest_versions(name, 1)
+    if newest and newest[0].tags.get(TAG_MODEL) == name:
+        return newest[0].tags[TAG_IDENTITY]
     try:
         tags: Mapping[str, str] = _client().get_registered_model(name).tags
     except mlflow.exceptions.MlflowException as error:
@@ -214,7 +231,7 @@ def register(
                 name,
                 source=source,
                 run_id=run_id,
-                tags={**tags, TAG_RUN: run_id},
+                tags={**tags, TAG_RUN: run_id, TAG_IDENTITY: identity, TAG_MODEL: name},
                 description=description,
                 model_id=model_uri.removeprefix("models:/"),
             )
@@ -288,22 +305,38 @@ def remove_webhook(webhook_id: str) -> None:
 
 
 def record_move(name: str, move: Move) -> None:
-    """Keep a move of an alias in the registered model's tags: MLflow has no history of aliases.
+    """Keep a move of an alias: MLflow has no history of aliases.
 
-    The tag's key is made from the move and the one before it, so that several servers that see one move by hand
-    write one entry.
+    It goes into a tag of the registered model, and then, with the moves before it, onto the version that the alias was
+    moved to, from where :func:`recent` reads it however many versions there are. The first tag's key is made from the
+    move and the one before it, so that several servers that see one move by hand write one entry.
     """
     with _mapped(tr("The history of {name} could not be written.", name=name)):
-        last = history(name, move.alias)[-1:]
-        text = json.dumps([[found.key for found in last], move.alias, move.before, move.to])
-        key = f"{_HISTORY}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        if last and (last[0].before, last[0].to) == (move.before, move.to):
-            # A server saw this very move before whoever made it had written it down, or the other way round.
-            if move.how == BY_HAND:
-                return
-            key = last[0].key if last[0].how == BY_HAND else key
+        client, found = _client(), _recent(name, move.alias)
+        last = found.moves[-1:]
+        if move.how == BY_HAND and last and (last[0].before, last[0].to) == (move.before, move.to):
+            return  # whoever made it has written it down
+        seen = [BY_HAND] if move.how == BY_HAND else []
+        text = json.dumps([[one.key for one in last], move.alias, move.before, move.to, *seen])
+        move = replace(move, key=f"{_HISTORY}{hashlib.sha256(text.encode()).hexdigest()[:16]}")
         value = {k: v for k, v in vars(move).items() if k != "key"}
-        _write(_client().set_registered_model_tag, name, key, json.dumps(value, ensure_ascii=False))
+        _write(client.set_registered_model_tag, name, move.key, json.dumps(value, ensure_ascii=False))
+        if move.to is not None:
+            kept = {"model": name, "moves": [vars(one) for one in _once([*found.moves, move])[-_KEPT:]]}
+            text = json.dumps(kept, ensure_ascii=False)
+            _write(client.set_model_version_tag, name, str(move.to), RECENT + move.alias, text)
+        for number in found.versions - {move.to}:  # only what has been read; a writer beside this one keeps its own
+            _write(client.delete_model_version_tag, name, str(number), RECENT + move.alias)
+
+
+def recent(name: str, alias: str) -> list[Move]:
+    """The last moves of the alias, oldest first: as :func:`history`, and as fast with any number of versions.
+
+    Raises:
+        RegistryError: there is no such model.
+    """
+    with _mapped(tr("The registered model {name} cannot be read.", name=name)):
+        return _recent(name, alias).moves
 
 
 def history(name: str, alias: str) -> list[Move]:
@@ -313,13 +346,14 @@ def history(name: str, alias: str) -> list[Move]:
         RegistryError: there is no such model.
     """
     with _mapped(tr("The registered model {name} cannot be read.", name=name)):
-        tags = _client().get_registered_model(name).tags
-    moves = []
-    for key, value in tags.items():
-        if key.startswith(_HISTORY):
-            with suppress(ValueError, TypeError):  # a tag that somebody wrote by hand
-                moves.append(Move(**json.loads(value), key=key))
-    return sorted((move for move in moves if move.alias == alias), key=lambda move: (move.time, move.key))
+        found = _recent(name, alias)
+        if not found.versions:
+            return found.moves
+        # None is missing where they lead from nowhere to where the alias is, each from where the one before went.
+        stations = [None, *(move.to for move in found.moves)]
+        if len(found.moves) < _KEPT and stations == [*(move.before for move in found.moves), alias_of(name, alias)]:
+            return found.moves
+        return _journal(name, alias)
 
 
 def aliases(name: str) -> dict[str, int]:
@@ -333,14 +367,32 @@ def aliases(name: str) -> dict[str, int]:
 
 
 def alias_of(name: str, alias: str) -> int | None:
-    """The version's number that the alias points to; none where it points nowhere."""
-    return aliases(name).get(alias)
+    """The version's number that the alias points to; none where it points nowhere.
+
+    Raises:
+        RegistryError: there is no such model.
+    """
+    import mlflow
+
+    with _mapped(tr("The registered model {name} cannot be read.", name=name)):
+        try:
+            return int(_client().get_model_version_by_alias(name, alias).version)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code == "INVALID_PARAMETER_VALUE":  # so MLflow says that there is no such alias
+                return None
+            raise
 
 
-def versions_with(name: str, key: str, value: str) -> list[Version]:
-    """Versions whose tag has the value, oldest first."""
+def tag_of_promotion(key: str) -> dict[str, str]:
+    """The tag by which :func:`promoted_as` finds a version: MLflow's index is by the names of tags, not by values."""
+    return {f"{TAG_KEY}.{key}": "yes"}
+
+
+def promoted_as(name: str, key: str) -> list[Version]:
+    """The versions that promotions of this key have made, oldest first."""
     with _mapped(tr("The versions of {name} cannot be read.", name=name)):
-        found = _client().search_model_versions(f"name = '{name}' and tag.`{key}` = '{value}'")
+        (tag_,) = tag_of_promotion(key)
+        found = _client().search_model_versions(f"name = '{name}' and tag.`{tag_}` = 'yes'")
         return sorted((_version(v) for v in found), key=lambda v: v.number)
 
 
@@ -387,10 +439,58 @@ def _write(call: Callable[..., T], *arguments: Any, **named: Any) -> T:
     )(call, *arguments, **named)
 
 
+@dataclass(frozen=True)
+class _Recent:
+    """The last moves of an alias, and the versions whose tags have them.
+
+    One, or more where writers have met. None where an older release wrote the moves, or the version was deleted: then
+    the moves are those in the registered model's tags.
+    """
+
+    moves: list[Move]
+    versions: set[int]
+
+
+def _recent(name: str, alias: str) -> _Recent:
+    key = RECENT + alias
+    moves, versions = {}, set()
+    for version in _client().search_model_versions(f"name = '{name}' and tag.`{key}` LIKE '%'"):
+        with suppress(ValueError, TypeError, KeyError):  # a tag that somebody wrote by hand, or took away meanwhile
+            kept = json.loads(version.tags[key])
+            if kept["model"] == name:  # else MLflow copied the version, tags and all, from another
+                moves.update({one["key"]: Move(**one) for one in kept["moves"]})
+                versions.add(int(version.version))
+    return _Recent(_once(moves.values())[-_KEPT:] if versions else _journal(name, alias), versions)
+
+
+def _journal(name: str, alias: str) -> list[Move]:
+    moves = []
+    for key, value in _client().get_registered_model(name).tags.items():
+        if key.startswith(_HISTORY):
+            with suppress(ValueError, TypeError):  # a tag that somebody wrote by hand
+                moves.append(Move(**json.loads(value), key=key))
+    return _once(move for move in moves if move.alias == alias)
+
+
+def _once(moves: Iterable[Move]) -> list[Move]:
+    """In the order of time, and without what a server saw that whoever made the move wrote down as well."""
+    kept: list[Move] = []
+    for move in sorted(moves, key=lambda one: (one.time, one.key)):
+        if kept and (kept[-1].before, kept[-1].to) == (move.before, move.to) and BY_HAND in {kept[-1].how, move.how}:
+            kept[-1] = min(kept[-1], move, key=lambda one: one.how == BY_HAND)
+        else:
+            kept.append(move)
+    return kept
+
+
 def _client() -> Any:
     import mlflow
 
-    return mlflow.MlflowClient()
+    client = mlflow.MlflowClient()
+    # Before it sets a tag or an alias it fetches the registered model with every version, to see that it is no prompt.
+    # Here a version of the model was read before. (Where a later MLflow calls this otherwise, writes are slow again.)
+    client._raise_if_prompt = lambda _name: None
+    return client
 
 
 def _version(found: Any) -> Version:
@@ -412,6 +512,5 @@ def _mapped(message: str, *, mend: str = _AGAIN) -> Iterator[None]:
     except NamesakeError:
         raise
     except Exception as error:  # MLflow raises its own, sqlalchemy's, requests' and the stores' errors
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        told = tr("{message} ({store}: {error})", message=message, store=store_address(), error=said)
+        told = tr("{message} ({store}: {error})", message=message, store=store_address(), error=said(error))
         raise RegistryError(told, mend=mend) from error

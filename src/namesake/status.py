@@ -196,7 +196,7 @@ def show(found: Status, screen: Screen) -> None:
 def _registered(model: Model) -> Registered:
     number = model.aliases.get(CHAMPION)
     champion = Judged.of(registry.resolve(f"models:/{model.name}/{number}")) if number is not None else None
-    last = next(reversed(registry.history(model.name, CHAMPION)), None)
+    last = next(reversed(registry.recent(model.name, CHAMPION)), None)
     return Registered(
         model.name,
         model.identity,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from namesake.errors import NamesakeError, Stopped, TrackingError
+from namesake.errors import NamesakeError, Stopped, TrackingError, said
 from namesake.messages import tr
 from namesake.paths import store_address
 
@@ -606,8 +606,8 @@ def drop_model(model_uri: str) -> None:
     with _mapped():
         client, model_id = mlflow.MlflowClient(), model_uri.removeprefix("models:/")
         location = client.get_logged_model(model_id).artifact_location
+        get_artifact_repository(location).delete_artifacts()  # first: on a full disk the database can take nothing else
         client.delete_logged_model(model_id)
-        get_artifact_repository(location).delete_artifacts()
 
 
 @contextmanager
@@ -643,6 +643,6 @@ def _mapped() -> Iterator[None]:
         raise
     except Exception as error:  # MLflow raises its own, sqlalchemy's, requests' and the stores' errors
         raise TrackingError(
-            tr("MLflow tracking failed: {error}", error=(str(error) or type(error).__name__).splitlines()[0]),
+            tr("MLflow tracking failed: {error}", error=said(error)),
             mend=tr("Check MLFLOW_TRACKING_URI ({store}).", store=store_address()),
         ) from error

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -34,7 +35,7 @@ from namesake import base_model, corpus, leftovers, manifest, promotion, registr
 from namesake import run as training
 from namesake.cli import app
 from namesake.corpus import Message
-from namesake.errors import InputError, NamesakeError
+from namesake.errors import InputError, NamesakeError, PromotionError
 from namesake.gate import Policy
 from namesake.generate import Reply, Sampling
 from namesake.manifest import Manifest
@@ -393,6 +394,44 @@ def test_a_cut_connection_leaves_nothing_half_made_and_a_rerun_converges(
     assert_nothing_half_made(store)
     outcome = here(store, run_id)
     assert (outcome.version.number, outcome.pointed) == (1, True)
+    assert [move.to for move in registry.history("ccb", "champion")] == [1]
+    assert_nothing_half_made(store)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own in the test's folder."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(tmp_path)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no file system may be mounted here: {made.stderr.strip()}")
+    yield tmp_path
+    os.chdir("/")
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_leaves_nothing_half_made_and_a_rerun_converges(
+    disk: Path, store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Database, artifacts and temporary files share the disk."""
+    ballast = disk / "ballast"
+    told = []
+    for room in (0, 1 << 16, 1 << 17, 1 << 18):  # the database takes nothing; then ever more of the merged model fits
+        free = shutil.disk_usage(disk).free
+        ballast.write_bytes(b"x" * (free - room))
+        with pytest.raises(PromotionError, match="There is no room left") as full:
+            here(store, run_id)
+        told.append(full.value.message)
+        ballast.unlink()
+        with monkeypatch.context() as given:
+            given.setattr(tempfile, "tempdir", f"{disk}/tmp")
+            assert leftovers.find(0) == []
+        assert registry.identity_of("ccb") is None
+    assert [len(message.splitlines()) for message in told] == [1] * 4
+    assert "database or disk is full" in told[0]
+    runs = store.client().search_runs(["0"], f"tags.`{tracking.TAG_KIND}` = 'promote'")
+    assert {run.info.status for run in runs} == {"FAILED"}
+    assert here(store, run_id).version.number == 1
     assert [move.to for move in registry.history("ccb", "champion")] == [1]
     assert_nothing_half_made(store)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 
-from namesake import registry
+from namesake import registry, versions
 from namesake.errors import RegistryError
 from namesake_serving.follow import where_it_points
 
@@ -60,6 +62,61 @@ def test_versions_that_several_make_have_a_number_each(client: mlflow.MlflowClie
     )
     assert errors == []
     assert [version.number for version in registry.newest_versions("ccb", 99)] == list(range(WRITERS, 0, -1))
+
+
+def test_moves_that_several_make_are_all_kept(client: mlflow.MlflowClient) -> None:
+    for _ in range(2 * WRITERS):
+        client.create_model_version("ccb", "/somewhere")
+    for first in (1, 1 + WRITERS):  # from nowhere, and then from what the first ones left
+
+        def move(writer: int, first: int = first) -> None:
+            versions.point(registry.resolve(f"models:/ccb/{first + writer}"), "champion", how="promote", why="")
+
+        assert together(move) == []
+    assert sorted(move.to for move in registry.history("ccb", "champion")) == list(range(1, 2 * WRITERS + 1))
+    now = registry.alias_of("ccb", "champion")
+    registry.record_move("ccb", registry.Move(time.time(), "champion", now, 1, "ann", "promote"))
+    found = client.search_model_versions("name = 'ccb' and tag.`namesake.recent.champion` LIKE '%'")
+    assert [version.version for version in found] == [1]
+    assert registry.recent("ccb", "champion")[-1].to == 1
+
+
+def test_promotion_and_look_ups_read_no_version_but_their_own(
+    client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def promoted(key: str) -> registry.Version:
+        if found := registry.promoted_as("ccb", key):
+            return found[0]
+        assert registry.identity_of("ccb") == "踩踩背 CCB"
+        model = client.create_logged_model("0", name="model")
+        version = registry.register(
+            "ccb",
+            f"models:/{model.model_id}",
+            run_id="",
+            identity="踩踩背 CCB",
+            tags=registry.tag_of_promotion(key),
+            description="",
+        )
+        registry.tag(version, "namesake.gate", "passed")
+        registry.tag(version, registry.TAG_SERVING_ERROR, None)
+        versions.point(version, "champion", how="promote", why="")
+        return version
+
+    promoted("first")
+
+    def reads_every_version(*_: object, **__: object) -> None:
+        raise AssertionError("MLflow fetches each version of the model for that")
+
+    for call in ("get_registered_model", "search_registered_models", "get_latest_versions"):
+        monkeypatch.setattr(SqlAlchemyStore, call, reads_every_version)
+    second = promoted("second")
+    assert promoted("second").number == second.number == 2
+    move = versions.point(registry.resolve("models:/ccb/1"), "champion", how="rollback", why="")
+    assert (move.before, registry.alias_of("ccb", "champion")) == (2, 1)
+    assert registry.alias_of("ccb", "challenger") is None
+    assert [move.to for move in registry.history("ccb", "champion")] == [1, 2, 1]
+    assert registry.recent("ccb", "champion") == registry.history("ccb", "champion")
+    registry.delete(second)
 
 
 def test_what_is_no_conflict_is_not_tried_again(client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:

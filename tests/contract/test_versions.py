@@ -99,7 +99,14 @@ def test_other_aliases_have_a_history_of_their_own(client: mlflow.MlflowClient, 
     assert len(registry.history("ccb", "challenger")) == 1
 
 
+def bare(client: mlflow.MlflowClient, many: int = 1) -> None:
+    """Versions that are there, no more."""
+    for _ in range(many):
+        client.create_model_version("ccb", "/somewhere")
+
+
 def test_a_move_seen_by_several_servers_is_one_entry(client: mlflow.MlflowClient) -> None:
+    bare(client)
     for second in range(3):
         registry.record_move("ccb", Move(time.time() + second, "champion", None, 1, "", registry.BY_HAND))
     assert moves() == [(None, 1, "by hand")]
@@ -109,6 +116,7 @@ def test_a_move_seen_by_several_servers_is_one_entry(client: mlflow.MlflowClient
 def test_a_promotion_that_a_server_saw_too_is_one_entry_by_the_promotion(
     client: mlflow.MlflowClient, seen_first: bool
 ) -> None:
+    bare(client)
     seen = Move(time.time(), "champion", None, 1, "", registry.BY_HAND)
     made = Move(time.time(), "champion", None, 1, "ann", "promote")
     for move in (seen, made) if seen_first else (made, seen):
@@ -117,15 +125,88 @@ def test_a_promotion_that_a_server_saw_too_is_one_entry_by_the_promotion(
 
 
 def test_there_and_back_and_there_again_are_all_kept(client: mlflow.MlflowClient) -> None:
-    pairs = [(None, 1), (1, 2), (2, 1), (1, 2)]
+    bare(client, 2)
+    pairs = [(None, 1), (1, 2), (2, 1), *[(1, 2), (2, 1)] * 6]  # more than a version's tag keeps
     for second, (before, to) in enumerate(pairs):
         registry.record_move("ccb", Move(float(second), "champion", before, to, "", registry.BY_HAND))
-    assert [(before, to) for before, to, _ in moves()] == pairs
+        assert [(before, to) for before, to, _ in moves()] == pairs[: second + 1]
+    assert [(move.before, move.to) for move in registry.recent("ccb", "champion")] == pairs[-10:]
+
+
+def recent_tags(client: mlflow.MlflowClient) -> list[int]:
+    """The versions that hold the last moves."""
+    found = client.search_model_versions("name = 'ccb' and tag.`namesake.recent.champion` LIKE '%'")
+    return [int(version.version) for version in found]
+
+
+def test_moves_of_an_older_release_are_read_and_taken_along(client: mlflow.MlflowClient) -> None:
+    bare(client, 3)
+    for number in (1, 2):  # on the registered model alone
+        old = {"time": float(number), "alias": "champion", "before": number - 1 or None, "to": number, "who": "ann"}
+        key = f"namesake.history.{number}"
+        client.set_registered_model_tag("ccb", key, json.dumps({**old, "how": "promote", "why": ""}))
+    client.set_registered_model_alias("ccb", "champion", "2")
+    assert moves() == [(None, 1, "promote"), (1, 2, "promote")]
+    versions.point(registry.resolve("models:/ccb/3"), "champion", how="promote", why="")
+    assert recent_tags(client) == [3]
+    assert moves() == [(None, 1, "promote"), (1, 2, "promote"), (2, 3, "promote")]
+
+
+def test_the_history_outlives_the_versions(client: mlflow.MlflowClient) -> None:
+    bare(client, 3)
+    for number in (1, 2, 3):
+        versions.point(registry.resolve(f"models:/ccb/{number}"), "champion", how="promote", why="")
+    for number in ("1", "3"):
+        client.delete_model_version("ccb", number)
+        assert [to for _, to, _ in moves()] == [1, 2, 3]
+
+
+def test_a_move_that_reached_the_registered_model_alone_is_one_when_it_is_made_again(
+    client: mlflow.MlflowClient,
+) -> None:
+    bare(client, 2)
+    versions.point(registry.resolve("models:/ccb/1"), "champion", how="promote", why="")
+    kept = client.get_model_version("ccb", "1").tags["namesake.recent.champion"]
+    versions.point(registry.resolve("models:/ccb/2"), "champion", how="promote", why="")
+    client.delete_model_version_tag("ccb", "2", "namesake.recent.champion")  # as if killed before it
+    client.set_model_version_tag("ccb", "1", "namesake.recent.champion", kept)
+    versions.point(registry.resolve("models:/ccb/2"), "champion", how="promote", why="")
+    assert moves() == [(None, 1, "promote"), (1, 2, "promote")]
+    assert recent_tags(client) == [2]
+
+
+def test_a_version_that_was_copied_from_another_model_brings_neither_identity_nor_history(
+    client: mlflow.MlflowClient,
+) -> None:
+    model = client.create_logged_model("0", name="model")
+    made = registry.register(
+        "ccb", f"models:/{model.model_id}", run_id="", identity="踩踩背 CCB", tags={}, description=""
+    )
+    versions.point(made, "champion", how="promote", why="")
+    client.create_registered_model("other", tags={registry.TAG_IDENTITY: "小黄 Xiao Huang"})
+    client.copy_model_version("models:/ccb/1", "other")
+    client.set_registered_model_alias("other", "champion", "1")
+    assert registry.identity_of("ccb") == "踩踩背 CCB"
+    assert registry.identity_of("other") == "小黄 Xiao Huang"
+    assert registry.history("other", "champion") == registry.recent("other", "champion") == []
+
+
+def test_whose_a_model_is_and_where_an_alias_points_where_there_is_none(client: mlflow.MlflowClient) -> None:
+    assert registry.identity_of("nobody") is None
+    assert registry.identity_of("ccb") == "踩踩背 CCB"  # without a version
+    assert registry.alias_of("ccb", "champion") is None
+    for read in (registry.alias_of, registry.recent, registry.history):
+        with pytest.raises(RegistryError, match="nobody cannot be read"):
+            read("nobody", "champion")
 
 
 def test_a_tag_written_by_hand_does_not_break_the_history(client: mlflow.MlflowClient) -> None:
     client.set_registered_model_tag("ccb", "namesake.history.mine", "no json")
     client.set_registered_model_tag("ccb", "namesake.history.other", "{}")
+    bare(client)
+    for value in ("no json", "[]", '{"model": "ccb"}'):
+        client.set_model_version_tag("ccb", "1", "namesake.recent.champion", value)
+        assert moves() == []
     assert moves() == []
 
 

@@ -292,7 +292,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     made = World()
     monkeypatch.setitem(cast(Any, Follower.__init__).__kwdefaults__, "resolve", made.resolve)
     monkeypatch.setattr(registry, "tag", made.tag)
-    monkeypatch.setattr(registry, "history", lambda _name, _alias: [])
+    monkeypatch.setattr(registry, "recent", lambda _name, _alias: [])
     monkeypatch.setattr(registry, "record_move", lambda _name, move: made.moves.append(move))
     monkeypatch.setattr(store, "fetch", made.fetch)
     monkeypatch.setattr(store, "check_weights", made.check_weights)
@@ -306,6 +306,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     monkeypatch.setattr(engine, "available_memory", lambda: 100)
     made.adapters = tmp_path / "store"
     monkeypatch.setattr(service, "_WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(service, "_NOTE_SECONDS", 0.01)
     return made
 
 
