@@ -178,6 +178,8 @@ class Gateway:
         """Answer one request."""
         if scope["type"] != "http":
             return
+        if self._traces is not None:
+            self._traces.start()
         headers: dict[str, str] = {}
         twice = False
         for raw_name, raw_value in scope["headers"]:

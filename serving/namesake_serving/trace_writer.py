@@ -30,7 +30,7 @@ MAX_TEXT_CHARACTERS = 131_072
 LAST_SECONDS = 5.0
 """What still waits when the gateway ends may take so long."""
 
-_NICE = 10
+_NICE = 5
 
 _log = logging.getLogger("namesake.traces")
 

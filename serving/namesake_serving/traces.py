@@ -25,7 +25,7 @@ MOST = 1000
 MOST_BYTES = 32 << 20
 """The same in bytes, since some have texts."""
 
-FEEDBACK_SECONDS = 10.0
+FEEDBACK_SECONDS = 15.0
 """How long whoever gives feedback waits for MLflow."""
 
 MOST_FEEDBACK = 64
@@ -63,6 +63,11 @@ class Traces:
         self._process: asyncio.subprocess.Process | None = None
         self._work: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
+
+    def start(self) -> None:
+        """Start the process, where that has not been done: it takes a second to be of use."""
+        if self._work is None:
+            self._work = asyncio.create_task(self._run())
 
     def wants(self) -> bool:
         """Whether the next answer is to be traced."""
@@ -119,8 +124,7 @@ class Traces:
                 await asyncio.gather(self._work, return_exceptions=True)
 
     def _send(self, line: bytes) -> None:
-        if self._work is None:
-            self._work = asyncio.create_task(self._run())
+        self.start()
         to = self._process.stdin if self._process is not None else None
         if to is None:
             self._early.append(line)

@@ -180,7 +180,25 @@ async def test_where_mlflow_is_away_every_answer_comes_and_traces_are_counted_as
 async def test_a_share_of_none_traces_none_and_without_traces_there_is_no_feedback() -> None:
     async with front(traces=True, traces_share=0) as gate:
         assert "x-namesake-trace" not in (await gate.ask("POST", CHAT)).headers
-        assert gate.gateway._traces._work is None  # type: ignore[union-attr]
+        assert "namesake_traces_total{" not in gate.serving.metrics.text().decode()
     async with front() as gate:
         assert "x-namesake-trace" not in (await gate.ask("POST", CHAT)).headers
         assert (await gate.ask("POST", FEEDBACK, body={"value": True})).status == 404
+
+
+@in_a_loop
+async def test_feedback_is_let_in_as_every_other_request_is() -> None:
+    body = {"trace_id": f"tr-{'0' * 32}", "value": True}
+    async with front(traces=True, api_keys=(KEY,), requests_per_minute=2, max_body_bytes=1024) as gate:
+        for headers in ([], ["Authorization: Bearer wrong"], [f"Authorization: Basic {KEY}"], [f"X-Api-Key: {KEY}"]):
+            assert (await gate.ask("POST", FEEDBACK, *headers, body=body)).error["code"] == "invalid_api_key"
+        assert (await gate.ask("POST", FEEDBACK, AS_ALICE, AS_ALICE, body=body)).status == 400
+        assert (await gate.ask("POST", FEEDBACK, AS_ALICE, body=body, host="evil.example")).status == 400
+        assert (await gate.ask("GET", FEEDBACK, AS_ALICE)).status == 405
+        for target in ("//v1/feedback", "/v1%2ffeedback", "/v1/feedback/", "/V1/feedback"):
+            assert (await gate.ask("POST", target, AS_ALICE, body=body)).status == 404
+        long = {**body, "rationale": "x" * 1024}
+        assert (await gate.ask("POST", FEEDBACK, AS_ALICE, body=long)).error["code"] == "body_too_large"
+        assert (await gate.ask("POST", FEEDBACK, AS_ALICE, body={**body, "value": None})).error["param"] == "value"
+        assert (await gate.ask("POST", FEEDBACK, AS_ALICE, body=body)).error["code"] == "rate_limit_exceeded"
+        assert "namesake_feedback_total{" not in gate.serving.metrics.text().decode()  # none got as far as MLflow

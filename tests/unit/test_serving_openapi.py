@@ -17,7 +17,7 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi.checks import RejectedPositiveData
 
-from namesake_serving.requests import FIELDS
+from namesake_serving.requests import FEEDBACK, FIELDS
 from tests.unit.test_serving_gateway import BODIES, CHAT, KEY, RESPONSES, TEXT, Front, front
 
 DESCRIPTION = Path(__file__).parents[2] / "docs" / "guide" / "reference" / "openapi.json"
@@ -26,25 +26,31 @@ BETWEEN_FIELDS = {"tool_choice", "stream_options", "top_logprobs"}
 
 
 @pytest.fixture(scope="module")
-def gate() -> Iterator[Front]:
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     """The gateway on a free port, in a thread of its own."""
     ready, end, found = threading.Event(), threading.Event(), []
 
     async def serve() -> None:
-        async with front(api_keys=(KEY,), webhook_secret="secret") as one:
+        async with front(api_keys=(KEY,), webhook_secret="secret", traces=True, traces_share=0) as one:
             found.append(one)
             ready.set()
             while not end.is_set():
                 await asyncio.sleep(0.05)
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    assert ready.wait(20)
-    try:
-        yield found[0]
-    finally:
-        end.set()
-        thread.join(20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('traces')}/mlflow.db")
+        thread.start()
+        assert ready.wait(20)
+        try:
+            # MLflow makes its tables; after that feedback is answered at once.
+            body = {"trace_id": f"tr-{'0' * 32}", "value": True}
+            while asyncio.run(found[0].ask("POST", FEEDBACK, f"Authorization: Bearer {KEY}", body=body)).status != 404:
+                pass
+            yield found[0]
+        finally:
+            end.set()
+            thread.join(20)
 
 
 schema = schemathesis.openapi.from_dict(
