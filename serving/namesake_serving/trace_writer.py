@@ -128,7 +128,8 @@ def main() -> None:
     for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", "10")):
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
     os.nice(_NICE)  # the answers themselves come first
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's; it ends this by ending its input
+    for number in (signal.SIGINT, signal.SIGTERM):  # the gateway ends this by ending its input, when it has finished
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     told = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is not for the gateway

@@ -32,7 +32,7 @@ MOST_FEEDBACK = 64
 """Feedback that may wait."""
 
 _LAST_SECONDS = 6.0
-_LONGEST_PAUSE = 30.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _LINE = 1 << 20
 
 _log = logging.getLogger("namesake.traces")
@@ -132,7 +132,7 @@ class Traces:
             to.write(line)
 
     async def _run(self) -> None:
-        pause = 1.0
+        pause = _FIRST_PAUSE
         while not self._closing.is_set():
             begun, why = time.monotonic(), ""
             try:
@@ -157,10 +157,12 @@ class Traces:
             if self._closing.is_set():
                 return
             _log.error("the process that writes traces ended by itself (%s); it is started again", why)
-            pause = 1.0 if time.monotonic() - begun > _LONGEST_PAUSE else min(2 * pause, _LONGEST_PAUSE)
+            if time.monotonic() - begun > _LONGEST_PAUSE:
+                pause = _FIRST_PAUSE
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._closing.wait()
+            pause = min(2 * pause, _LONGEST_PAUSE)
         self._lost()
 
     async def _serve(self, process: asyncio.subprocess.Process) -> None:
