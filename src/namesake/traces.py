@@ -19,7 +19,7 @@ from namesake.messages import tr
 TRACE_ID = re.compile(r"tr-[0-9a-f]{32}")
 """MLflow's id of a trace: OpenTelemetry's 16 bytes in hexadecimal digits."""
 
-_PREVIEW, _MOST = 1000, 250
+_PREVIEW, _MOST, _RATIONALE = 1000, 250, 4096
 _DEFAULT_EXPERIMENT = "0"
 _MODEL_ID = re.compile(r"\b(m-[0-9a-f]{32})\b")
 
@@ -120,7 +120,7 @@ class Traces:
             said = Feedback(
                 name=name,
                 value=value,
-                rationale=rationale,
+                rationale=_short(rationale, _RATIONALE) if rationale is not None else None,
                 source=AssessmentSource(source_type=AssessmentSourceType.HUMAN, source_id=source),
                 overrides=before[-1] if before else None,
             )
@@ -171,8 +171,8 @@ def _info(answer: Answer, experiment: str, model_id: str) -> Any:
 
     about = {
         TraceMetadataKey.MODEL_ID: model_id,
-        TraceMetadataKey.TRACE_SESSION: answer.session[:_MOST],
-        TraceMetadataKey.TRACE_USER: answer.user[:_MOST],
+        TraceMetadataKey.TRACE_SESSION: _short(answer.session, _MOST),
+        TraceMetadataKey.TRACE_USER: _short(answer.user, _MOST),
         TraceMetadataKey.TOKEN_USAGE: json.dumps(_usage(answer)),
     }
     tags = {
@@ -189,8 +189,8 @@ def _info(answer: Answer, experiment: str, model_id: str) -> Any:
         request_time=answer.begun // 1_000_000,
         execution_duration=(answer.ended - answer.begun) // 1_000_000,
         state=TraceState.OK if answer.status < 400 else TraceState.ERROR,
-        request_preview=_last(answer.asked_for)[:_PREVIEW] if answer.asked_for is not None else None,
-        response_preview=answer.said[:_PREVIEW] if answer.said is not None else None,
+        request_preview=_short(_last(answer.asked_for), _PREVIEW) if answer.asked_for is not None else None,
+        response_preview=_short(answer.said, _PREVIEW) if answer.said is not None else None,
         trace_metadata={key: value for key, value in about.items() if value},
         tags={key: value for key, value in tags.items() if value},
     )
@@ -212,8 +212,8 @@ def _spans(answer: Answer) -> Iterator[Any]:
         "namesake.version": answer.version,
         "namesake.run": answer.run,
         "namesake.alias": answer.alias,
-        "session.id": answer.session[:_MOST],
-        "user.id": answer.user[:_MOST],
+        "session.id": _short(answer.session, _MOST),
+        "user.id": _short(answer.user, _MOST),
         "gen_ai.response.model": answer.model,
         "gen_ai.usage.input_tokens": answer.prompt,
         "gen_ai.usage.output_tokens": answer.completion,
@@ -270,6 +270,11 @@ def _usage(answer: Answer) -> dict[str, int]:
         "output_tokens": answer.completion,
         "total_tokens": answer.prompt + answer.completion,
     }
+
+
+def _short(text: str, most: int) -> str:
+    """What a column takes: so many characters, and (PostgreSQL) no NUL, for which it would refuse a whole batch."""
+    return text[:most].replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def _last(asked: Mapping[str, Any]) -> str:

@@ -78,7 +78,7 @@ async def test_each_answer_is_a_trace_of_its_versions_logged_model_and_feedback_
         gate.serving.traffic.live = live(gate.upstream, 1, name=name)
         gate.upstream.whole = whole("我是踩踩背。", usage=USAGE)
         gate.upstream.script = (event("我是踩踩背。", usage=USAGE), b"data: [DONE]\n\n")
-        asked = {**BODIES[CHAT], "temperature": 0.5, "user": "session-1"}
+        asked = {**BODIES[CHAT], "temperature": 0.5, "user": "session-1\0"}  # PostgreSQL takes no NUL
         one = await gate.ask("POST", CHAT, AS_ALICE, body=asked)
         good = await say(gate, one, True)  # the trace itself may not be written yet
         assert good.status == 200, good.body
@@ -107,7 +107,7 @@ async def test_each_answer_is_a_trace_of_its_versions_logged_model_and_feedback_
     first = kept[one.headers["x-namesake-trace"]]
     assert first.info.client_request_id == one.headers["x-request-id"]
     assert first.info.trace_metadata["mlflow.modelId"] == model_id
-    assert first.info.trace_metadata["mlflow.trace.session"] == "session-1"
+    assert first.info.trace_metadata["mlflow.trace.session"] == "session-1\N{REPLACEMENT CHARACTER}"
     assert first.info.trace_metadata["mlflow.trace.user"] == "alice"
     assert json.loads(first.info.trace_metadata["mlflow.trace.tokenUsage"])["output_tokens"] == 5
     assert (first.info.state.value, first.info.tags["namesake.version"]) == ("OK", f"{name}-v1")
