@@ -70,7 +70,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rate", type=float, default=20, help="requests a second of the first half")
-    parser.add_argument("--clients", type=int, default=4, help="of the second half")
+    parser.add_argument("--clients", type=int, default=4, help="of the second half; 0: without it")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5, help="of each round")
     parser.add_argument("--part", choices=WAYS, help=argparse.SUPPRESS)
@@ -95,7 +95,7 @@ def main() -> None:
             asyncio.run(ask(ports[way], 1, 1))  # warm; the writer starts
         time.sleep(5)
         try:
-            for load in (f"{given.rate:g} a second", f"{given.clients} clients"):
+            for load in (f"{given.rate:g} a second", *([f"{given.clients} clients"] if given.clients else [])):
                 for _ in range(given.rounds):
                     for way, port in ports.items():
                         if load.endswith("second"):

@@ -15,10 +15,11 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 from namesake import process
-from namesake.errors import NamesakeError, RegistryError
+from namesake.errors import RegistryError
 from namesake_serving.shadow import text_of
 
 AT_ONCE = 50
@@ -142,12 +143,9 @@ def main() -> None:
         timer.start()
 
     threading.Thread(target=read, daemon=True).start()
-    try:
+    with suppress(BrokenPipeError):  # the gateway was killed
         writer.write()
-    except BrokenPipeError:  # the gateway was killed
-        pass
-    except NamesakeError as error:
-        sys.exit(error.message)
+    os._exit(0)  # the other thread may be reading still, which Python's own end would not bear
 
 
 if __name__ == "__main__":

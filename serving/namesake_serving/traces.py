@@ -1,7 +1,7 @@
 """Traces of answers into MLflow, off the requests' way: a bounded queue into a process of its own.
 
 No request waits for it or fails by it: where MLflow is away or slow, traces are dropped and counted. A process, not a
-thread: what MLflow's client takes of the interpreter (milliseconds a trace) would hold up every answer under way.
+thread: MLflow's client takes milliseconds of the interpreter for a trace, and may stand still for longer.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from hashlib import sha256
@@ -174,6 +176,22 @@ async def test_where_mlflow_is_away_every_answer_comes_and_traces_are_counted_as
         assert (said.status, said.headers["retry-after"], said.error["code"]) == (503, "2", "unavailable")
         await until(lambda: logged(gate, "failed") == 3)
         assert gate.figure('namesake_feedback_total{result="failed"}') == 1
+
+
+def test_a_writer_whose_gateway_was_killed_ends_by_itself_also_with_something_to_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    words = [sys.executable, "-m", "namesake_serving.trace_writer"]
+    writer = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writer.stdin is not None
+    assert writer.stdout is not None
+    writer.stdout.close()
+    said = {"trace": "tr-1", "name": "feedback", "value": True, "rationale": None, "source": "alice"}
+    writer.stdin.write(json.dumps({"feedback": 1, "until": time.time() + 60, **said}).encode() + b"\n")
+    writer.stdin.close()
+    assert writer.wait(60) == 0
 
 
 @in_a_loop
