@@ -54,12 +54,14 @@ ROUTES = {
     "/chat.css": "A part of the chat page.",
     "/chat.js": "A part of the chat page.",
     "/favicon.svg": "A part of the chat page.",
+    "/v1/feedback": "What somebody says of an answer, onto its trace; there only with `traces`.",
     "/webhooks/mlflow": "MLflow's signed call that an alias has moved; there only with `webhook_url` or `webhook_secret`.",
 }
 HEADERS = {
     "x-namesake-version": "The version that answers, as a model id: `ccb-v3`.",
     "x-namesake-run": "The training run it came from.",
     "x-namesake-alias": "The alias it was chosen by; empty where a version or the base was asked for by its own name.",
+    "x-namesake-trace": "The answer's trace in MLflow; there only with `traces`, and where it is one of their share.",
     "x-request-id": "Made anew for each request, and in the log.",
     "x-ratelimit-limit-requests": "The key's requests a minute; `-tokens` the same of tokens. There only where there is a limit.",
     "x-ratelimit-remaining-requests": "What is left of them at this moment; `-tokens` too.",
@@ -82,6 +84,8 @@ LIMITS = {
     "MAX_PATTERN_CHARACTERS": "characters of a regular expression in a JSON schema",
     "MAX_TOOLS": "tools, and calls of tools in a message",
     "MAX_DEPTH": "levels of nesting of the JSON body",
+    "MAX_FEEDBACK_CHARACTERS": "characters of a text in feedback, and of its `rationale`",
+    "MAX_FEEDBACK_NUMBER": "a number in feedback, either side of zero",
 }
 VARIABLES = {
     "MLFLOW_TRACKING_URI": "MLflow's database or server; without it `sqlite:///mlflow.db` in the working folder.",
@@ -421,6 +425,7 @@ def write_http(words: Words) -> Iterator[str]:
             *((f"`{path}`", listed(fields - shared)) for path, fields in requests.FIELDS.items()),
             (words("taken and not handed on", "接受但不转交"), listed(requests.DROPPED)),
             (words("roles of a message", "消息的角色"), listed(requests.ROLES)),
+            (f"`{requests.FEEDBACK}`", listed(requests.FEEDBACK_FIELDS)),
         ),
     )
     yield words("## Bounds of a request", "## 请求的界限")
@@ -443,7 +448,7 @@ def routes() -> dict[str, list[str]]:
     """Methods by path, from the gateway's own table."""
     with tempfile.TemporaryDirectory() as folder:
         made = service.Service("models:/ccb@champion", Settings(), Path(folder), Path(folder), Metrics())
-        door = gateway.Gateway(made, Settings(webhook_secret="s"))  # the webhook has a route only with one
+        door = gateway.Gateway(made, Settings(webhook_secret="s", traces=True))  # some routes are there only with these
         found = {path: [*methods] for path, methods in door._routes.items()}
     if set(found) != set(ROUTES):
         raise SystemExit(f"routes of the gateway and ROUTES differ: {sorted(set(found) ^ set(ROUTES))}")

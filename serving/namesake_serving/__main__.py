@@ -22,7 +22,7 @@ from namesake.errors import InputError, NamesakeError, RegistryError, ServingErr
 from namesake.messages import tr, translated
 from namesake.paths import cache_folder
 from namesake.registry import CHAMPION, Version
-from namesake_serving import settings, store
+from namesake_serving import logs, settings, store
 from namesake_serving.front import Server, Tls, tls
 from namesake_serving.gateway import Gateway
 from namesake_serving.metrics import Metrics
@@ -58,6 +58,15 @@ def serve(
         str | None, typer.Option(help="Share of the requests that it gets a copy of. [default: none]")
     ] = None,
     shadow_folder: Annotated[Path | None, typer.Option(help="Where both answers to them are kept.")] = None,
+    traces: Annotated[
+        bool | None, typer.Option("--traces", help="Log an MLflow trace of each answer, without texts; take feedback.")
+    ] = None,
+    traces_text: Annotated[
+        bool | None, typer.Option("--traces-text", help="Requests and replies in the traces too.")
+    ] = None,
+    traces_share: Annotated[
+        str | None, typer.Option(help="Share of the answers that are traced: 10%. [default: all]")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[str | None, typer.Option(help="Port to listen on. [default: 8000]")] = None,
     allow_host: Annotated[
@@ -105,6 +114,7 @@ def serve(
     engine_arg: Annotated[
         list[str] | None, typer.Option(help="More for vLLM, once each: --engine-arg=--dtype=float32")
     ] = None,
+    log_format: Annotated[str | None, typer.Option(help="text, or json: an object a line. [default: text]")] = None,
 ) -> None:
     """Serve the version an alias points to, behind an OpenAI-compatible endpoint, and follow the alias."""
     given = settings.read(
@@ -117,6 +127,9 @@ def serve(
         canary=canary,
         shadow=shadow,
         shadow_folder=shadow_folder,
+        traces=traces,
+        traces_text=traces_text,
+        traces_share=traces_share,
         host=host,
         port=port,
         allowed_hosts=tuple(allow_host) if allow_host else None,
@@ -134,11 +147,14 @@ def serve(
         require_gate=require_gate,
         shutdown_seconds=shutdown_seconds,
         engine_args=tuple(engine_arg) if engine_arg else None,
+        log_format=log_format,
     )
     if given.webhook_url and not given.webhook_secret:
         given = given.model_copy(update={"webhook_secret": secrets.token_urlsafe(32)})
     if given.shadow and given.shadow_folder is None:
         raise InputError("shadow_folder", "", "is needed with shadow", mend="Say where: --shadow-folder FOLDER.")
+    if given.traces_text and not given.traces:
+        raise InputError("traces_text", True, "is of no use without traces", mend="Give --traces too.")
     certificate = tls(given)
     listening = listen(given.host, given.port)
     uri, first = choose(given.model)
@@ -149,9 +165,7 @@ def serve(
             tr("is what is served ({uri}); it cannot be compared with itself", uri=uri),
             mend="Serve another alias, or name another one: NAMESAKE_SERVE_CHALLENGER=candidate.",
         )
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
-    )
+    logs.begin(given.log_format)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="namesake-serve-") as folder:
         asyncio.run(_serve(uri, first, given, certificate, listening, Path(folder)))

@@ -26,10 +26,11 @@ import aiohttp
 from namesake_serving import page, webhook
 from namesake_serving.keys import Key, Keys
 from namesake_serving.limits import Allowance, Allowances, Full, Turns
-from namesake_serving.requests import CHAT, RESPONSES, TEXT, BadRequest, check, parse
+from namesake_serving.requests import CHAT, FEEDBACK, RESPONSES, TEXT, BadRequest, check, feedback, parse
 from namesake_serving.service import Service
 from namesake_serving.settings import Settings
 from namesake_serving.shadow import Kept, Shadow
+from namesake_serving.traces import Traces, Unknown, Unwritten
 from namesake_serving.traffic import Answerer, Live, NotReady, UnknownModel
 from namesake_serving.webhook import Webhook
 
@@ -43,6 +44,22 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _RETRY_SECONDS = "2"
 _OPEN = {"/health", "/ready", webhook.PATH} | page.PATHS
 """Answered without a key: nothing in them is anybody's, or (the webhook) the body is signed."""
+
+_NOBODY = "anonymous"
+"""Who gives feedback where no key is needed."""
+
+_TOLD = (
+    "stream",
+    "temperature",
+    "top_p",
+    "top_k",
+    "n",
+    "seed",
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+)
+"""What a trace tells of a request without its text."""
 
 _BYTES_A_TOKEN = 4
 _EVENT = b'data: {"id"'
@@ -86,8 +103,28 @@ class _Request:
     version: str = ""
     first_byte: float = 0.0
     kept: Kept | None = None
+    traced: _Traced | None = None
     key: Key = field(default_factory=Key)
     allowance: Allowance | None = None
+
+
+@dataclass
+class _Traced:
+    """What a trace tells of a request beyond that, once the engine has been asked.
+
+    Attributes:
+        live, alias: who answers, and the alias it was chosen by; none before the engine is asked.
+        asked_at: when the engine was asked, by the monotonic clock.
+        body: the client's request.
+    """
+
+    id: str
+    body: dict[str, Any]
+    session: str
+    used: _Used
+    live: Answerer | None = None
+    alias: str = ""
+    asked_at: float = 0.0
 
 
 class Gateway:
@@ -109,6 +146,7 @@ class Gateway:
             if settings.shadow and settings.shadow_folder
             else None
         )
+        self._traces = Traces(settings.traces_share, service.metrics) if settings.traces else None
         self._allowances = Allowances(settings.requests_per_minute, settings.tokens_per_minute)
         self._turns = Turns(settings.streams, settings.most_requests)
         self.draining = False
@@ -133,12 +171,15 @@ class Gateway:
             "/metrics": {"GET": self._metrics},
             **{path: {"GET": self._page} for path in page.PATHS},
             **({webhook.PATH: {"POST": self._woken}} if self._webhook else {}),
+            **({FEEDBACK: {"POST": self._feedback}} if self._traces else {}),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             return
+        if self._traces is not None:
+            self._traces.start()
         headers: dict[str, str] = {}
         twice = False
         for raw_name, raw_value in scope["headers"]:
@@ -183,12 +224,59 @@ class Gateway:
                 "%s %s %s %d %s %s %.3fs",
                 *(request.id, request.method, request.path.encode("unicode_escape").decode(), request.status),
                 *(request.version or "-", request.key.name or "-", time.monotonic() - request.begun),
+                extra={"fields": self._fields(request)},
             )
+            if self._traces is not None and request.traced is not None and request.traced.live is not None:
+                self._traces.add(self._answer_of(request, request.traced, request.traced.live))
+
+    @staticmethod
+    def _fields(request: _Request) -> dict[str, Any]:
+        """What the log says of a request, where it is JSON."""
+        return {
+            "request": request.id,
+            "method": request.method,
+            "path": request.path,
+            "status": request.status,
+            "version": request.version,
+            "key": request.key.name,
+            "seconds": round(time.monotonic() - request.begun, 4),
+            "trace": request.traced.id if request.traced is not None and request.traced.live is not None else "",
+        }
+
+    def _answer_of(self, request: _Request, traced: _Traced, live: Answerer) -> dict[str, Any]:
+        """As :class:`namesake.traces.Answer` has it."""
+        now, clock = time.time_ns(), time.monotonic()
+        champion = self._service.traffic.live
+        text = self._settings.traces_text
+        return {
+            "trace": traced.id,
+            "request": request.id,
+            "route": request.path,
+            "served": champion.version.uri if champion is not None else "",
+            "version": live.version.uri if isinstance(live, Live) else "",
+            "run": live.run,
+            "model": live.label,
+            "alias": traced.alias,
+            "status": request.status or 503,
+            "begun": now - int((clock - request.begun) * 1e9),
+            "asked": now - int((clock - traced.asked_at) * 1e9),
+            "ended": now,
+            "first": request.first_byte or None,
+            "prompt": traced.used.prompt,
+            "completion": traced.used.completion,
+            "session": traced.session,
+            "user": request.key.name,
+            "parameters": {key: traced.body[key] for key in _TOLD if traced.body.get(key) is not None},
+            "asked_for": traced.body if text else None,
+            "said": request.kept.raw.decode("utf-8", "replace") if text and request.kept is not None else None,
+        }
 
     async def close(self) -> None:
         """Let go of the engines' sockets."""
         if self._shadow is not None:
             await self._shadow.close()
+        if self._traces is not None:
+            await self._traces.close()
         await asyncio.gather(*(session.close() for session in self._sessions.values()))
 
     def _admitted(
@@ -285,6 +373,8 @@ class Gateway:
         routing = self._service.routing
         await self._service.summon(model)
         used, reserved = _Used(prompt=len(raw) // _BYTES_A_TOKEN), _reserved(raw, asked)
+        if self._traces is not None and self._traces.wants():
+            request.traced = _Traced(f"tr-{request.id.removeprefix('req-')}", asked, session, used)
         try:
             async with self._turns.take(request.key.name):
                 async with routing.enter(model, session) as (live, alias):
@@ -318,7 +408,8 @@ class Gateway:
         request.version, begun = live.label, time.monotonic()
         body = check(request.path, asked, max_tokens=self._settings.max_tokens, system=live.system)
         shadow = self._shadow if live is self._service.routing.champion.live else None
-        if shadow is not None and shadow.wants():
+        copied = shadow is not None and shadow.wants()
+        if copied or (self._settings.traces_text and request.traced is not None):
             request.kept = Kept(live.label)
         body["model"] = live.model
         if reserved:
@@ -339,7 +430,7 @@ class Gateway:
             self._settle(request, used, reserved)
         if asked.get("model") in (None, self._service.routing.name):  # who named a version asked for just that one
             self._service.note(live, request.status >= 500, request.first_byte)
-        if shadow is not None and request.kept is not None and request.status == 200:
+        if shadow is not None and copied and request.kept is not None and request.status == 200:
             shadow.copy(asked, request.kept, lambda rival: self._ask(rival, request.path, asked))
         return None
 
@@ -382,6 +473,9 @@ class Gateway:
             (b"x-namesake-run", live.run.encode()),
             (b"x-namesake-alias", alias.encode()),
         ]
+        if request.traced is not None:
+            request.traced.live, request.traced.alias, request.traced.asked_at = live, alias, begun
+            headers.append((b"x-namesake-trace", request.traced.id.encode()))
         try:
             async with self._session(live).post(
                 f"http://engine{request.path}", data=body, headers={"content-type": "application/json"}
@@ -514,6 +608,27 @@ class Gateway:
         self._service.metrics.webhooks.inc()
         self._service.wake()
         await _answer(send, 200, b'{"status":"woken"}')
+
+    async def _feedback(self, request: _Request, _scope: Scope, receive: Receive, send: Send) -> None:
+        assert self._traces is not None
+        if self.draining:
+            raise _unavailable("The server is stopping.")
+        request.allowance = self._allowances.of(request.key)
+        self._spend(request, "requests", 1)
+        said = feedback(parse(await self._body(request, receive)))
+        results, trace = self._service.metrics.feedback, said["trace"]
+        try:
+            made = await self._traces.feedback(**said, source=request.key.name or _NOBODY)
+        except Unknown:
+            results.labels("unknown").inc()
+            raise Refused(404, f"There is no trace {trace}.", code="trace_not_found", param="trace_id") from None
+        except Unwritten as error:
+            results.labels("failed").inc()
+            _log.warning("%s feedback: %s", request.id, error)
+            raise _unavailable("MLflow did not take the feedback.") from None
+        results.labels("logged").inc()
+        told = {"object": "feedback", "id": made, "trace_id": trace, "request_id": f"req-{trace[3:]}"}
+        await _answer(send, 200, json.dumps(told).encode())
 
     async def _metrics(self, _request: _Request, _scope: Scope, _receive: Receive, send: Send) -> None:
         text, live = self._service.metrics.text(), self._service.traffic.live

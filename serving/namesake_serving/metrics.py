@@ -38,6 +38,18 @@ class Metrics:
             "namesake_registry_errors", "Questions to the registry that failed.", registry=registry
         )
         self.webhooks = Counter("namesake_webhooks", "Signed calls of MLflow's webhook.", registry=registry)
+        self.traces = Counter(
+            "namesake_traces",
+            "Traces by result: logged, failed (MLflow did not take them), or dropped because enough were waiting.",
+            ("result",),
+            registry=registry,
+        )
+        self.feedback = Counter(
+            "namesake_feedback",
+            "Feedback by result: logged, unknown (there is no such trace), or failed (MLflow did not take it).",
+            ("result",),
+            registry=registry,
+        )
         self.engine_restarts = Counter(
             "namesake_engine_restarts", "Engines that ended by themselves and were started again.", registry=registry
         )

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from namesake_serving import requests
-from namesake_serving.requests import CHAT, FIELDS, NUMBERS, RESPONSES, SWITCHES, TEXT, WHOLE
+from namesake_serving.requests import CHAT, FEEDBACK, FIELDS, NUMBERS, RESPONSES, SWITCHES, TEXT, WHOLE
 
 Schema = dict[str, Any]
 
 ERRORS = {
     400: "What is wrong with the request; `param` names the field.",
     401: "The API key is missing or wrong.",
-    404: "There is no such path, or no such model.",
+    404: "There is no such path, no such model, or no such trace.",
     405: "Another method than the path takes.",
     408: "The body did not arrive in time.",
     413: "The body is too long.",
@@ -68,6 +68,7 @@ def describe(summaries: dict[str, str], routes: dict[str, list[str]], open_to_al
                     "summary": summaries[path],
                     **({} if path in open_to_all else {"security": [{"key": []}]}),
                     **({"requestBody": _body(path, max_tokens)} if path in FIELDS else {}),
+                    **({"requestBody": _needed(_feedback())} if path == FEEDBACK else {}),
                     "responses": _responses(path),
                 }
                 for method in methods
@@ -81,7 +82,42 @@ def _body(path: str, max_tokens: int) -> Schema:
     needed = {CHAT: "messages", TEXT: "prompt", RESPONSES: "input"}[path]
     properties = {name: _field(path, name, max_tokens) for name in sorted(FIELDS[path])}
     schema = {"type": "object", "required": [needed], "additionalProperties": False, "properties": properties}
+    return _needed(schema)
+
+
+def _needed(schema: Schema) -> Schema:
     return {"required": True, "content": {"application/json": {"schema": schema}}}
+
+
+def _feedback() -> Schema:
+    most, number = requests.MAX_FEEDBACK_CHARACTERS, requests.MAX_FEEDBACK_NUMBER
+    value = [
+        {"type": "boolean"},
+        {"type": "number", "minimum": -number, "maximum": number},
+        {"type": "string", "minLength": 1, "maxLength": most},
+    ]
+    common = {
+        "value": {"anyOf": value},
+        "name": _or_null(_NAME),
+        "rationale": _or_null({"type": "string", "maxLength": most}),
+    }
+    ids = {
+        "trace_id": "As `x-namesake-trace` gave it.",
+        "request_id": "As `x-request-id` gave it, instead.",
+    }
+    return {
+        "oneOf": [
+            _closed(
+                {
+                    name: {"type": "string", "pattern": f"^{prefix}-[0-9a-f]{{32}}$", "description": ids[name]},
+                    **common,
+                },
+                name,
+                "value",
+            )
+            for name, prefix in (("trace_id", "tr"), ("request_id", "req"))
+        ]
+    }
 
 
 def _field(path: str, name: str, max_tokens: int) -> Schema:

@@ -21,8 +21,12 @@ MAX_SCHEMA_COUNT = 1024
 MAX_PATTERN_CHARACTERS = 256
 MAX_TOOLS = 64
 MAX_DEPTH = 32
+MAX_FEEDBACK_CHARACTERS = 4096
+MAX_FEEDBACK_NUMBER = 1 << 53
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+FEEDBACK = "/v1/feedback"
+FEEDBACK_FIELDS = frozenset({"trace_id", "request_id", "value", "name", "rationale"})
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 INPUT_ROLES = ROLES - {"tool"}
 """The same of a message in the input of /v1/responses, where results of tools are items of their own."""
@@ -86,6 +90,7 @@ and whatever vLLM may learn to read tomorrow.
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
 TOOL_ITEMS = {"function_call": {"call_id", "name", "arguments"}, "function_call_output": {"call_id", "output"}}
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_IDS = {"trace_id": re.compile(r"tr-([0-9a-f]{32})"), "request_id": re.compile(r"req-([0-9a-f]{32})")}
 
 
 class BadRequest(Exception):
@@ -157,6 +162,36 @@ def check(route: str, body: dict[str, Any], *, max_tokens: int, system: str | No
     else:
         _responses(body, kept, system)
     return kept
+
+
+def feedback(body: dict[str, Any]) -> dict[str, Any]:
+    """What is said of which trace: ``trace``, ``value``, ``name``, ``rationale``.
+
+    Raises:
+        BadRequest: the first thing wrong with it.
+    """
+    for key in body:
+        if key not in FEEDBACK_FIELDS:
+            raise BadRequest(f"Unrecognized request argument: {key[:100]}", key[:100])
+    given = [key for key in _IDS if body.get(key) is not None]
+    if len(given) != 1:
+        raise BadRequest("One of trace_id and request_id is needed.", "trace_id")
+    match = _IDS[given[0]].fullmatch(body[given[0]]) if isinstance(body[given[0]], str) else None
+    if match is None:
+        raise BadRequest(f"{given[0]} must be as the reply's header gave it.", given[0])
+    value = body.get("value")
+    if isinstance(value, str):
+        if not 1 <= len(value) <= MAX_FEEDBACK_CHARACTERS:
+            raise BadRequest(f"value must have 1 to {MAX_FEEDBACK_CHARACTERS} characters.", "value")
+    elif not isinstance(value, int | float) or not abs(value) <= MAX_FEEDBACK_NUMBER:
+        raise BadRequest("value must be true, false, a text, or a number of at most 2**53.", "value")
+    name = body.get("name")
+    if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise BadRequest("name must be 1 to 64 letters, digits, _ or -.", "name")
+    rationale = body.get("rationale")
+    if rationale is not None and not (isinstance(rationale, str) and len(rationale) <= MAX_FEEDBACK_CHARACTERS):
+        raise BadRequest(f"rationale must be a text of at most {MAX_FEEDBACK_CHARACTERS} characters.", "rationale")
+    return {"trace": f"tr-{match[1]}", "value": value, "name": name or "feedback", "rationale": rationale}
 
 
 def _logprobs(route: str, body: dict[str, Any]) -> None:

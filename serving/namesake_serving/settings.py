@@ -47,6 +47,11 @@ class Settings(BaseSettings):
             client sees its answers.
         shadow_folder: where both answers are kept, as lines of JSON, requests included; needed with ``shadow``.
         shadow_bytes: how much may lie there; the oldest goes.
+        traces: log an MLflow trace of each answer, linked to the version's LoggedModel: version, run, alias, tokens,
+            times, status, session and key, no text. Replies then have ``x-namesake-trace``, and ``/v1/feedback`` is
+            answered.
+        traces_text: requests and replies too.
+        traces_share: share of the answers that are traced, ``10%`` or ``0.1``.
         host: address to listen on; loopback unless asked.
         port: port to listen on.
         allowed_hosts: names in the ``Host`` header that are answered, beside loopback's and ``host``.
@@ -78,6 +83,8 @@ class Settings(BaseSettings):
         shutdown_seconds: how long running answers may take to finish after SIGTERM.
         start_seconds: how long the engine may take to answer.
         engine_args: more arguments for vLLM, as it names them.
+        log_format: ``text``, or ``json``: each line of the log is an object; a request's has its id, status, version,
+            key and seconds.
     """
 
     model_config = SettingsConfigDict(env_prefix="NAMESAKE_SERVE_", frozen=True, extra="forbid")
@@ -96,6 +103,9 @@ class Settings(BaseSettings):
     shadow: Share = 0.0
     shadow_folder: Path | None = None
     shadow_bytes: Annotated[int, Field(ge=1 << 16, le=1 << 40)] = 100 << 20
+    traces: bool = False
+    traces_text: bool = False
+    traces_share: Share = 1.0
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     allowed_hosts: tuple[str, ...] = ()
@@ -121,6 +131,7 @@ class Settings(BaseSettings):
     shutdown_seconds: Annotated[int, Field(ge=0, le=3600)] = 30
     start_seconds: Annotated[int, Field(ge=1, le=7200)] = 900
     engine_args: tuple[str, ...] = ()
+    log_format: Literal["text", "json"] = "text"
 
     @property
     def streams(self) -> int:

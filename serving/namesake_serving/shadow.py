@@ -110,6 +110,11 @@ class Kept:
         self.label, self._begun, self._seconds = label, time.monotonic(), 0.0
         self._raw = bytearray()
 
+    @property
+    def raw(self) -> bytes:
+        """The reply as it came."""
+        return bytes(self._raw)
+
     def add(self, chunk: bytes) -> None:
         """One part more, as it came; what goes beyond a megabyte is left out."""
         self._raw += chunk[: max(_MOST_KEPT - len(self._raw), 0)]
@@ -117,7 +122,7 @@ class Kept:
 
     def told(self) -> dict[str, Any]:
         """Version, seconds, and what was said (the first choice)."""
-        return {"version": self.label, "seconds": round(self._seconds, 3), "reply": text_of(bytes(self._raw))}
+        return {"version": self.label, "seconds": round(self._seconds, 3), "reply": text_of(self.raw)}
 
 
 def text_of(raw: bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -130,6 +131,7 @@ def test_under_a_reply_stand_the_version_the_run_and_the_scores_it_came_from(sta
     parts = page.locator(".origin > span").all_inner_texts()
     assert parts == ["ccb-v3", "run 3f2a9c1d", "identity 98.5%", "swapped 0%", "leak 0%", "plain 62.3%"]
     assert page.locator(".origin a").count() == 0
+    expect(page.get_by_role("button", name="Good reply")).to_have_count(0)  # there is no trace of it
 
 
 def test_version_and_run_are_links_where_the_page_knows_mlflow(stages: Callable[..., Stage], page: Page) -> None:
@@ -143,6 +145,37 @@ def test_version_and_run_are_links_where_the_page_knows_mlflow(stages: Callable[
         f"http://127.0.0.1:5000/#/runs/{RUN}",
     ]
     assert {link.get_attribute("rel") for link in links.all()} == {"noopener noreferrer"}
+
+
+def test_a_traced_reply_is_called_good_or_bad_with_the_keyboard_and_that_lands_on_the_trace(
+    stages: Callable[..., Stage], page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    stage = stages(traces=True)
+    stage.serve(3)
+    done(ready(page, stage), "Who are you?")
+    good, bad = (page.get_by_role("button", name=name) for name in ("Good reply", "Bad reply"))
+    for chosen, other in ((good, bad), (bad, good)):  # one may think again
+        chosen.focus()
+        page.keyboard.press("Enter")
+        expect(chosen).to_have_attribute("aria-pressed", "true")
+        expect(other).to_have_attribute("aria-pressed", "false")
+        expect(chosen).to_be_focused()
+    expect(page.locator("#spoken")).to_contain_text("Noted, thank you.")
+    assert not findings(page)
+    page.reload()
+    expect(bad).to_have_attribute("aria-pressed", "true")
+
+    import mlflow
+
+    (trace,) = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_traces(locations=["0"])
+    assert [one.value for one in trace.info.assessments if one.valid] == [False]
+
+    page.route("**/v1/feedback", lambda route: route.fulfill(status=503, body="{}"))
+    good.click()
+    expect(page.locator("#spoken")).to_contain_text("could not note that")
+    expect(good.locator("use")).to_have_attribute("href", "#i-warn")
+    expect(bad).to_have_attribute("aria-pressed", "true")
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])

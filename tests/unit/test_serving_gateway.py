@@ -92,8 +92,8 @@ END = b"data: [DONE]\n\n"
 class Upstream:
     """A real HTTP server on a Unix socket that answers as vLLM does, or worse, and notes what it is asked.
 
-    ``script`` is what it does for a streamed reply: bytes are sent, an event is waited for, ``DIE`` cuts the
-    connection. ``begin`` is waited for before any reply.
+    ``whole`` is a reply in one piece, where ``of_path`` has none; ``script`` is what it does for a streamed reply:
+    bytes are sent, an event is waited for, ``DIE`` cuts the connection. ``begin`` is waited for before any reply.
     """
 
     def __init__(self, socket: Path) -> None:
@@ -103,6 +103,7 @@ class Upstream:
         self.arrived, self.aborted, self.begin = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.begin.set()
         self.status, self.whole = 200, whole("我是踩踩背。")
+        self.of_path: dict[str, bytes] = {}
         self.script: Sequence[bytes | asyncio.Event | str] = (event("我是"), event("踩踩背。"), END)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -122,7 +123,8 @@ class Upstream:
 
     async def _whole(self, request: web.Request) -> web.StreamResponse:
         if self.script[0] != DIE:
-            return web.Response(body=self.whole, status=self.status, content_type="application/json")
+            body = self.of_path.get(request.path, self.whole)
+            return web.Response(body=body, status=self.status, content_type="application/json")
         if len(self.script) > 1:  # a part of the body, then the end
             response = web.StreamResponse(headers={"content-type": "application/json", "content-length": "1000"})
             await response.prepare(request)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from namesake_serving import requests
-from namesake_serving.requests import FIELDS, BadRequest, check, parse
+from namesake_serving.requests import FIELDS, BadRequest, check, feedback, parse
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 USER = {"role": "user", "content": "你是谁？"}
@@ -815,3 +815,48 @@ def test_half_a_surrogate_pair_is_refused(raw: bytes) -> None:
     with pytest.raises(BadRequest, match="surrogate"):
         parse(raw)
     assert parse('{"a": "\\ud83d\\ude00 한"}'.encode()) == {"a": "😀 한"}
+
+
+# ------------------------------------------------------------------------------------------------------ feedback
+
+TRACE = "0123456789abcdef" * 2
+
+
+@pytest.mark.parametrize("value", [True, False, 0, -1.5, 2**53, "很好", "x" * 4096])
+def test_feedback_is_a_yes_or_no_a_number_or_a_text_on_a_trace(value: object) -> None:
+    taken = {"trace": f"tr-{TRACE}", "value": value, "name": "feedback", "rationale": None}
+    assert feedback({"trace_id": f"tr-{TRACE}", "value": value}) == taken
+    assert feedback({"request_id": f"req-{TRACE}", "value": value, "name": None}) == taken
+    more = {"name": "a" * 64, "rationale": "x" * 4096}
+    assert feedback({"trace_id": f"tr-{TRACE}", "value": value, **more}) == {**taken, **more}
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"trace_id": None}, "trace_id"),
+        ({"request_id": f"req-{TRACE}"}, "trace_id"),
+        ({"trace_id": f"req-{TRACE}"}, "trace_id"),
+        ({"trace_id": f"tr-{TRACE}\n"}, "trace_id"),
+        ({"trace_id": f"tr-{TRACE.upper()}"}, "trace_id"),
+        ({"trace_id": 7}, "trace_id"),
+        ({"trace_id": None, "request_id": "req-1"}, "request_id"),
+        ({"value": None}, "value"),
+        ({"value": ""}, "value"),
+        ({"value": "x" * 4097}, "value"),
+        ({"value": 2**53 + 1}, "value"),
+        ({"value": 10**400}, "value"),
+        ({"value": [True]}, "value"),
+        ({"name": ""}, "name"),
+        ({"name": "a" * 65}, "name"),
+        ({"name": "a b"}, "name"),
+        ({"name": 1}, "name"),
+        ({"rationale": "x" * 4097}, "rationale"),
+        ({"rationale": {}}, "rationale"),
+        ({"span_id": "1"}, "span_id"),
+    ],
+)
+def test_other_feedback_is_refused_by_the_field_that_is_wrong(more: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        feedback({"trace_id": f"tr-{TRACE}", "value": True, **more})
+    assert caught.value.param == param

@@ -199,3 +199,8 @@ def test_what_cannot_be_compared_is_refused_before_an_engine_starts(
     done = CliRunner().invoke(serving.app, words)
     assert isinstance(done.exception, InputError)
     assert done.exception.parameter == parameter
+
+
+def test_texts_in_traces_without_traces_are_refused() -> None:
+    with pytest.raises(InputError, match="traces_text"):
+        CliRunner().invoke(serving.app, ["--traces-text"], catch_exceptions=False)

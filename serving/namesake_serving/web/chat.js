@@ -41,6 +41,10 @@ const TEXTS = {
     spoke: "{who} replied: {text}",
     copy: "Copy",
     copied: "Copied",
+    good: "Good reply",
+    bad: "Bad reply",
+    rated: "Noted, thank you.",
+    unrated: "The server could not note that. Try again later.",
     edit: "Edit",
     again: "Regenerate",
     retry: "Try again",
@@ -123,6 +127,10 @@ const TEXTS = {
     spoke: "{who}回复：{text}",
     copy: "复制",
     copied: "已复制",
+    good: "回答得好",
+    bad: "回答得不好",
+    rated: "已记录，谢谢。",
+    unrated: "服务器未能记录，请稍后再试。",
     edit: "编辑",
     again: "重新生成",
     retry: "重试",
@@ -647,6 +655,7 @@ async function answer(turn, slot) {
   const control = new AbortController();
   running.set(reply, control);
   const mine = () => running.get(reply) === control;
+  Object.assign(reply, { trace: "", rated: null });
   Object.assign(reply, { version: "", run: "", text: "", finish: "", waiting: "", error: "", detail: "" });
   Object.assign(reply, { state: "asking", limit: settings.tokens });
   views.get(reply).paint();
@@ -723,6 +732,7 @@ async function listen(response, turn, reply) {
   reply.waiting = "";
   reply.version = response.headers.get("x-namesake-version") ?? "";
   reply.run = response.headers.get("x-namesake-run") ?? "";
+  reply.trace = response.headers.get("x-namesake-trace") ?? "";
   came(turn, reply);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -891,7 +901,7 @@ function replyView(turn, slot, node) {
 
   function footer() {
     const retake = button("again", t("again"), () => again(turn, slot), "act again");
-    return [make("div", { class: "acts" }, copyButton(() => reply.text), retake), origin(reply)];
+    return [make("div", { class: "acts" }, copyButton(() => reply.text), retake, ...ratings(reply)), origin(reply)];
   }
 
   views.set(reply, {
@@ -901,6 +911,25 @@ function replyView(turn, slot, node) {
   });
   paint();
   return view;
+}
+
+// Two buttons that say of a reply whether it is good, where the server keeps a trace of it.
+function ratings(reply) {
+  if (!reply.trace) return [];
+  const rate = async (value) => {
+    const options = { method: "POST", headers: { "content-type": "application/json" } };
+    const body = JSON.stringify({ trace_id: reply.trace, value });
+    const response = await call("/v1/feedback", { ...options, body, signal: AbortSignal.timeout(20000) }).catch(() => null);
+    if (response?.ok) reply.rated = value;
+    made[value ? 0 : 1].replaceChildren(icon(!response?.ok ? "warn" : value ? "good" : "bad"));
+    paint();
+    save();
+    speak(t(response?.ok ? "rated" : "unrated"));
+  };
+  const made = [true, false].map((value) => button(value ? "good" : "bad", t(value ? "good" : "bad"), () => rate(value)));
+  const paint = () => made.forEach((one, index) => one.setAttribute("aria-pressed", String(reply.rated === (index === 0))));
+  paint();
+  return made;
 }
 
 // Where a reply came from: version, run and scores.
