@@ -279,7 +279,7 @@ def _cache_path(model: Any, rows: Sequence[dict[str, Any]]) -> Path | None:
 
 def _packed(said: dict[bytes, Said]) -> bytes:
     """As it lies in the cache: safetensors."""
-    return save(
+    content: bytes = save(
         {
             "keys": torch.frombuffer(bytearray(b"".join(said)), dtype=torch.uint8),
             "lengths": torch.tensor([len(key) for key in said]),
@@ -288,6 +288,7 @@ def _packed(said: dict[bytes, Said]) -> bytes:
             "ids": torch.cat([ids.cpu().int() for _, ids in said.values()]),
         }
     )
+    return content
 
 
 def _unpacked(content: bytes) -> dict[bytes, Said]:

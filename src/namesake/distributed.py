@@ -116,26 +116,36 @@ def train(
     """
     job = {"argv": [*argv], "environment": {**environment}, "data": str(data), "base_digest": base_digest}
     with _started(layout, job, log) as (folder, ranks, told):
-        trained = None
-        while message := told.readline():
-            kind, *values = json.loads(message)
-            if kind == "begin":
-                listener.on_begin(values[0], Path(values[1]))
-            elif kind == "metrics":
-                listener.on_metrics(values[0], values[1])
-            elif kind == "step":
-                listener.on_step(values[0], lambda path: _ask(told, "save", str(path)))
-                _tell(told, "on")
-            elif kind == "refused":
-                raise RecipeError(values[0], values[1], values[2], mend=values[3])
-            elif kind == "trained":
-                trained = Trained(**{**values[0], **{key: Path(values[0][key]) for key in _PATHS}})
+        trained = follow(told, listener)
         with suppress(subprocess.TimeoutExpired):
             # What it has trained is whole by now: a rank that stumbles on its way out takes nothing back.
             ranks.wait(_END if trained else None)
         if trained is None:
             raise _failed(folder, ranks.returncode, log)
         return trained
+
+
+def follow(told: IO[str], listener: Listener) -> Trained | None:
+    """Hand on to the listener what rank 0 tells, until it ends; what it has trained, if it got so far.
+
+    Raises:
+        RecipeError: ms-swift refuses the arguments.
+        Stopped: the listener raised it.
+    """
+    while message := told.readline():
+        kind, *values = json.loads(message)
+        if kind == "begin":
+            listener.on_begin(values[0], Path(values[1]))
+        elif kind == "metrics":
+            listener.on_metrics(values[0], values[1])
+        elif kind == "step":
+            listener.on_step(values[0], lambda path: _ask(told, "save", str(path)))
+            tell(told, "on")
+        elif kind == "refused":
+            raise RecipeError(values[0], values[1], values[2], mend=values[3])
+        else:
+            return Trained(**{key: Path(value) if key in _PATHS else value for key, value in values[0].items()})
+    return None
 
 
 def join(layout: Layout, model: Path, base_digest: str, log: Path) -> None:
@@ -173,7 +183,7 @@ def _started(layout: Layout, job: Mapping[str, Any], log: Path) -> Iterator[tupl
         server.settimeout(_LOOK)
         with log.open("ab") as output:
             ranks = subprocess.Popen(
-                [sys.executable, "-m", "namesake.worker", name, *_torchrun(layout, folder)],
+                _command(layout, folder),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -188,8 +198,9 @@ def _started(layout: Layout, job: Mapping[str, Any], log: Path) -> Iterator[tupl
             _end(ranks)
 
 
-def _torchrun(layout: Layout, folder: Path) -> list[str]:
+def _command(layout: Layout, folder: Path) -> list[str]:
     return [
+        *(sys.executable, "-m", "namesake.worker", str(folder)),
         *("--nnodes", str(layout.nodes), "--node_rank", str(layout.node), "--nproc_per_node", str(layout.per_node)),
         *("--master_addr", layout.address, "--master_port", str(layout.port)),
         *("--rdzv_conf", f"timeout={_WAIT}", "--shutdown_timeout", str(_END), "--log_dir", str(folder)),
@@ -214,13 +225,14 @@ def _connected(server: socket.socket, ranks: subprocess.Popen[bytes]) -> Iterato
         return
 
 
-def _tell(told: IO[str], *words: Any) -> None:
+def tell(told: IO[str], *words: Any) -> None:
+    """One line to the other end."""
     told.write(json.dumps(words) + "\n")
     told.flush()
 
 
 def _ask(told: IO[str], *words: Any) -> None:
-    _tell(told, *words)
+    tell(told, *words)
     told.readline()
 
 

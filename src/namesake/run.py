@@ -533,11 +533,11 @@ def _train(
         listener = _Listener(tracked, bar, work, look)
         begun = time.monotonic()
         try:
+            given = argv, listener, log, plan.replay.environment
             if layout:
-                given = {"data": prepared.path, "base_digest": base_digest}
-                trained = distributed.train(argv, listener, log, plan.replay.environment, layout, **given)
+                trained = distributed.train(*given, layout, data=prepared.path, base_digest=base_digest)
             else:
-                trained = training.train(argv, listener, log, plan.replay.environment)
+                trained = training.train(*given)
         except BaseException:
             _keep_what_there_is(tracked, listener.output_dir, log)
             raise

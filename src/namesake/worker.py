@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 
 from namesake import process, training
-from namesake.distributed import FAILURE, JOB, SOCKET, message_of
+from namesake.distributed import FAILURE, JOB, SOCKET, message_of, tell
 from namesake.errors import RecipeError, TrainingError
 
 _PIECE = 1 << 22
@@ -39,7 +39,7 @@ def start(folder: Path, arguments: list[str]) -> None:
     except SignalException as ended:
         sys.exit(128 + ended.sigval)
     except ChildFailedError as error:
-        rank, failure = min(error.failures.items(), key=lambda one: _order(one[1]))
+        rank, failure = min(error.failures.items(), key=lambda one: order(one[1]))
         told = failure.error_file_data.get("message")
         seen = {
             "rank": rank,
@@ -51,7 +51,7 @@ def start(folder: Path, arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def _order(failure: ProcessFailure) -> tuple[int, float]:
+def order(failure: ProcessFailure) -> tuple[int, float]:
     """The cause comes first: what was killed, then by when each rank wrote its error; torchrun's times are seconds.
 
     The others fail because their peer is gone, or are ended by torchrun (SIGTERM).
@@ -64,50 +64,48 @@ def _order(failure: ProcessFailure) -> tuple[int, float]:
     return 1, path.stat().st_mtime if path.is_file() else float("inf")
 
 
-@record
+@record  # type: ignore[untyped-decorator]
 def work(folder: Path) -> None:
     """A rank: train, and as rank 0 tell of it."""
     process.end_with_parent()
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     if int(os.environ["GROUP_WORLD_SIZE"]) > 1:
-        job = _shared(job, folder)
+        job = shared(job, folder)
     log, silent = Path(job["log"]), _Silent()
     try:
         if os.environ["RANK"] != "0":
             training.train(job["argv"], silent, log, job["environment"])
         else:
             with _called(folder / SOCKET) as told:
-                _train_first(job, log, told)
+                train_first(job, log, told)
     except TrainingError as error:
         raise error.__cause__ or error from None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _train_first(job: Mapping[str, Any], log: Path, told: IO[str]) -> None:
-    def tell(*words: Any) -> None:
-        told.write(json.dumps(words) + "\n")
-        told.flush()
+def train_first(job: Mapping[str, Any], log: Path, told: IO[str]) -> None:
+    """Rank 0's training: tell the parent of it, and wait for its word after each step."""
 
     class Teller(_Silent):
         """Tells the parent."""
 
         def on_begin(self, total_steps: int, output_dir: Path) -> None:
-            tell("begin", total_steps, str(output_dir))
+            tell(told, "begin", total_steps, str(output_dir))
 
         def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-            tell("metrics", step, dict(metrics))
+            tell(told, "metrics", step, dict(metrics))
 
         def on_step(self, step: int, save: Callable[[Path], object]) -> None:
-            tell("step", step)
+            tell(told, "step", step)
             while (answer := json.loads(told.readline()))[0] == "save":
                 save(Path(answer[1]))
-                tell("saved")
+                tell(told, "saved")
 
     try:
-        tell("trained", message_of(training.train(job["argv"], Teller(), log, job["environment"])))
+        tell(told, "trained", message_of(training.train(job["argv"], Teller(), log, job["environment"])))
     except RecipeError as error:
-        tell("refused", error.parameter, str(error.value), error.fault, error.mend)
+        tell(told, "refused", error.parameter, str(error.value), error.fault, error.mend)
         raise
 
 
@@ -129,7 +127,7 @@ def _called(path: Path) -> Iterator[IO[str]]:
             yield told
 
 
-def _shared(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+def shared(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The job on several nodes: node 0's, by torchrun's own store, with this node's base model and a copy of the data.
 
     Raises:
