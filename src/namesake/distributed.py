@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -250,6 +251,8 @@ def _end(ranks: subprocess.Popen[bytes]) -> None:
 def _failed(folder: Path, code: int | None, log: Path) -> TrainingError:
     """What torchrun has seen: which rank failed first."""
     why: Message = tr("torchrun ended with exit code {code}", code=code)
+    if code is not None and code < 0:
+        why = tr("torchrun was killed ({signal})", signal=signal.Signals(-code).name)
     with suppress(OSError):
         seen = json.loads((folder / FAILURE).read_text(encoding="utf-8"))
         if seen["signal"]:
