@@ -21,6 +21,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 STEPS = 3
 
+ARGUMENTS = """
+--dataset namesake/self-cognition#12 --replay 8 --held_out 0.25 --max_steps 500 --logging_steps 1
+--per_device_train_batch_size 2 --split_dataset_ratio 0 --eval_strategy no --torch_dtype float32 --lora_dtype float32
+--lr_scheduler_type constant --warmup_ratio 0
+"""
+
 
 class Losses:
     """What the training in one process logs."""
@@ -50,19 +56,7 @@ def rank_1(parent: int) -> list[int]:
 
 def test_two_processes_are_one_run_with_the_losses_of_one(root: Path, tmp_path: Path) -> None:
     place = Place(tmp_path, root, f"sqlite:///{tmp_path}/mlflow.db")
-    command = [sys.executable, "-m", "namesake", "run", "--dataset", "namesake/self-cognition#12"]
-    command += f"--replay 8 --held_out 0.25 --output_dir {tmp_path}/output --max_steps 500 --logging_steps 1".split()
-    command += [
-        "--per_device_train_batch_size",
-        "2",
-        "--split_dataset_ratio",
-        "0",
-        "--eval_strategy",
-        "no",
-        "--torch_dtype",
-        "float32",
-    ]
-    command += ["--lora_dtype", "float32", "--lr_scheduler_type", "constant", "--warmup_ratio", "0"]
+    command = [sys.executable, "-m", "namesake", "run", "--output_dir", f"{tmp_path}/output", *ARGUMENTS.split()]
     with (tmp_path / "printed").open("w") as printed:
         running = subprocess.Popen(
             command, cwd=tmp_path, env={**place.env, "NPROC_PER_NODE": "2"}, stdout=printed, stderr=subprocess.STDOUT
