@@ -39,6 +39,9 @@ _LOOK = 0.5
 _END = 10
 """Seconds from SIGTERM to SIGKILL."""
 
+_LEAVE = 60
+"""Seconds in which the ranks of all nodes leave when they have trained."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -120,7 +123,7 @@ def train(
         trained = follow(told, listener)
         with suppress(subprocess.TimeoutExpired):
             # What it has trained is whole by now: a rank that stumbles on its way out takes nothing back.
-            ranks.wait(_END if trained else None)
+            ranks.wait(_LEAVE if trained else None)
         if trained is None:
             raise _failed(folder, ranks.returncode, log)
         return trained
@@ -145,7 +148,8 @@ def follow(told: IO[str], listener: Listener) -> Trained | None:
         elif kind == "refused":
             raise RecipeError(values[0], values[1], values[2], mend=values[3])
         else:
-            return Trained(**{key: Path(value) if key in _PATHS else value for key, value in values[0].items()})
+            found: dict[str, Any] = {key: Path(value) if key in _PATHS else value for key, value in values[0].items()}
+            return Trained(**found)
     return None
 
 
@@ -171,15 +175,18 @@ def message_of(trained: Trained) -> dict[str, Any]:
 @contextmanager
 def _started(layout: Layout, job: Mapping[str, Any], log: Path) -> Iterator[tuple[Path, Any, IO[str]]]:
     """The ranks; they have ended when this has. Their shared folder, torchrun's process, and what rank 0 tells."""
+    import torch
+
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if "--use_cpu" in job.get("argv", ()):  # torchrun gives each rank one thread
+    if not torch.cuda.is_available():  # torchrun gives each rank one thread
         cores = len(os.sched_getaffinity(0))
         environment.setdefault("OMP_NUM_THREADS", str(max(cores // layout.per_node, 1)))
     with tempfile.TemporaryDirectory(prefix="namesake-") as name, socket.socket(socket.AF_UNIX) as server:
         folder = Path(name)
         (folder / JOB).write_text(json.dumps({**job, "log": str(log)}), encoding="utf-8")
-        server.bind(str(folder / SOCKET))
+        with address(folder) as path:
+            server.bind(path)
         server.listen(1)
         server.settimeout(_LOOK)
         with log.open("ab") as output:
@@ -197,6 +204,16 @@ def _started(layout: Layout, job: Mapping[str, Any], log: Path) -> Iterator[tupl
                 yield folder, ranks, told
         finally:
             _end(ranks)
+
+
+@contextmanager
+def address(folder: Path) -> Iterator[str]:
+    """Where rank 0 tells of its work; a socket's path has 108 bytes at most, and ``TMPDIR`` may be longer."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{opened}/{SOCKET}"
+    finally:
+        os.close(opened)
 
 
 def _command(layout: Layout, folder: Path) -> list[str]:

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 
 from namesake import process, training
-from namesake.distributed import FAILURE, JOB, SOCKET, message_of, tell
+from namesake.distributed import FAILURE, JOB, address, message_of, tell
 from namesake.errors import RecipeError, TrainingError
 
 _PIECE = 1 << 22
@@ -76,7 +76,7 @@ def work(folder: Path) -> None:
         if os.environ["RANK"] != "0":
             training.train(job["argv"], silent, log, job["environment"])
         else:
-            with _called(folder / SOCKET) as told:
+            with _called(folder) as told:
                 train_first(job, log, told)
     except TrainingError as error:
         raise error.__cause__ or error from None
@@ -120,9 +120,10 @@ class _Silent:
 
 
 @contextmanager
-def _called(path: Path) -> Iterator[IO[str]]:
+def _called(folder: Path) -> Iterator[IO[str]]:
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(str(path))
+        with address(folder) as path:
+            connection.connect(path)
         with connection.makefile("rw", encoding="utf-8") as told:
             yield told
 

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -186,7 +187,7 @@ def test_a_rank_0_that_fails_has_trained_nothing(monkeypatch: pytest.MonkeyPatch
 # How the processes end.
 
 RANKS = """
-import pathlib, socket, subprocess, sys, time
+import os, pathlib, socket, subprocess, sys, time
 folder = pathlib.Path(sys.argv[1])
 (folder / "rank").write_text(str(subprocess.Popen(["sleep", "100"]).pid))
 print("last words")
@@ -194,7 +195,8 @@ if "die" in sys.argv:
     (folder / "failure.json").write_text(sys.argv[3])
     sys.exit(1)
 with socket.socket(socket.AF_UNIX) as line:
-    line.connect(str(folder / "rank0"))
+    os.chdir(folder)
+    line.connect("rank0")
     line.sendall(b'["step", 1]\\n')
     line.recv(100)
     time.sleep(100)
@@ -213,6 +215,9 @@ def ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *words: str) -> None:
 
 def test_ctrl_c_ends_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ranks(monkeypatch, tmp_path)
+    long = tmp_path / ("x" * 108)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
     started = []
     popen = distributed.subprocess.Popen
     monkeypatch.setattr(distributed.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[0])
