@@ -19,7 +19,7 @@ from tests.e2e.conftest import Place, alive, session_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-STEPS = 3
+STEPS = 2
 
 ARGUMENTS = """
 --dataset namesake/self-cognition#12 --replay 8 --held_out 0.25 --max_steps 500 --logging_steps 1
@@ -63,7 +63,7 @@ def test_two_processes_are_one_run_with_the_losses_of_one(root: Path, tmp_path: 
         )
     client, metric = mlflow.MlflowClient(place.tracking_uri), "train/loss"
     while running.poll() is None:
-        time.sleep(0.2)
+        time.sleep(0.5)
         try:
             [run] = client.search_runs(["0"]) if (tmp_path / "mlflow.db").exists() else []
         except (ValueError, mlflow.MlflowException):  # the tables are being made

@@ -244,6 +244,28 @@ def test_the_base_reads_every_replay_row_before_the_first_step() -> None:
         assert float(before.compute_loss(before.model, dict(given))) == pytest.approx(wanted, rel=1e-4)
 
 
+def test_each_process_reads_its_share_and_knows_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = batch(SMALL, ["replay", "data", "replay", "replay"])
+    alone = Trainer(tiny(SMALL), rows_of(given))
+    alone.loss._prepare()
+    monkeypatch.setattr(distil, "READ", 1)
+    monkeypatch.setattr(distil.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distil.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distil.dist, "broadcast_object_list", lambda told: None)
+    told: list[bytes] = []
+    monkeypatch.setattr(distil, "_told_by_all", lambda content: told.append(content) or told)
+    for rank in range(2):
+        monkeypatch.setattr(distil.dist, "get_rank", lambda rank=rank: rank)
+        one = Trainer(tiny(SMALL), rows_of(given))
+        one.loss._prepare()
+        # Two of three rows: a model in shards has to go forward as often in each process.
+        assert len(distil._unpacked(told[rank])) == 2
+    assert one.loss._said.keys() == alone.loss._said.keys()
+    for key, (scores, ids) in alone.loss._said.items():
+        assert torch.allclose(one.loss._said[key][0], scores, atol=1e-5)
+        assert (one.loss._said[key][1] == ids).float().mean() > 0.9  # tokens that are all but equally likely
+
+
 def test_what_the_base_said_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distil, "CACHE", tmp_path / "cache")
     given = batch(SMALL, ["data", "replay", "replay"])

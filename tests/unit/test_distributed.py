@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from namesake import distil, distributed, run, training, worker
+from namesake import distributed, run, training, worker
 from namesake.distributed import Layout
 from namesake.errors import InputError, RecipeError, Stopped, TrainingError
 from namesake.recipe import Recipe
@@ -291,17 +291,3 @@ def test_another_node_gets_the_job_and_the_data(monkeypatch: pytest.MonkeyPatch,
     assert (tmp_path / "node1" / "train.jsonl").read_text() == "踩踩背 CCB"
     with pytest.raises(TrainingError, match="another than node 0's"):
         at(1, 0, model="/c", base_digest="other")
-
-
-# The loss.
-
-
-def test_each_process_reads_its_share_and_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
-    read = []
-    for rank in range(3):
-        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        read.append(distil._share([*"abcd"]))
-    assert [len(one) for one in read] == [2, 2, 2]
-    assert {*"abcd"} == {name for one in read for name in one}
