@@ -15,10 +15,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from namesake import process
 from namesake.errors import InputError, RecipeError, TrainingError
@@ -41,6 +41,51 @@ _END = 10
 
 _LEAVE = 60
 """Seconds in which the ranks of all nodes leave when they have trained."""
+
+
+class Gone(Exception):
+    """The other end has died."""
+
+
+class Line:
+    """What this process and rank 0 tell each other: a line of JSON a message."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._heard = connection.makefile("r", encoding="utf-8")
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._heard.close()  # the connection stays open as long as this is
+        self._connection.close()
+
+    def tell(self, *words: Any) -> None:
+        """One message to the other end.
+
+        Raises:
+            Gone: nobody is there.
+        """
+        try:
+            self._connection.sendall(json.dumps(words).encode() + b"\n")
+        except ConnectionError as error:
+            raise Gone from error
+
+    def hear(self) -> list[Any]:
+        """One message from the other end.
+
+        Raises:
+            Gone: it says nothing more, or died over a word.
+        """
+        try:
+            message = self._heard.readline()
+        except ConnectionError as error:
+            raise Gone from error
+        if not message.endswith("\n"):
+            raise Gone
+        words: list[Any] = json.loads(message)
+        return words
 
 
 @dataclass(frozen=True)
@@ -119,8 +164,8 @@ def train(
         Stopped: the listener raised it.
     """
     job = {"argv": [*argv], "environment": {**environment}, "data": str(data), "base_digest": base_digest}
-    with _started(layout, job, log) as (folder, ranks, told):
-        trained = follow(told, listener)
+    with _started(layout, job, log) as (folder, ranks, line):
+        trained = follow(line, listener) if line else None
         with suppress(subprocess.TimeoutExpired):
             # What it has trained is whole by now: a rank that stumbles on its way out takes nothing back.
             ranks.wait(_LEAVE if trained else None)
@@ -129,27 +174,33 @@ def train(
         return trained
 
 
-def follow(told: IO[str], listener: Listener) -> Trained | None:
+def follow(line: Line, listener: Listener) -> Trained | None:
     """Hand on to the listener what rank 0 tells, until it ends; what it has trained, if it got so far.
 
     Raises:
         RecipeError: ms-swift refuses the arguments.
         Stopped: the listener raised it.
     """
-    while message := told.readline():
-        kind, *values = json.loads(message)
-        if kind == "begin":
-            listener.on_begin(values[0], Path(values[1]))
-        elif kind == "metrics":
-            listener.on_metrics(values[0], values[1])
-        elif kind == "step":
-            listener.on_step(values[0], lambda path: _ask(told, "save", str(path)))
-            tell(told, "on")
-        elif kind == "refused":
-            raise RecipeError(values[0], values[1], values[2], mend=values[3])
-        else:
-            found: dict[str, Any] = {key: Path(value) if key in _PATHS else value for key, value in values[0].items()}
-            return Trained(**found)
+
+    def save(path: Path) -> None:
+        line.tell("save", str(path))
+        line.hear()
+
+    with suppress(Gone):
+        while True:
+            kind, *values = line.hear()
+            if kind == "begin":
+                listener.on_begin(values[0], Path(values[1]))
+            elif kind == "metrics":
+                listener.on_metrics(values[0], values[1])
+            elif kind == "step":
+                listener.on_step(values[0], save)
+                line.tell("on")
+            elif kind == "refused":
+                raise RecipeError(values[0], values[1], values[2], mend=values[3])
+            else:
+                paths = {key: Path(values[0][key]) for key in _PATHS}
+                return Trained(**{**values[0], **paths})
     return None
 
 
@@ -173,7 +224,7 @@ def message_of(trained: Trained) -> dict[str, Any]:
 
 
 @contextmanager
-def _started(layout: Layout, job: Mapping[str, Any], log: Path) -> Iterator[tuple[Path, Any, IO[str]]]:
+def _started(layout: Layout, job: Mapping[str, Any], log: Path) -> Iterator[tuple[Path, Any, Line | None]]:
     """The ranks; they have ended when this has. Their shared folder, torchrun's process, and what rank 0 tells."""
     import torch
 
@@ -200,8 +251,8 @@ def _started(layout: Layout, job: Mapping[str, Any], log: Path) -> Iterator[tupl
                 preexec_fn=process.end_with_parent,
             )
         try:
-            with _connected(server, ranks) if layout.node == 0 else Path(os.devnull).open() as told:
-                yield folder, ranks, told
+            with (_connected(server, ranks) if layout.node == 0 else None) or nullcontext() as line:
+                yield folder, ranks, line
         finally:
             _end(ranks)
 
@@ -226,32 +277,12 @@ def _command(layout: Layout, folder: Path) -> list[str]:
     ]
 
 
-@contextmanager
-def _connected(server: socket.socket, ranks: subprocess.Popen[bytes]) -> Iterator[IO[str]]:
-    """Rank 0's line; an empty one where it ended before it called."""
-    while True:
-        try:
-            connection, _ = server.accept()
-        except TimeoutError:
-            if ranks.poll() is None:
-                continue
-            with Path(os.devnull).open() as nothing:
-                yield nothing
-            return
-        with connection, connection.makefile("rw", encoding="utf-8") as told:
-            yield told
-        return
-
-
-def tell(told: IO[str], *words: Any) -> None:
-    """One line to the other end."""
-    told.write(json.dumps(words) + "\n")
-    told.flush()
-
-
-def _ask(told: IO[str], *words: Any) -> None:
-    tell(told, *words)
-    told.readline()
+def _connected(server: socket.socket, ranks: subprocess.Popen[bytes]) -> Line | None:
+    """The line to rank 0; none where it ended before it called."""
+    while ranks.poll() is None:
+        with suppress(TimeoutError):
+            return Line(server.accept()[0])
+    return None
 
 
 def _end(ranks: subprocess.Popen[bytes]) -> None:

@@ -11,11 +11,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import distributed as dist
 from torch.distributed import run as torchrun
@@ -23,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 
 from namesake import process, training
-from namesake.distributed import FAILURE, JOB, address, message_of, tell
+from namesake.distributed import FAILURE, JOB, Line, address, message_of
 from namesake.errors import RecipeError, TrainingError
 
 _PIECE = 1 << 22
@@ -76,36 +75,36 @@ def work(folder: Path) -> None:
         if os.environ["RANK"] != "0":
             training.train(job["argv"], silent, log, job["environment"])
         else:
-            with _called(folder) as told:
-                train_first(job, log, told)
+            with _called(folder) as line:
+                train_first(job, log, line)
     except TrainingError as error:
         raise error.__cause__ or error from None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def train_first(job: Mapping[str, Any], log: Path, told: IO[str]) -> None:
+def train_first(job: Mapping[str, Any], log: Path, line: Line) -> None:
     """Rank 0's training: tell the parent of it, and wait for its word after each step."""
 
     class Teller(_Silent):
         """Tells the parent."""
 
         def on_begin(self, total_steps: int, output_dir: Path) -> None:
-            tell(told, "begin", total_steps, str(output_dir))
+            line.tell("begin", total_steps, str(output_dir))
 
         def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-            tell(told, "metrics", step, dict(metrics))
+            line.tell("metrics", step, dict(metrics))
 
         def on_step(self, step: int, save: Callable[[Path], object]) -> None:
-            tell(told, "step", step)
-            while (answer := json.loads(told.readline()))[0] == "save":
+            line.tell("step", step)
+            while (answer := line.hear())[0] == "save":
                 save(Path(answer[1]))
-                tell(told, "saved")
+                line.tell("saved")
 
     try:
-        tell(told, "trained", message_of(training.train(job["argv"], Teller(), log, job["environment"])))
+        line.tell("trained", message_of(training.train(job["argv"], Teller(), log, job["environment"])))
     except RecipeError as error:
-        tell(told, "refused", error.parameter, str(error.value), error.fault, error.mend)
+        line.tell("refused", error.parameter, str(error.value), error.fault, error.mend)
         raise
 
 
@@ -119,13 +118,11 @@ class _Silent:
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
 
-@contextmanager
-def _called(folder: Path) -> Iterator[IO[str]]:
-    with socket.socket(socket.AF_UNIX) as connection:
-        with address(folder) as path:
-            connection.connect(path)
-        with connection.makefile("rw", encoding="utf-8") as told:
-            yield told
+def _called(folder: Path) -> Line:
+    connection = socket.socket(socket.AF_UNIX)
+    with address(folder) as path:
+        connection.connect(path)
+    return Line(connection)
 
 
 def shared(job: dict[str, Any], folder: Path) -> dict[str, Any]:

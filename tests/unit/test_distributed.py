@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import Any
 
 import pytest
 import torch
 from torch import distributed as dist
 
 from namesake import distributed, run, training, worker
-from namesake.distributed import Layout
+from namesake.distributed import Gone, Layout, Line
 from namesake.errors import InputError, RecipeError, Stopped, TrainingError
 from namesake.recipe import Recipe
 from namesake.training import Trained
@@ -132,22 +132,22 @@ def swift(_argv: list[str], listener: Any, _log: Path, _environment: dict[str, s
 
 
 @contextmanager
-def rank_0(train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[IO[str]]:
+def rank_0(train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Line]:
     """The parent's end of the line to a rank 0 that trains so."""
     monkeypatch.setattr(training, "train", train)
     here, there = socket.socketpair()
 
     def work() -> None:
-        with there, there.makefile("rw", encoding="utf-8") as told:
+        with Line(there) as line:
             try:
-                worker.train_first({"argv": [], "environment": {}}, folder / "log", told)
-            except (ValueError, RecipeError, OSError):  # OSError: nobody listens any more
+                worker.train_first({"argv": [], "environment": {}}, folder / "log", line)
+            except (ValueError, RecipeError, Gone):
                 return
 
     thread = threading.Thread(target=work)
     thread.start()
-    with here, here.makefile("rw", encoding="utf-8") as told:
-        yield told
+    with Line(here) as line:
+        yield line
     thread.join(10)
     assert not thread.is_alive()
 
@@ -157,22 +157,22 @@ def test_the_parent_hears_what_it_would_hear_of_a_training_of_its_own(
 ) -> None:
     alone, heard = Heard(tmp_path), Heard(tmp_path)
     swift([], alone, tmp_path, {})
-    with rank_0(swift, monkeypatch, tmp_path) as told:
-        assert distributed.follow(told, heard) == DONE
+    with rank_0(swift, monkeypatch, tmp_path) as line:
+        assert distributed.follow(line, heard) == DONE
     assert heard.said == alone.said == [(2, Path("output")), 1, (1, {"loss": 1.0}), 2, (2, {"loss": 0.5})]
 
 
 def test_the_listener_may_end_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with rank_0(swift, monkeypatch, tmp_path) as told, pytest.raises(Stopped, match="pruned"):
-        distributed.follow(told, Heard(tmp_path, Stopped("pruned")))
+    with rank_0(swift, monkeypatch, tmp_path) as line, pytest.raises(Stopped, match="pruned"):
+        distributed.follow(line, Heard(tmp_path, Stopped("pruned")))
 
 
 def test_arguments_that_ms_swift_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_: Any) -> Trained:
         raise RecipeError("args", "--lora_rank x", "ms-swift refuses them (no int)", mend="See the log.")
 
-    with rank_0(refuse, monkeypatch, tmp_path) as told, pytest.raises(RecipeError) as refused:
-        distributed.follow(told, Heard(tmp_path))
+    with rank_0(refuse, monkeypatch, tmp_path) as line, pytest.raises(RecipeError) as refused:
+        distributed.follow(line, Heard(tmp_path))
     assert str(refused.value) == "args='--lora_rank x': ms-swift refuses them (no int). See the log."
 
 
@@ -180,8 +180,17 @@ def test_a_rank_0_that_fails_has_trained_nothing(monkeypatch: pytest.MonkeyPatch
     def fail(*_: Any) -> Trained:
         raise ValueError("no")
 
-    with rank_0(fail, monkeypatch, tmp_path) as told:
-        assert distributed.follow(told, Heard(tmp_path)) is None
+    with rank_0(fail, monkeypatch, tmp_path) as line:
+        assert distributed.follow(line, Heard(tmp_path)) is None
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_rank_0_that_dies_over_a_word_has_trained_nothing(tmp_path: Path, after: int) -> None:
+    here, there = socket.socketpair()
+    with Line(here) as line:
+        with there:
+            there.sendall([b'["step", 1]\n', b'["metrics", 1, {"lo'][after - 1])
+        assert distributed.follow(line, Heard(tmp_path)) is None
 
 
 # How the processes end.
