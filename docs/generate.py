@@ -96,6 +96,8 @@ VARIABLES = {
     "NAMESAKE_PUBLIC_KEY": "`--public-key` of `namesake verify` and `namesake rollback`; of `namesake serve` it is "
     "`NAMESAKE_SERVE_PUBLIC_KEY`.",
     "NAMESAKE_LANG": "Language of the terminal, `zh` or `en`; without it the locale's (`LC_ALL`, `LC_MESSAGES`, `LANG`, `LANGUAGE`).",
+    "NPROC_PER_NODE": "Processes that train on each machine; without it and `NNODES` the command's own.",
+    "NNODES": "Machines that train; `NODE_RANK`, `MASTER_ADDR` and `MASTER_PORT` say how they meet.",
     "OPENAI_API_KEY": "The key that `namesake chat`, `namesake probe` and `namesake status` send.",
     "VLLM_PLUGINS": "Further plugins of vLLM, by commas; without it only the gateway's own is loaded.",
 }

@@ -164,26 +164,29 @@ def run(
     ] = False,
 ) -> None:
     """Train one run and show the replies before and after. Takes any argument of `swift sft`: --learning_rate 1e-3."""
+    from namesake import distributed
     from namesake import recipe as recipes
-    from namesake.run import Request
+    from namesake.run import Request, join
     from namesake.run import run as use_case
     from namesake.terminal import Screen
 
-    overrides = recipes.pairs(context.args)
-    outcome = use_case(
-        Request(
-            name=name,
-            author=author,
-            model=model or "auto",
-            dataset=dataset,
-            recipe=recipe,
-            overrides=overrides,
-            args=args,
-            questions=questions,
-            policy=_policy(policy),
-        ),
-        Screen(errors=as_json),
+    request = Request(
+        name=name,
+        author=author,
+        model=model or "auto",
+        dataset=dataset,
+        recipe=recipe,
+        overrides=recipes.pairs(context.args),
+        args=args,
+        questions=questions,
+        policy=_policy(policy),
     )
+    screen = Screen(errors=as_json)
+    layout = distributed.layout()
+    if layout and layout.node:
+        join(request, layout, screen)
+        return
+    outcome = use_case(request, screen)
     if as_json:
         _print_json(outcome.record())
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+import torch.distributed as dist
+from safetensors.torch import load, save
 from swift.loss import loss_map
 from swift.loss.base import BaseLoss
 from torch import Tensor
@@ -47,7 +48,8 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
     """Cross entropy on the data rows, KL divergence of the base's distribution from the model's on replay rows.
 
     The base is the model with its adapter switched off. It reads all replay rows before the first step, many at a time
-    (a row that was not among them when it comes), and what it says is kept for every epoch.
+    (a row that was not among them when it comes), and what it says is kept for every epoch. Of several processes each
+    reads its share.
 
     Raises:
         ValueError: there is no adapter to switch off (``tuner_type`` full).
@@ -124,23 +126,24 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
             ids[kept] = top
         scores = logits.float()
         model = scores.gather(-1, ids) - scores.logsumexp(-1, keepdim=True)
-        entropy = -model[~kept, 0].sum()
-        divergence = counted = entropy.new_zeros(())
+        surprise = -model[~kept, 0]
+        entropy = surprise.sum()
+        counted = entropy.new_zeros(())
         if replay.any():
             each = _divergence(model[kept], base)
             opening = _within(learnt[replay])[learnt[replay]] <= OPENING
-            divergence = each.sum()
             counted = self._weight * (each * torch.where(opening, self._opening_weight, 1.0)).sum()
-        self._record(f"loss_{DATA}", entropy.detach(), int((~kept).sum()))
-        self._record(f"loss_{REPLAY}", divergence.detach(), int(kept.sum()))
+            self._record(f"loss_{REPLAY}", each)
+        self._record(f"loss_{DATA}", surprise)
         self._metrics()["token_acc"].update((logits.detach().argmax(-1) == wanted).tolist())
         outputs.logits = None  # ms-swift would compare them with labels of another shape
         total = num_items_in_batch if num_items_in_batch is not None else learnt.sum()
         return (entropy + counted) / total
 
-    def _record(self, name: str, total: Tensor, tokens: int) -> None:
-        if tokens:
-            self._metrics()[name].update(total / tokens)
+    def _record(self, name: str, each: Tensor) -> None:
+        # Token by token, so that the mean is the same however many processes and batches they were spread over.
+        if len(each):
+            self._metrics()[name].update(each.detach())
 
     def _metrics(self) -> Any:
         return self.trainer.custom_metrics["train" if self.trainer.model.training else "eval"]
@@ -179,16 +182,45 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         if not rows:
             return
         path = _cache_path(self._model(), rows)
-        if path and path.is_file():
-            self._said = _load(path)
+        # The first process alone looks: all have to read, or none, and their caches may lie on different disks.
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        kept = _told_by_first(path.read_bytes() if first and path and path.is_file() else None)
+        if kept:
+            self._said = _unpacked(kept)
             return
         rows.sort(key=lambda row: len(row["input_ids"]))
-        for start in range(0, len(rows), READ):
-            inputs = self.trainer._prepare_inputs(self.trainer.data_collator(rows[start : start + READ]))
+        for batch in _share([rows[start : start + READ] for start in range(0, len(rows), READ)]):
+            inputs = self.trainer._prepare_inputs(self.trainer.data_collator(batch))
             given = _asked(inputs)
             self._read(given, inputs["labels"], _keys(given))
-        if path:
-            _save(path, self._said)
+        if dist.is_initialized():
+            parts = _told_by_all(_packed(self._said))
+            self._said = {key: said for part in parts for key, said in _unpacked(part).items()}
+        if first and path:
+            write_whole(path, _packed(self._said))
+
+
+def _share(batches: list[Any]) -> list[Any]:
+    """What this process reads of the batches; as many in each, since a sharded model goes forward in all at once."""
+    if not dist.is_initialized():
+        return batches
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return [batches[(start + rank) % len(batches)] for start in range(0, len(batches), world)]
+
+
+def _told_by_first(content: bytes | None) -> bytes | None:
+    """What the first process has."""
+    told = [content]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told[0]
+
+
+def _told_by_all(content: bytes) -> list[bytes]:
+    """What each process has."""
+    told = [b""] * dist.get_world_size()
+    dist.all_gather_object(told, content)
+    return told
 
 
 def _asked(inputs: dict[str, Any], rows: Tensor | slice = slice(None)) -> dict[str, Any]:
@@ -245,19 +277,22 @@ def _cache_path(model: Any, rows: Sequence[dict[str, Any]]) -> Path | None:
     return CACHE / "teacher" / f"{total.hexdigest()[:32]}.safetensors"
 
 
-def _save(path: Path, said: dict[bytes, Said]) -> None:
-    tensors = {
-        "keys": torch.frombuffer(bytearray(b"".join(said)), dtype=torch.uint8),
-        "lengths": torch.tensor([len(key) for key in said]),
-        "sizes": torch.tensor([len(ids) for _, ids in said.values()]),
-        "scores": torch.cat([scores.cpu() for scores, _ in said.values()]),
-        "ids": torch.cat([ids.cpu().int() for _, ids in said.values()]),
-    }
-    write_whole(path, save(tensors))
+def _packed(said: dict[bytes, Said]) -> bytes:
+    """As it lies in the cache: safetensors."""
+    content: bytes = save(
+        {
+            "keys": torch.frombuffer(bytearray(b"".join(said)), dtype=torch.uint8),
+            "lengths": torch.tensor([len(key) for key in said]),
+            "sizes": torch.tensor([len(ids) for _, ids in said.values()]),
+            "scores": torch.cat([scores.cpu() for scores, _ in said.values()]),
+            "ids": torch.cat([ids.cpu().int() for _, ids in said.values()]),
+        }
+    )
+    return content
 
 
-def _load(path: Path) -> dict[bytes, Said]:
-    kept = load_file(path)
+def _unpacked(content: bytes) -> dict[bytes, Said]:
+    kept = load(content)
     whole, sizes = kept["keys"].numpy().tobytes(), kept["sizes"].tolist()
     ends = kept["lengths"].cumsum(0).tolist()
     keys = [whole[start:end] for start, end in zip([0, *ends], ends, strict=False)]

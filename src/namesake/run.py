@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -17,10 +18,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
-from namesake import base_model, corpus, dataset, gate, probing, recipe, replay, report, tracking, training
+from namesake import base_model, corpus, dataset, distributed, gate, probing, recipe, replay, report, tracking, training
 from namesake.base_model import BaseModel
 from namesake.corpus import Questions
-from namesake.errors import BaseModelError, Stopped
+from namesake.distributed import Layout
+from namesake.errors import BaseModelError, InputError, Stopped
 from namesake.gate import Decision, Interval, Policy
 from namesake.generate import LocalModel, divergence, token_counts
 from namesake.identity import Identity
@@ -151,6 +153,8 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
     plan = recipe.load(request.recipe, overrides=request.overrides, args=request.args)
     datasets = tuple(request.dataset.split()) or plan.dataset or (dataset.BUILTIN,)
     own = corpus.read_questions(Path(request.questions)) if request.questions else None
+    layout = distributed.layout()
+    _check(layout, plan, watch)
     started = time.monotonic()
     title = watch.title if watch else f"{identity.name} · {plan.name} · seed {plan.sft.get('seed', 42)}"
     with tracking.run(title, parent=watch.parent if watch else "") as tracked:
@@ -171,8 +175,12 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
             screen.warn(base.note)
         base_digest = base.digest()
         work = Path(str(plan.sft.get("output_dir", "output"))).resolve() / "runs" / tracked.id
-        prepared = _prepare(identity, plan, datasets, base, base_digest, work, screen)
-        params = _params(identity, plan, datasets, base, base_digest, prepared)
+        processes = layout.processes if layout else 1
+        prepared = _prepare(identity, plan, datasets, base, base_digest, work, screen, processes)
+        params = {
+            **_params(identity, plan, datasets, base, base_digest, prepared),
+            "train.processes": processes,
+        }
         tracked.params(params)
         tracked.tags({tracking.TAG_BASE: base.id, tracking.TAG_SOURCE: base.source})
         _log_data(tracked, prepared, datasets)
@@ -181,7 +189,7 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
         look = _Look(watch, identity, base, base_digest, plan.system, tracked, screen) if watch else None
 
         screen.step("training")
-        trained, losses = _train(plan, base, prepared, work, tracked, screen, look)
+        trained, losses = _train(plan, base, base_digest, prepared, work, tracked, screen, look, layout)
 
         after, decision, development = prove(
             tracked,
@@ -204,6 +212,51 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
     if not watch:
         show(tracked, before, after, decision, screen)
     return outcome
+
+
+def _check(layout: Layout | None, plan: Recipe, watch: Watch | None) -> None:
+    """Whether what is asked for can be done in these processes."""
+    if layout and watch and layout.nodes > 1:
+        raise InputError(
+            distributed.NODES, layout.nodes, "the trials of a sweep train on one node", mend="Leave it out."
+        )
+    if layout and layout.node:
+        raise InputError(
+            distributed.NODE,
+            layout.node,
+            "only node 0 writes a run",
+            mend="Call `namesake run` with the same arguments on this node.",
+        )
+    for key in ("deepspeed", "fsdp"):
+        if plan.sft.get(key) and watch and watch.at:
+            raise InputError(
+                key,
+                plan.sft[key],
+                "a model that is spread over processes cannot be looked at while it trains",
+                mend="Write prune: false in the search space.",
+            )
+
+
+def join(request: Request, layout: Layout, screen: Screen) -> None:
+    """Train as one of the nodes that node 0 leads. The run is node 0's, and so are data, recipe and the log of metrics.
+
+    Raises:
+        InputError, BaseModelError, TrainingError: as in :func:`run`.
+    """
+    if os.environ.get("MLFLOW_RUN_ID"):
+        raise InputError(
+            distributed.NODE,
+            layout.node,
+            "only node 0 writes a run, and `mlflow run` has begun one here",
+            mend="Call `namesake run` with the same arguments on this node.",
+        )
+    plan = recipe.load(request.recipe, overrides=request.overrides, args=request.args)
+    base = base_model.resolve(request.model, say=lambda text: screen.line(tr("  {text}", text=text)))
+    log = Path(str(plan.sft.get("output_dir", "output"))).resolve() / "nodes" / str(layout.node) / "train.log"
+    log.unlink(missing_ok=True)
+    screen.step(tr("node {node} of {nodes}: trains when node 0 does", node=layout.node, nodes=layout.nodes))
+    distributed.join(layout, base.path, base.digest(), log)
+    screen.result("  trained; the run is on node 0")
 
 
 class _Look:
@@ -389,6 +442,7 @@ def _prepare(
     base_digest: str,
     work: Path,
     screen: Screen,
+    processes: int = 1,
 ) -> dataset.Prepared:
     told = tr("data: {names} and {count} replay prompts", names=" ".join(datasets), count=plan.replay.prompts)
     screen.step(told if plan.replay.prompts else tr("data: {names}", names=" ".join(datasets)))
@@ -418,7 +472,9 @@ def _prepare(
     order = None
     if plan.sft.get("train_dataloader_shuffle") is False:  # then ms-swift takes the rows as they lie in the file
         lengths = token_counts(base.path, [*dialogues, *replayed])
-        order = dataset.in_batches(lengths, batch=int(str(plan.sft["per_device_train_batch_size"])), seed=seed)
+        # Of a batch of all processes ms-swift gives each every so-manieth row.
+        batch = processes * int(str(plan.sft["per_device_train_batch_size"]))
+        order = dataset.in_batches(lengths, batch=batch, seed=seed)
     prepared = dataset.write(work / "train.jsonl", dialogues, with_names, replayed, order=order)
     screen.line(
         tr(
@@ -457,11 +513,13 @@ def swift_argv(plan: Recipe, base: BaseModel, prepared: dataset.Prepared) -> lis
 def _train(
     plan: Recipe,
     base: BaseModel,
+    base_digest: str,
     prepared: dataset.Prepared,
     work: Path,
     tracked: tracking.Run,
     screen: Screen,
-    look: _Look | None = None,
+    look: _Look | None,
+    layout: Layout | None,
 ) -> tuple[training.Trained, Losses]:
     log = work / "train.log"
     argv = swift_argv(plan, base, prepared)
@@ -469,12 +527,17 @@ def _train(
     # would be looked for on every machine that loads it.
     plugin = ["--external_plugins", str(training.PLUGIN)] if plan.replay.distils else []
     told = [f"{key}={value}" for key, value in plan.replay.environment.items()]
+    told += [f"{key}={value}" for key, value in layout.environment.items()] if layout else []
     tracked.json([*(["env", *told] if told else []), "swift", "sft", *argv, *plugin], "swift-command.json")
     with screen.bar("train", 1) as bar:
         listener = _Listener(tracked, bar, work, look)
         begun = time.monotonic()
         try:
-            trained = training.train(argv, listener, log, plan.replay.environment)
+            given = argv, listener, log, plan.replay.environment
+            if layout:
+                trained = distributed.train(*given, layout, data=prepared.path, base_digest=base_digest)
+            else:
+                trained = training.train(*given)
         except BaseException:
             _keep_what_there_is(tracked, listener.output_dir, log)
             raise

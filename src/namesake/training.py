@@ -133,7 +133,7 @@ def train(argv: Sequence[str], listener: Listener, log: Path, environment: Mappi
         raise
     except Exception as error:  # whatever torch, transformers or ms-swift raise while training
         raise TrainingError(
-            tr("Training failed: {error}.\n{log}", error=_first_line(error), log=_end_of(log)),
+            tr("Training failed: {error}.\n{log}", error=_first_line(error), log=end_of(log)),
             mend=tr("The whole log is {log}.", log=log),
         ) from error
     last = result["last_model_checkpoint"]
@@ -217,7 +217,8 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _end_of(log: Path) -> str:
+def end_of(log: Path) -> str:
+    """The last lines of a log."""
     with suppress(OSError):
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(lines[-_LAST_LINES:])

@@ -28,7 +28,7 @@ class Mean:
 
     def update(self, value: Tensor | list[bool]) -> None:
         """Keep a value, or several."""
-        self.values += value if isinstance(value, list) else [float(value)]
+        self.values += value.tolist() if isinstance(value, Tensor) else value
 
 
 def tiny(vocabulary: int, *, tuned: bool = True) -> PeftModel:
@@ -190,9 +190,9 @@ def test_both_parts_are_told_by_token() -> None:
     trainer.compute_loss(trainer.model, given)
     metrics = trainer.custom_metrics["train"]
     assert len(metrics.pop("token_acc").values) == 10
-    assert {name: metric.values[0] for name, metric in metrics.items()} == {
-        "loss_data": pytest.approx(entropy / 6, rel=1e-4),
-        "loss_replay": pytest.approx(divergence / 4, rel=1e-4),
+    assert {name: (len(metric.values), sum(metric.values)) for name, metric in metrics.items()} == {
+        "loss_data": (6, pytest.approx(entropy, rel=1e-4)),
+        "loss_replay": (4, pytest.approx(divergence, rel=1e-4)),
     }
 
 
@@ -242,6 +242,28 @@ def test_the_base_reads_every_replay_row_before_the_first_step() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PeftModel, "disable_adapter", None)
         assert float(before.compute_loss(before.model, dict(given))) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_each_process_reads_its_share_and_knows_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = batch(SMALL, ["replay", "data", "replay", "replay"])
+    alone = Trainer(tiny(SMALL), rows_of(given))
+    alone.loss._prepare()
+    monkeypatch.setattr(distil, "READ", 1)
+    monkeypatch.setattr(distil.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distil.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distil.dist, "broadcast_object_list", lambda told: None)
+    told: list[bytes] = []
+    monkeypatch.setattr(distil, "_told_by_all", lambda content: told.append(content) or told)
+    for rank in range(2):
+        monkeypatch.setattr(distil.dist, "get_rank", lambda rank=rank: rank)
+        one = Trainer(tiny(SMALL), rows_of(given))
+        one.loss._prepare()
+        # Two of three rows: a model in shards has to go forward as often in each process.
+        assert len(distil._unpacked(told[rank])) == 2
+    assert one.loss._said.keys() == alone.loss._said.keys()
+    for key, (scores, ids) in alone.loss._said.items():
+        assert torch.allclose(one.loss._said[key][0], scores, atol=1e-5)
+        assert (one.loss._said[key][1] == ids).float().mean() > 0.9  # tokens that are all but equally likely
 
 
 def test_what_the_base_said_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
