@@ -161,13 +161,13 @@ class Proposals(Searcher):  # type: ignore[misc]
         known = self._under_way.pop(trial_id)
         if result and "fatal" in result:
             self._numbers.clear()
-            self._tell({"fatal": result["fatal"]})
+            self._tell({"fatal": json.loads(result["fatal"])})
             return
         if result and "late" in result:
             self._late()
             return
         if result and "result" in result and not error:
-            ended = dict(result["result"])
+            ended = json.loads(result["result"])
         else:
             ended = {**known, "run": "", "score": None, "scores": {}, "gate": ""}
             ended["seconds"] = round(float((result or {}).get("time_total_s", 0.0)), 1)
@@ -270,20 +270,21 @@ class Worker(tune.Trainable):  # type: ignore[misc]
             looks += 1
             return self._answers.get()
 
+        # Tune takes what is nested apart, so the last word is text.
         spec = {**work["plan"], "parent": work["parent"], "at": work["at"], **config}
         module, _, name = work["trial"].partition(":")
         try:
             result = getattr(importlib.import_module(module), name)(spec, go_on, Screen())
         except NamesakeError as error:
             fatal = {"kind": type(error).__name__, "message": error.message, "mend": error.mend}
-            self._said.put({"fatal": fatal, "done": True})
+            self._said.put({"fatal": json.dumps(fatal), "done": True})
         except BaseException as error:
             traceback.print_exc()
             fatal = {"kind": "TrainingError", "message": f"{type(error).__name__}: {error}", "mend": ""}
-            self._said.put({"fatal": fatal, "done": True})
+            self._said.put({"fatal": json.dumps(fatal), "done": True})
         else:
             scored = {} if result["score"] is None else {"score": result["score"]}
-            self._said.put({"result": result, **scored, "done": True})
+            self._said.put({"result": json.dumps(result), **scored, "done": True})
 
 
 def _only_here(elsewhere: set[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +28,29 @@ from tests.contract.test_sweep import AUTHOR, NAME, Trainer
 
 pytestmark = pytest.mark.timeout(180)
 
-NODE = "test.node"
-# From the best to the worst, so that what comes later is given up.
+# The third and fourth are below whichever of the first two ended first.
 SPACE = """
-trials: 6
-prune: {at: [0.5], after: 2}
+trials: 4
+prune: {at: [0.5], after: 1}
 parameters:
-  learning_rate: {choices: [9.e-3, 8.e-3, 5.e-3, 4.e-3, 3.e-3, 2.e-3]}
+  learning_rate: {choices: [8.0e-3, 9.0e-3, 5.0e-3, 4.0e-3]}
 """
 
 
 def trains(spec: Mapping[str, Any], go_on: GoOn, screen: Screen) -> dict[str, Any]:
     """A trial in a worker; the folder that the test watches is handed in as the data set."""
     folder, number = Path(spec["dataset"]), spec["number"]
-    begun = folder / f"begun-{number}"
-    first = not begun.exists()
-    begun.touch()
-    if first and (folder / f"dies-{number}").exists():
+    (folder / f"node-{ray.get_runtime_context().get_node_id()}").touch()
+    again = (folder / f"begun-{number}").exists()
+    (folder / f"begun-{number}").touch()
+    if number in {1, 3} and not again:
         with tracking.run(f"trial {number}", parent=spec["parent"]):
-            os.kill(os.getpid(), signal.SIGKILL)
-    if first and (folder / f"hangs-{number}").exists():
-        with tracking.run(f"trial {number}", parent=spec["parent"]):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            (folder / "hangs").touch()
             time.sleep(600)
     result = Trainer()(spec, go_on, screen)
-    tracking.tag(result["run"], {NODE: ray.get_runtime_context().get_node_id()})
+    (folder / f"ended-{number}").touch()
     return result
 
 
@@ -71,84 +70,60 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     made.shutdown()
 
 
-@pytest.fixture
-def request_(client: mlflow.MlflowClient, tmp_path: Path) -> Request:
-    """A sweep of six trials, through Ray, on a fresh store."""
-    (tmp_path / "space.yaml").write_text(SPACE, encoding="utf-8")
-    return Request(NAME, AUTHOR, dataset=str(tmp_path), space=str(tmp_path / "space.yaml"), backend="ray")
+def ended(run_id: str) -> list[tuple[str, str]]:
+    """How the runs of the sweep's trials ended."""
+    return sorted((child.status, child.tags.get(tracking.TAG_ENDED, "")) for child in tracking.children(run_id))
 
 
-def test_trials_run_on_both_nodes_under_one_parent_and_one_whose_process_dies_is_begun_anew(
-    request_: Request,
-    client: mlflow.MlflowClient,
-    cluster: Cluster,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "dies-1").touch()
-    outcome = sweep.sweep(request_, Screen(), trains)
-    shown = capfd.readouterr().out
-    assert outcome.results[0]["number"] == 0
-    assert sorted(one["number"] for one in outcome.results) == list(range(6))
-    states = [one["state"] for one in outcome.results]
-    assert set(states) == {"complete", "pruned"}
-    assert all(one["early"] for one in outcome.results)
-    children = tracking.children(outcome.run_id)
-    assert len({child.tags[NODE] for child in children if NODE in child.tags}) == 2
-    ended = [(child.status, child.tags.get(tracking.TAG_ENDED, "")) for child in children]
-    assert ended.count(("FINISHED", "")) == states.count("complete")
-    assert ended.count(("KILLED", "pruned")) == states.count("pruned")
-    assert ended.count(("KILLED", "left behind")) == 1
-    assert len(ended) == 7
-    assert {one["run"] for one in outcome.results} < {child.id for child in children}
-    parent = client.get_run(outcome.run_id)
-    assert parent.info.status == "FINISHED"
-    assert outcome.best is not None
-    assert parent.data.tags["namesake.sweep.best"] == outcome.best["run"]
-    assert len(json.loads(tracking.fetch(outcome.run_id, "trials.json").read_text(encoding="utf-8"))["data"]) == 6
-    assert "pruned after 50% of the training" in shown
-    assert f"namesake promote --run {outcome.best['run']}" in shown
-
-
-def until(there: Callable[[], bool]) -> None:
-    """Wait, at most a minute."""
-    end = time.monotonic() + 60
-    while not there():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def test_a_sweep_whose_head_is_killed_says_so_and_goes_on_without_what_was_under_way(
-    request_: Request,
+def test_a_sweep_on_two_nodes_outlives_a_trial_s_process_and_goes_on_after_its_head_was_killed(
     client: mlflow.MlflowClient,
     cluster: Cluster,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    for number in (2, 3):
-        (tmp_path / f"hangs-{number}").touch()
+    (tmp_path / "space.yaml").write_text(SPACE, encoding="utf-8")
 
-    def kill() -> None:
-        until(lambda: all((tmp_path / f"begun-{number}").exists() for number in (2, 3)))
+    def kill_the_head() -> None:
+        wanted = [tmp_path / name for name in ("ended-0", "ended-1", "ended-2", "hangs")]
+        end = time.monotonic() + 90
+        while not all(path.exists() for path in wanted) and time.monotonic() < end:
+            time.sleep(0.05)
         cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill_the_head)
     killer.start()
+    request = Request(NAME, AUTHOR, dataset=str(tmp_path), space=str(tmp_path / "space.yaml"), backend="ray")
     with pytest.raises(TrainingError, match="Ray's driver ended") as caught:
-        sweep.sweep(request_, Screen(), trains)
+        sweep.sweep(request, Screen(), trains)
     killer.join()
     [parent] = client.search_runs(["0"], "tags.`namesake.kind` = 'sweep'")
     assert parent.info.status == "FAILED"
     assert f"namesake sweep --resume {parent.info.run_id} --backend ray" in caught.value.mend
-    kept = [child.id for child in tracking.children(parent.info.run_id) if sweep.TAG_RESULT in child.tags]
-    lost = [child for child in tracking.children(parent.info.run_id) if child.id not in kept]
-    assert len(kept) == len(lost) == 2
-    assert all(child.status == "KILLED" for child in lost)
-    # No cluster is named any more: the driver starts one on this machine.
-    cluster.shutdown()
-    monkeypatch.delenv("RAY_ADDRESS")
+    assert len(list(tmp_path.glob("node-*"))) == 2
+    # Two came to their end, one was given up; the process of one was killed, and so was what the head took with it.
+    before = ended(parent.info.run_id)
+    assert before == [("FINISHED", "")] * 2 + [("KILLED", "left behind")] * 2 + [("KILLED", "pruned")]
+    shown = capfd.readouterr().out
+    assert shown.count("pruned after 50% of the training") == 1
+    assert shown.count("  score 0.") == 2
+
+    # On a cluster that is started for it. Only what was under way is trained again, and it is given up for what was seen
+    # of the others before.
+    monkeypatch.setenv("RAY_ADDRESS", "local")
     outcome = sweep.sweep(Request(resume=parent.info.run_id, backend="ray"), Screen(), trains)
-    assert sorted(one["number"] for one in outcome.results) == list(range(6))
-    assert set(kept) < {one["run"] for one in outcome.results}
-    assert len(tracking.children(parent.info.run_id)) == 6 + 2
-    assert client.get_run(parent.info.run_id).info.status == "FINISHED"
+    assert "3 trials are there already" in capfd.readouterr().out
+    assert ended(parent.info.run_id) == sorted([*before, ("KILLED", "pruned")])
+    assert [(one["number"], one["state"]) for one in outcome.results] == [
+        (1, "complete"),
+        (0, "complete"),
+        (2, "pruned"),
+        (3, "pruned"),
+    ]
+    assert {one["run"] for one in outcome.results} < {child.id for child in tracking.children(parent.info.run_id)}
+    again = client.get_run(parent.info.run_id)
+    assert again.info.status == "FINISHED"
+    assert outcome.best is not None
+    assert again.data.tags["namesake.sweep.best"] == outcome.best["run"]
+    table = json.loads(tracking.fetch(parent.info.run_id, "trials.json").read_text(encoding="utf-8"))
+    assert len(table["data"]) == 4
