@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -53,7 +53,7 @@ def check() -> None:
         )
 
 
-def events(job: Mapping[str, Any], *, mend: str) -> Iterator[dict[str, Any]]:
+def events(job: Mapping[str, Any], *, mend: str) -> Generator[dict[str, Any]]:
     """What the driver says, as it says it; the events are those of :func:`namesake.ray_tune.main`.
 
     However this ends, the driver has ended then, and Ray has taken the job's trials with it.

@@ -49,7 +49,7 @@ def main() -> None:
     runs one, as ``module:name``; ``uri`` and ``folder``, where MLflow and relative paths are; ``deadline``, seconds
     since 1970 after which no trial begins, or null.
 
-    The events: ``{"began": number, "params": …, "node": …}``; ``{"ended": result}``; ``{"late": true}`` once no trial
+    The events: ``{"began": number, "params": …}``; ``{"ended": result}``; ``{"late": true}`` once no trial
     begins any more; ``{"fatal": {"kind", "message", "mend"}}``, after which nothing comes.
     """
     job = json.load(sys.stdin)
@@ -224,8 +224,9 @@ class _Began(tune.Callback):  # type: ignore[misc]
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._tell({"began": trial.config["number"], "params": trial.config["params"]})
+    def on_trial_start(self, **info: Any) -> None:
+        config = info["trial"].config
+        self._tell({"began": config["number"], "params": config["params"]})
 
 
 class Worker(tune.Trainable):  # type: ignore[misc]

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -368,7 +368,7 @@ def _one_by_one(
     results: Sequence[dict[str, Any]],
     screen: Screen,
     one_trial: Callable[..., dict[str, Any]],
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
     """Trials in this process; what is yielded has to be among the results before the next is asked for."""
     done = {result["number"] for result in results}
     begun = time.monotonic()
@@ -390,7 +390,7 @@ def _through_ray(
     results: list[dict[str, Any]],
     screen: Screen,
     one_trial: Callable[..., dict[str, Any]],
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
     """Trials side by side on a Ray cluster."""
     job = {
         "plan": plan,

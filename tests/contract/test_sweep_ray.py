@@ -108,7 +108,7 @@ def test_a_sweep_on_two_nodes_outlives_a_trial_s_process_and_goes_on_after_its_h
     assert shown.count("pruned after 50% of the training") == 1
     assert shown.count("  score 0.") == 2
 
-    # On a cluster that is started for it. Only what was under way is trained again, and it is given up for what was seen
+    # On a cluster started for it. Only what was under way is trained again, and it is given up for what was seen
     # of the others before.
     monkeypatch.setenv("RAY_ADDRESS", "local")
     outcome = sweep.sweep(Request(resume=parent.info.run_id, backend="ray"), Screen(), trains)
