@@ -30,6 +30,7 @@ from ray.tune.search import Searcher
 
 from namesake import process, search
 from namesake.errors import NamesakeError
+from namesake.messages import tr
 from namesake.search import Search, Trial
 from namesake.terminal import Screen
 
@@ -39,7 +40,7 @@ _KEPT_TO_THEIR_MIDDLE = 2
 """ASHA's reduction factor: of those that were looked at at one point, half go on. The median rule does the same."""
 
 _AGAIN = 1
-"""So often a trial is begun anew whose process or node died."""
+"""So often a trial is begun anew whose process or node died; a second death is a failure."""
 
 
 def main() -> None:
@@ -50,7 +51,8 @@ def main() -> None:
     since 1970 after which no trial begins, or null.
 
     The events: ``{"began": number, "params": …}``; ``{"ended": result}``; ``{"late": true}`` once no trial
-    begins any more; ``{"fatal": {"kind", "message", "mend"}}``, after which nothing comes.
+    begins any more; ``{"fatal": {"kind", "message", "mend"}}``, what would end every other trial; ``{"elsewhere":
+    [address, …]}``, the nodes that do not reach a store of files, after which nothing comes.
     """
     job = json.load(sys.stdin)
     # Whatever Ray and its libraries print goes into the log, so that the events have the pipe for themselves.
@@ -69,7 +71,7 @@ def main() -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     elsewhere = {node["NodeManagerAddress"] for node in nodes} - {ray.util.get_node_ip_address()}
     if elsewhere and urlsplit(job["uri"]).scheme in {"", "file", "sqlite"}:
-        tell({"fatal": _only_here(elsewhere)})
+        tell({"elsewhere": sorted(elsewhere)})
     else:
         _tune(job, nodes, tell)
     ray.shutdown()
@@ -172,7 +174,7 @@ class Proposals(Searcher):  # type: ignore[misc]
             ended = {**known, "run": "", "score": None, "scores": {}, "gate": ""}
             ended["seconds"] = round(float((result or {}).get("time_total_s", 0.0)), 1)
             ended["state"] = "failed" if error else "pruned"
-            ended["error"] = f"its process or its node died {_AGAIN + 1} times" if error else ""
+            ended["error"] = tr("its process or its node died twice") if error else ""
         self.before.append(Trial.of_result(ended))
         self._tell({"ended": ended})
 
@@ -286,12 +288,3 @@ class Worker(tune.Trainable):  # type: ignore[misc]
         else:
             scored = {} if result["score"] is None else {"score": result["score"]}
             self._said.put({"result": json.dumps(result), **scored, "done": True})
-
-
-def _only_here(elsewhere: set[str]) -> dict[str, str]:
-    others = ", ".join(sorted(elsewhere))
-    return {
-        "kind": "TrackingError",
-        "message": f"The MLflow store is a file of this machine, and Ray has nodes elsewhere ({others}).",
-        "mend": "Set MLFLOW_TRACKING_URI to a server that every node reaches.",
-    }

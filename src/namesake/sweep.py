@@ -31,6 +31,7 @@ from namesake.errors import (
 from namesake.gate import Policy
 from namesake.identity import Identity
 from namesake.messages import tr
+from namesake.paths import store_address
 from namesake.search import Search, Trial
 from namesake.terminal import Screen
 
@@ -412,6 +413,15 @@ def _through_ray(
                     yield event["ended"]
                 elif "late" in event:
                     _over(wanted, screen)
+                elif "elsewhere" in event:
+                    raise TrackingError(
+                        tr(
+                            "Ray has nodes elsewhere ({nodes}), and {store} is a file of this machine.",
+                            nodes=", ".join(event["elsewhere"]),
+                            store=store_address(),
+                        ),
+                        mend="Set MLFLOW_TRACKING_URI to a server that every node reaches.",
+                    )
                 else:
                     raise _fatal(event["fatal"])
     finally:
