@@ -128,14 +128,15 @@ def sweep(request: Request, screen: Screen, one_trial: Callable[..., dict[str, A
         try:
             _all(plan, wanted, parent.id, results, screen, one_trial or run_trial, request.backend)
         except KeyboardInterrupt:
-            screen.warn(tr("go on with  {command}", command=_resume(parent.id)))
+            screen.warn(tr("go on with  {command}", command=_resume(parent.id, request.backend)))
             raise
         outcome = Outcome(parent.id, tuple(_ranked(results)), wanted.total - len(results))
         _close(parent, wanted, outcome)
-    _show(parent, wanted, outcome, screen)
+    _show(parent, wanted, outcome, request.backend, screen)
     if outcome.best is None:
         raise TrainingError(
-            "No trial came to its end.", mend=tr("Give it more time: {command}.", command=_resume(parent.id))
+            "No trial came to its end.",
+            mend=tr("Give it more time: {command}.", command=_resume(parent.id, request.backend)),
         )
     return outcome
 
@@ -358,7 +359,7 @@ def _all(
                         failures=FAILURES,
                         error=result["error"],
                     ),
-                    mend=tr("Mend it, then {command}.", command=_resume(parent)),
+                    mend=tr("Mend it, then {command}.", command=_resume(parent, backend)),
                 )
 
 
@@ -403,7 +404,7 @@ def _through_ray(
         "folder": str(Path.cwd()),
         "deadline": None if wanted.minutes is None else time.time() + 60 * wanted.minutes,
     }
-    mend = tr("Go on: {command}.", command=f"{_resume(parent)} --backend ray")
+    mend = tr("Go on: {command}.", command=_resume(parent, "ray"))
     try:
         with closing(ray_backend.events(job, mend=mend)) as events:
             for event in events:
@@ -484,7 +485,7 @@ def _close(parent: tracking.Run, wanted: Search, outcome: Outcome) -> None:
     parent.tags({tracking.TAG_NOTE: "\n".join(note)})
 
 
-def _show(parent: tracking.Run, wanted: Search, outcome: Outcome, screen: Screen) -> None:
+def _show(parent: tracking.Run, wanted: Search, outcome: Outcome, backend: str, screen: Screen) -> None:
     screen.line()
     if outcome.results:
         _print(outcome.results, screen)
@@ -494,7 +495,7 @@ def _show(parent: tracking.Run, wanted: Search, outcome: Outcome, screen: Screen
                 "{left} of {total} trials are left: {command}",
                 left=outcome.left,
                 total=wanted.total,
-                command=_resume(parent.id),
+                command=_resume(parent.id, backend),
             )
         )
     screen.result(tr("  sweep {id}", id=parent.id))
@@ -576,5 +577,5 @@ def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _resume(run_id: str) -> str:
-    return f"namesake sweep --resume {run_id}"
+def _resume(run_id: str, backend: str) -> str:
+    return f"namesake sweep --resume {run_id}" + ("" if backend == "local" else f" --backend {backend}")
