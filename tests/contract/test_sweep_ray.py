@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -28,12 +29,12 @@ from tests.contract.test_sweep import AUTHOR, NAME, Trainer
 
 pytestmark = pytest.mark.timeout(180)
 
-# The third and fourth are below whichever of the first two ended first.
+# The first two score alike, the third is below them.
 SPACE = """
-trials: 4
+trials: 3
 prune: {at: [0.5], after: 1}
 parameters:
-  learning_rate: {choices: [8.0e-3, 9.0e-3, 5.0e-3, 4.0e-3]}
+  learning_rate: {choices: [1.0e-2, 2.0e-2, 4.0e-3]}
 """
 
 
@@ -43,7 +44,7 @@ def trains(spec: Mapping[str, Any], go_on: GoOn, screen: Screen) -> dict[str, An
     (folder / f"node-{ray.get_runtime_context().get_node_id()}").touch()
     again = (folder / f"begun-{number}").exists()
     (folder / f"begun-{number}").touch()
-    if number in {1, 3} and not again:
+    if number in {1, 2} and not again:
         with tracking.run(f"trial {number}", parent=spec["parent"]):
             if number == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -58,9 +59,9 @@ def trains(spec: Mapping[str, Any], go_on: GoOn, screen: Screen) -> dict[str, An
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head that runs no trial and two workers with a processor each, as processes of this machine."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "src", ROOT / "serving"))))
-    monkeypatch.setenv(
-        "RAY_gcs_rpc_server_reconnect_timeout_s", "3"
-    )  # 60 by default: how long a lost head is waited for
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "3")  # a lost head is waited for, by default 60
+    folder = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # paths of sockets are short
+    monkeypatch.setenv("RAY_TMPDIR", folder.name)
     memory = {"object_store_memory": 80_000_000, "include_dashboard": False}
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory})
     for _ in range(2):
@@ -68,6 +69,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("RAY_ADDRESS", made.address)
     yield made
     made.shutdown()
+    folder.cleanup()
 
 
 def ended(run_id: str) -> list[tuple[str, str]]:
@@ -85,7 +87,7 @@ def test_a_sweep_on_two_nodes_outlives_a_trial_s_process_and_goes_on_after_its_h
     (tmp_path / "space.yaml").write_text(SPACE, encoding="utf-8")
 
     def kill_the_head() -> None:
-        wanted = [tmp_path / name for name in ("ended-0", "ended-1", "ended-2", "hangs")]
+        wanted = [tmp_path / name for name in ("ended-0", "ended-1", "hangs")]
         end = time.monotonic() + 90
         while not all(path.exists() for path in wanted) and time.monotonic() < end:
             time.sleep(0.05)
@@ -101,24 +103,23 @@ def test_a_sweep_on_two_nodes_outlives_a_trial_s_process_and_goes_on_after_its_h
     assert parent.info.status == "FAILED"
     assert f"namesake sweep --resume {parent.info.run_id} --backend ray" in caught.value.mend
     assert len(list(tmp_path.glob("node-*"))) == 2
-    # Two came to their end, one was given up; the process of one was killed, and so was what the head took with it.
+    # Two came to their end, one of them at the second try; what was under way went with the head.
     before = ended(parent.info.run_id)
-    assert before == [("FINISHED", "")] * 2 + [("KILLED", "left behind")] * 2 + [("KILLED", "pruned")]
-    shown = capfd.readouterr().out
-    assert shown.count("pruned after 50% of the training") == 1
-    assert shown.count("  score 0.") == 2
+    assert before == [("FINISHED", "")] * 2 + [("KILLED", "left behind")] * 2
+    assert capfd.readouterr().out.count("  score 1.000") == 2
 
     # On a cluster started for it. Only what was under way is trained again, and it is given up for what was seen
     # of the others before.
     monkeypatch.setenv("RAY_ADDRESS", "local")
     outcome = sweep.sweep(Request(resume=parent.info.run_id, backend="ray"), Screen(), trains)
-    assert "3 trials are there already" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert "2 trials are there already" in shown
+    assert "pruned after 50% of the training" in shown
     assert ended(parent.info.run_id) == sorted([*before, ("KILLED", "pruned")])
     assert [(one["number"], one["state"]) for one in outcome.results] == [
-        (1, "complete"),
         (0, "complete"),
+        (1, "complete"),
         (2, "pruned"),
-        (3, "pruned"),
     ]
     assert {one["run"] for one in outcome.results} < {child.id for child in tracking.children(parent.info.run_id)}
     again = client.get_run(parent.info.run_id)
@@ -126,4 +127,4 @@ def test_a_sweep_on_two_nodes_outlives_a_trial_s_process_and_goes_on_after_its_h
     assert outcome.best is not None
     assert again.data.tags["namesake.sweep.best"] == outcome.best["run"]
     table = json.loads(tracking.fetch(parent.info.run_id, "trials.json").read_text(encoding="utf-8"))
-    assert len(table["data"]) == 4
+    assert len(table["data"]) == 3
