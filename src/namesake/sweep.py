@@ -394,6 +394,8 @@ def _through_ray(
     one_trial: Callable[..., dict[str, Any]],
 ) -> Generator[dict[str, Any]]:
     """Trials side by side on a Ray cluster."""
+    if len(results) == wanted.total:
+        return
     job = {
         "plan": plan,
         "parent": parent,
