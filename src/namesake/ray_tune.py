@@ -39,6 +39,9 @@ Tell = Callable[[dict[str, Any]], None]
 _KEPT_TO_THEIR_MIDDLE = 2
 """ASHA's reduction factor: of those that were looked at at one point, half go on. The median rule does the same."""
 
+SWIFT_GROUP = "default"
+"""ms-swift takes a process of Ray's for one that it has started itself, and asks for its group: of `swift sft`, this."""
+
 _AGAIN = 1
 """So often a trial is begun anew whose process or node died; a second death is a failure."""
 
@@ -50,9 +53,10 @@ def main() -> None:
     runs one, as ``module:name``; ``uri`` and ``folder``, where MLflow and relative paths are; ``deadline``, seconds
     since 1970 after which no trial begins, or null.
 
-    The events: ``{"began": number, "params": …}``; ``{"ended": result}``; ``{"late": true}`` once no trial
-    begins any more; ``{"fatal": {"kind", "message", "mend"}}``, what would end every other trial; ``{"elsewhere":
-    [address, …]}``, the nodes that do not reach a store of files, after which nothing comes.
+    The events: ``{"cluster": address, "nodes": number, "each": resources}`` at the beginning; ``{"began": number,
+    "params": …}``; ``{"ended": result}``; ``{"late": true}`` once no trial begins any more; ``{"fatal": {"kind",
+    "message", "mend"}}``, what would end every other trial; ``{"elsewhere": [address, …]}``, the nodes that do not reach
+    a store of files, after which nothing comes.
     """
     job = json.load(sys.stdin)
     # Whatever Ray and its libraries print goes into the log, so that the events have the pipe for themselves.
@@ -80,9 +84,11 @@ def main() -> None:
 def _tune(job: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]], tell: Tell) -> None:
     wanted = Search.of_record(job["search"])
     proposals = Proposals(wanted, job["results"], job["deadline"], tell)
+    each = share(nodes)
+    tell({"cluster": ray.get_runtime_context().gcs_address, "nodes": len(nodes), "each": each})
     work = {key: job[key] for key in ("plan", "parent", "trial", "uri", "folder", "deadline")}
     # Parameters and not configuration: Tune writes configurations to its folder, and the URI may hold a password.
-    trainable = tune.with_resources(tune.with_parameters(Worker, work={**work, "at": list(wanted.at)}), share(nodes))
+    trainable = tune.with_resources(tune.with_parameters(Worker, work={**work, "at": list(wanted.at)}), each)
     # A folder on this machine is enough: no worker keeps anything there, and nothing is restored from it.
     with tempfile.TemporaryDirectory(prefix="namesake-tune-") as folder:
         tune.Tuner(
@@ -238,6 +244,7 @@ class Worker(tune.Trainable):  # type: ignore[misc]
         """In the worker's process, which is this trial's alone."""
         process.settle()
         os.environ["MLFLOW_TRACKING_URI"] = work["uri"]
+        os.environ["RAY_SWIFT_GROUP"] = SWIFT_GROUP
         with suppress(OSError):  # another machine need not have it
             os.chdir(work["folder"])
         self._late = work["deadline"] is not None and time.time() >= work["deadline"]

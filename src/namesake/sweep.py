@@ -410,7 +410,16 @@ def _through_ray(
     try:
         with closing(ray_backend.events(job, mend=mend)) as events:
             for event in events:
-                if "began" in event:
+                if "cluster" in event:
+                    screen.line(
+                        tr(
+                            "  Ray at {address}: {nodes} nodes, for each trial {each}",
+                            address=event["cluster"],
+                            nodes=event["nodes"],
+                            each=", ".join(f"{number:g} {kind.upper()}" for kind, number in event["each"].items()),
+                        )
+                    )
+                elif "began" in event:
                     _begun(wanted, event["began"], event["params"], screen)
                 elif "ended" in event:
                     yield event["ended"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 from collections.abc import Mapping
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +17,7 @@ from ray.tune.search import Searcher
 
 from namesake import ray_backend, search, sweep
 from namesake.errors import InputError, TrainingError
-from namesake.ray_tune import Asha, Proposals, share
+from namesake.ray_tune import SWIFT_GROUP, Asha, Proposals, share
 from namesake.search import Parameter, Search, Trial
 from namesake.sweep import Request
 from namesake.terminal import Screen
@@ -157,3 +160,13 @@ def test_the_driver_has_ended_when_whoever_listens_goes(monkeypatch: pytest.Monk
     with pytest.raises(TrainingError, match="exit code 1: the head is gone") as caught:
         list(ray_backend.events({}, mend="Go on."))
     assert caught.value.mend == "Go on."
+
+
+def test_all_of_swift_sft_is_in_the_group_that_a_worker_names() -> None:
+    found = importlib.util.find_spec("swift")
+    assert found is not None
+    assert found.origin is not None
+    source = (Path(found.origin).parent / "pipelines" / "train" / "sft.py").read_text(encoding="utf-8")
+    groups = re.findall(r"@RayHelper\.\w+\(group=(\S+)\)", source)
+    assert len(groups) > 3
+    assert {group.strip("[]'") for group in groups} == {SWIFT_GROUP}
