@@ -40,7 +40,7 @@ _KEPT_TO_THEIR_MIDDLE = 2
 """ASHA's reduction factor: of those that were looked at at one point, half go on. The median rule does the same."""
 
 SWIFT_GROUP = "default"
-"""ms-swift takes a process of Ray's for one that it has started itself, and asks for its group: of `swift sft`, this."""
+"""ms-swift takes a process of Ray's for one that it has started, and asks for its group: of `swift sft`, this."""
 
 _AGAIN = 1
 """So often a trial is begun anew whose process or node died; a second death is a failure."""
@@ -55,7 +55,7 @@ def main() -> None:
 
     The events: ``{"cluster": address, "nodes": number, "each": resources}`` at the beginning; ``{"began": number,
     "params": …}``; ``{"ended": result}``; ``{"late": true}`` once no trial begins any more; ``{"fatal": {"kind",
-    "message", "mend"}}``, what would end every other trial; ``{"elsewhere": [address, …]}``, the nodes that do not reach
+    "message", "mend"}}``, what would end every other trial; ``{"elsewhere": [address, …]}``, nodes that do not reach
     a store of files, after which nothing comes.
     """
     job = json.load(sys.stdin)
