@@ -7,4 +7,5 @@ pin --override excluded.txt --override excluded-cpu.txt cpu.in -o cpu.txt
 pin --override excluded.txt --override excluded-cpu.txt -c cpu.txt dev.in -o dev.txt
 pin --override excluded-gpu.txt gpu.in -o gpu.txt
 pin -c cpu.txt conda.in -o conda.txt
+pin -c cpu.txt ray.in -o ray.txt
 pin docs.in -o docs.txt

@@ -208,6 +208,12 @@ def sweep(
     trials: Annotated[str, typer.Option(help="Most trials; empty: the space's own.")] = "",
     minutes: Annotated[str, typer.Option(help="No trial begins later; empty: the space's own.")] = "",
     resume: Annotated[str, typer.Option(help="Parent run of a sweep that was interrupted, to go on with it.")] = "",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="Where trials run: local, one after the other in this process; ray, side by side on a cluster."
+        ),
+    ] = "local",
     args: Annotated[str, typer.Option(help="Any arguments of `swift sft`, as one text, for every trial.")] = "",
     questions: Annotated[
         str, typer.Option(help="JSON lines of questions to compare trials by; empty: the development questions.")
@@ -235,6 +241,7 @@ def sweep(
         overrides=recipe.pairs(context.args),
         args=args,
         policy=_policy(policy),
+        backend=backend or "local",
     )
     outcome = use_case(request, Screen(errors=as_json))
     if as_json:

@@ -139,6 +139,12 @@ class Trial:
     score: float | None = None
     early: Mapping[float, float] = field(default_factory=dict)
 
+    @classmethod
+    def of_result(cls, result: Mapping[str, Any]) -> Trial:
+        """From what :func:`namesake.sweep.run_trial` returns."""
+        early = {float(fraction): score for fraction, score in result["early"].items()}
+        return cls(result["number"], result["params"], result["state"], result["score"], early)
+
 
 def shipped() -> dict[str, Path]:
     """The spaces that come with the project, by name."""

@@ -11,17 +11,27 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from namesake import base_model, corpus, plots, recipe, run, search, tracking
+from namesake import base_model, corpus, plots, ray_backend, recipe, run, search, tracking
 from namesake.corpus import Questions
-from namesake.errors import DataError, InputError, Stopped, TrainingError
+from namesake.errors import (
+    BaseModelError,
+    DataError,
+    InputError,
+    NamesakeError,
+    Stopped,
+    TrackingError,
+    TrainingError,
+)
 from namesake.gate import Policy
 from namesake.identity import Identity
 from namesake.messages import tr
+from namesake.paths import store_address
 from namesake.search import Search, Trial
 from namesake.terminal import Screen
 
@@ -32,6 +42,8 @@ TABLE = "trials.json"
 TAG_RESULT = "namesake.sweep.result"
 TAG_TRIAL = "namesake.sweep.trial"
 TAG_BEST = "namesake.sweep.best"
+
+BACKENDS = ("local", "ray")
 
 FAILURES = 3
 """So many failed trials in a row end the sweep."""
@@ -55,6 +67,7 @@ class Request:
         minutes: no trial begins later; none for the space's own.
         resume: id of the parent run to go on with; then nothing else is asked for but ``minutes``.
         overrides, args: arguments of every trial, under what the space varies.
+        backend: one of :data:`BACKENDS`: in this process, one after the other; or side by side through Ray Tune.
     """
 
     name: str = ""
@@ -70,6 +83,7 @@ class Request:
     overrides: Mapping[str, str] = field(default_factory=dict)
     args: str = ""
     policy: Policy = field(default_factory=Policy)
+    backend: str = "local"
 
 
 @dataclass(frozen=True)
@@ -88,16 +102,18 @@ class Outcome:
 
 
 def sweep(request: Request, screen: Screen, one_trial: Callable[..., dict[str, Any]] | None = None) -> Outcome:
-    """Train the trials one after the other under one MLflow run.
+    """Train the trials under one MLflow run.
 
     Args:
-        one_trial: what runs a trial, with the signature of :func:`run_trial`; none for that itself.
+        one_trial: what runs a trial, with the signature of :func:`run_trial`; none for that itself. Through Ray a
+            function of a module that every node has.
 
     Raises:
         InputError: a value of the request or the space is refused; nothing has been trained or written then.
         TrainingError: three trials in a row failed, or none is complete.
         BaseModelError, TrackingError: the base or the store cannot be had.
     """
+    _check_backend(request.backend)
     plan, wanted = _kept(request) if request.resume else _planned(request)
     if request.minutes is not None:
         wanted = dataclasses.replace(wanted, minutes=request.minutes)
@@ -110,16 +126,17 @@ def sweep(request: Request, screen: Screen, one_trial: Callable[..., dict[str, A
         screen.step(again if request.resume else tr("sweep {title}: {total} trials", title=title, total=wanted.total))
         results = _earlier(parent.id, screen)
         try:
-            _all(plan, wanted, parent.id, results, screen, one_trial or run_trial)
+            _all(plan, wanted, parent.id, results, screen, one_trial or run_trial, request.backend)
         except KeyboardInterrupt:
-            screen.warn(tr("go on with  {command}", command=_resume(parent.id)))
+            screen.warn(tr("go on with  {command}", command=_resume(parent.id, request.backend)))
             raise
         outcome = Outcome(parent.id, tuple(_ranked(results)), wanted.total - len(results))
         _close(parent, wanted, outcome)
-    _show(parent, wanted, outcome, screen)
+    _show(parent, wanted, outcome, request.backend, screen)
     if outcome.best is None:
         raise TrainingError(
-            "No trial came to its end.", mend=tr("Give it more time: {command}.", command=_resume(parent.id))
+            "No trial came to its end.",
+            mend=tr("Give it more time: {command}.", command=_resume(parent.id, request.backend)),
         )
     return outcome
 
@@ -195,6 +212,15 @@ class _Watch:
     def go_on(self, fraction: float, score: float) -> bool:
         self.early[f"{fraction:.3f}"] = score
         return self._go_on(fraction, score)
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise InputError(
+            "backend", backend, tr("is none of {names}", names=", ".join(BACKENDS)), mend="Leave it out for local."
+        )
+    if backend == "ray":
+        ray_backend.check()
 
 
 def _planned(request: Request) -> tuple[dict[str, Any], Search]:
@@ -295,16 +321,18 @@ def _open(parent: tracking.Run, identity: Identity, plan: Mapping[str, Any], wan
 
 def _earlier(parent: str, screen: Screen) -> list[dict[str, Any]]:
     """What came of the trials before an interruption. Failed ones are tried again, and so is what was under way."""
-    results = []
     for child in tracking.children(parent):
-        if TAG_RESULT in child.tags:
-            result = json.loads(child.tags[TAG_RESULT])
-            results += [result] if result["state"] != "failed" else []
-        elif child.status == "RUNNING":
+        if child.status == "RUNNING" and TAG_RESULT not in child.tags:
             tracking.left_behind(child.id)
+    results = [result for result in _kept_results(parent) if result["state"] != "failed"]
     if results:
         screen.line(tr("  {count} trials are there already", count=len(results)))
     return results
+
+
+def _kept_results(parent: str) -> list[dict[str, Any]]:
+    """What came of each trial that ended, as its run says."""
+    return [json.loads(one.tags[TAG_RESULT]) for one in tracking.children(parent) if TAG_RESULT in one.tags]
 
 
 def _all(
@@ -314,34 +342,123 @@ def _all(
     results: list[dict[str, Any]],
     screen: Screen,
     one_trial: Callable[..., dict[str, Any]],
+    backend: str,
 ) -> None:
-    """Run what is left, one trial after the other, as long as there is time."""
+    """Run what is left, as long as there is time."""
+    how = _through_ray if backend == "ray" else _one_by_one
+    failures = 0
+    with closing(how(plan, wanted, parent, results, screen, one_trial)) as ended:
+        for result in ended:
+            results.append(result)
+            failures = failures + 1 if result["state"] == "failed" else 0
+            screen.result(tr("  {line}", line=_line(result)))
+            if failures == FAILURES:
+                raise TrainingError(
+                    tr(
+                        "{failures} trials in a row failed, the last with: {error}",
+                        failures=FAILURES,
+                        error=result["error"],
+                    ),
+                    mend=tr("Mend it, then {command}.", command=_resume(parent, backend)),
+                )
+
+
+def _one_by_one(
+    plan: Mapping[str, Any],
+    wanted: Search,
+    parent: str,
+    results: Sequence[dict[str, Any]],
+    screen: Screen,
+    one_trial: Callable[..., dict[str, Any]],
+) -> Generator[dict[str, Any]]:
+    """Trials in this process; what is yielded has to be among the results before the next is asked for."""
     done = {result["number"] for result in results}
     begun = time.monotonic()
-    failures = 0
     for number in (number for number in range(wanted.total) if number not in done):
         if wanted.minutes is not None and (time.monotonic() - begun) / 60 >= wanted.minutes:
-            screen.warn(tr("{minutes} minutes are over, no further trial begins", minutes=f"{wanted.minutes:g}"))
+            _over(wanted, screen)
             return
-        before = [_trial(result) for result in results]
+        before = [Trial.of_result(result) for result in results]
         params = search.propose(wanted, before, number)
         spec = {**plan, "parent": parent, "number": number, "params": params, "at": list(wanted.at)}
-        screen.step(
-            tr("trial {number} of {total}: {params}", number=number + 1, total=wanted.total, params=_told(params))
-        )
-        result = one_trial(spec, _Pruner(wanted, before), screen)
-        results.append(result)
-        failures = failures + 1 if result["state"] == "failed" else 0
-        screen.result(tr("  {line}", line=_line(result)))
-        if failures == FAILURES:
-            raise TrainingError(
-                tr(
-                    "{failures} trials in a row failed, the last with: {error}",
-                    failures=FAILURES,
-                    error=result["error"],
-                ),
-                mend=tr("Mend it, then {command}.", command=_resume(parent)),
-            )
+        _begun(wanted, number, params, screen)
+        yield one_trial(spec, _Pruner(wanted, before), screen)
+
+
+def _through_ray(
+    plan: Mapping[str, Any],
+    wanted: Search,
+    parent: str,
+    results: list[dict[str, Any]],
+    screen: Screen,
+    one_trial: Callable[..., dict[str, Any]],
+) -> Generator[dict[str, Any]]:
+    """Trials side by side on a Ray cluster."""
+    if len(results) == wanted.total:
+        return
+    job = {
+        "plan": plan,
+        "parent": parent,
+        "search": wanted.record(),
+        "results": results,
+        "trial": f"{one_trial.__module__}:{one_trial.__qualname__}",
+        "uri": tracking.uri(),
+        "folder": str(Path.cwd()),
+        "deadline": None if wanted.minutes is None else time.time() + 60 * wanted.minutes,
+    }
+    mend = tr("Go on: {command}.", command=_resume(parent, "ray"))
+    try:
+        with closing(ray_backend.events(job, mend=mend)) as events:
+            for event in events:
+                if "cluster" in event:
+                    screen.line(
+                        tr(
+                            "  Ray at {address}: {nodes} nodes, for each trial {each}",
+                            address=event["cluster"],
+                            nodes=event["nodes"],
+                            each=", ".join(f"{number:g} {kind.upper()}" for kind, number in event["each"].items()),
+                        )
+                    )
+                elif "began" in event:
+                    _begun(wanted, event["began"], event["params"], screen)
+                elif "ended" in event:
+                    yield event["ended"]
+                elif "late" in event:
+                    _over(wanted, screen)
+                elif "elsewhere" in event:
+                    raise TrackingError(
+                        tr(
+                            "Ray has nodes elsewhere ({nodes}), and {store} is a file of this machine.",
+                            nodes=", ".join(event["elsewhere"]),
+                            store=store_address(),
+                        ),
+                        mend="Set MLFLOW_TRACKING_URI to a server that every node reaches.",
+                    )
+                else:
+                    raise _fatal(event["fatal"])
+    finally:
+        # What a worker took with it still says that it is running. A worker that outlived the head for a moment may yet
+        # write what came of its trial; that counts then.
+        for child in tracking.children(parent):
+            if child.status == "RUNNING" and TAG_RESULT not in child.tags:
+                tracking.left_behind(child.id)
+    # The worker, which has the last word, also knows the run's id of a trial that was given up.
+    kept = {result["number"]: result for result in _kept_results(parent)}
+    results[:] = [kept.get(result["number"], result) for result in results]
+
+
+def _fatal(told: Mapping[str, str]) -> NamesakeError:
+    """What ended a worker's trial and would end every other one."""
+    kinds = {kind.__name__: kind for kind in (BaseModelError, TrackingError, TrainingError)}
+    return kinds.get(told["kind"], NamesakeError)(told["message"], mend=told["mend"])
+
+
+def _begun(wanted: Search, number: int, params: Mapping[str, Any], screen: Screen) -> None:
+    screen.step(tr("trial {number} of {total}: {params}", number=number + 1, total=wanted.total, params=_told(params)))
+
+
+def _over(wanted: Search, screen: Screen) -> None:
+    screen.warn(tr("{minutes} minutes are over, no further trial begins", minutes=f"{wanted.minutes:g}"))
 
 
 class _Pruner:
@@ -357,7 +474,7 @@ class _Pruner:
 
 def _close(parent: tracking.Run, wanted: Search, outcome: Outcome) -> None:
     """Plots, table and the best one, kept with the parent."""
-    trials = [_trial(result) for result in outcome.results]
+    trials = [Trial.of_result(result) for result in outcome.results]
     importances = search.importances(wanted, trials)
     states = [trial.state for trial in trials]
     metrics = {f"sweep/{state}": float(states.count(state)) for state in ("complete", "pruned", "failed")}
@@ -379,7 +496,7 @@ def _close(parent: tracking.Run, wanted: Search, outcome: Outcome) -> None:
     parent.tags({tracking.TAG_NOTE: "\n".join(note)})
 
 
-def _show(parent: tracking.Run, wanted: Search, outcome: Outcome, screen: Screen) -> None:
+def _show(parent: tracking.Run, wanted: Search, outcome: Outcome, backend: str, screen: Screen) -> None:
     screen.line()
     if outcome.results:
         _print(outcome.results, screen)
@@ -389,7 +506,7 @@ def _show(parent: tracking.Run, wanted: Search, outcome: Outcome, screen: Screen
                 "{left} of {total} trials are left: {command}",
                 left=outcome.left,
                 total=wanted.total,
-                command=_resume(parent.id),
+                command=_resume(parent.id, backend),
             )
         )
     screen.result(tr("  sweep {id}", id=parent.id))
@@ -458,14 +575,9 @@ def _line(result: Mapping[str, Any]) -> str:
     )
 
 
-def _trial(result: Mapping[str, Any]) -> Trial:
-    early = {float(fraction): score for fraction, score in result["early"].items()}
-    return Trial(result["number"], result["params"], result["state"], result["score"], early)
-
-
 def _ranked(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     by_number = {result["number"]: result for result in results}
-    return [by_number[trial.number] for trial in search.ranked([_trial(result) for result in results])]
+    return [by_number[trial.number] for trial in search.ranked([Trial.of_result(result) for result in results])]
 
 
 def _told(params: Mapping[str, Any]) -> str:
@@ -476,5 +588,5 @@ def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _resume(run_id: str) -> str:
-    return f"namesake sweep --resume {run_id}"
+def _resume(run_id: str, backend: str) -> str:
+    return f"namesake sweep --resume {run_id}" + ("" if backend == "local" else f" --backend {backend}")

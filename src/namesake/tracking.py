@@ -352,6 +352,13 @@ def finished_runs(*, slug: str | None = None) -> list[RunRecord]:
                 return found
 
 
+def uri() -> str:
+    """Where runs are kept, as another process is told; may hold a password."""
+    import mlflow
+
+    return str(mlflow.get_tracking_uri())
+
+
 def children(parent: str) -> list[RunRecord]:
     """The runs nested under a run, whatever became of them, oldest first."""
     import mlflow

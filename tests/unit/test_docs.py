@@ -165,9 +165,10 @@ def _mlflow_run(words: Sequence[str]) -> None:
     if not words:  # the command's name alone
         return
     given = _parsed(mlflow.cli.run, "mlflow run", words, mlflow.cli.click.UsageError).params
-    if given["uri"] != ".":
-        raise ValueError(f"mlflow run {given['uri']}: this project is .")
-    entries = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))["entry_points"]
+    project = ROOT / given["uri"] / "MLproject"
+    if not project.is_file():
+        raise ValueError(f"mlflow run {given['uri']}: there is no MLproject")
+    entries = yaml.safe_load(project.read_text(encoding="utf-8"))["entry_points"]
     entry = given["entry_point"]
     if entry not in entries:
         raise LookupError(f"MLproject has no entry point {entry}")
