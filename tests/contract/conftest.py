@@ -12,6 +12,7 @@ import mlflow
 import pytest
 
 from namesake import registry
+from tests.servers import mlflow_server
 
 Point = Callable[[str], None]
 
@@ -26,6 +27,19 @@ def tracking_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Point]:
 
     yield point
     mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real ``mlflow server`` that may call loopback, with models of many tests in it."""
+    with mlflow_server(
+        tmp_path_factory.mktemp("webhooks"),
+        MLFLOW_WEBHOOK_ALLOWED_SCHEMES="http",
+        MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS="true",
+        MLFLOW_WEBHOOK_CACHE_TTL="0",
+        MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY="hLC9bfeTVn8tJTAB2yTVDSyLlO-Jbw3jHYTW3Mh1fGk=",
+    ) as url:
+        yield url
 
 
 Fresh = Callable[[Path], str]

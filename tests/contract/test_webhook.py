@@ -20,25 +20,11 @@ from namesake_serving import settings
 from namesake_serving.gateway import Gateway
 from namesake_serving.service import Service
 from namesake_serving.webhook import PATH
-from tests.servers import mlflow_server
 from tests.unit.test_serving_gateway import Serving
 
 pytestmark = pytest.mark.timeout(180)
 
 SECRET = "s3cret"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real ``mlflow server`` that may call loopback."""
-    with mlflow_server(
-        tmp_path_factory.mktemp("webhooks"),
-        MLFLOW_WEBHOOK_ALLOWED_SCHEMES="http",
-        MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS="true",
-        MLFLOW_WEBHOOK_CACHE_TTL="0",
-        MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY="hLC9bfeTVn8tJTAB2yTVDSyLlO-Jbw3jHYTW3Mh1fGk=",
-    ) as url:
-        yield url
 
 
 @pytest.fixture
