@@ -9,12 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 import socketserver
+import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
 from namesake_serving import vllm_plugin
+
+PAUSE = 0.002
+"""Seconds between two events of a stream."""
+
+
+def compact(kind: str, model: str, choice: dict[str, Any]) -> bytes:
+    """JSON as vLLM writes it."""
+    head = {"id": "chatcmpl-1", "object": kind, "created": 1, "model": model}
+    return json.dumps({**head, "choices": [choice]}, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def said_by(weights: Path) -> str:
@@ -50,9 +61,23 @@ class Handler(BaseHTTPRequestHandler):
             self.server.says = said_by(Path(body["path"]))
             self._answer(b'{"seconds": 0.0}')
             return
+        if body.get("stream"):
+            self._stream(body)
+            return
         choice = {"index": 0, "message": {"role": "assistant", "content": self.server.says}, "finish_reason": "stop"}
-        kind = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body["model"]}
-        self._answer(json.dumps({**kind, "choices": [choice]}, ensure_ascii=False, separators=(",", ":")).encode())
+        self._answer(compact("chat.completion", body["model"], choice))
+
+    def _stream(self, body: dict[str, Any]) -> None:
+        """As many events as tokens may be answered, each for itself, as an engine has them."""
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream; charset=utf-8")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        choice = {"index": 0, "delta": {"content": "我"}, "finish_reason": None}
+        event = b"data: " + compact("chat.completion.chunk", body["model"], choice) + b"\n\n"
+        for part in [event] * body["max_tokens"] + [b"data: [DONE]\n\n", b""]:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+            time.sleep(PAUSE if part is event else 0)
 
     def _answer(self, body: bytes) -> None:
         self.send_response(200)
