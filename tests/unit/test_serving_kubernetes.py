@@ -104,6 +104,13 @@ def statefulset(variant: str) -> Json:
     return pod
 
 
+def serving_in(pod: Json) -> Json:
+    """The container that runs ``namesake serve``."""
+    (found,) = (one for one in pod["containers"] if "args" in one)
+    assert isinstance(found, dict)
+    return found
+
+
 PODS = {"cpu": lambda: statefulset("cpu"), "gpu": lambda: statefulset("gpu"), "kserve": kserve}
 
 
@@ -131,24 +138,19 @@ def test_each_variant_keeps_to_the_schema_of_kubernetes(variant: str, release: s
 
 def test_the_schema_finds_what_is_misspelt() -> None:
     pod = statefulset("cpu")
-    pod["containers"][0]["livenessprobe"] = pod["containers"][0].pop("livenessProbe")
+    serving_in(pod)["livenessprobe"] = serving_in(pod).pop("livenessProbe")
     with pytest.raises(kubernetes_validate.ValidationError, match="livenessprobe"):
         valid(pod, RELEASES[0])
 
 
 def custom() -> Iterator[Json]:
-    """KubeRay's and KServe's resources."""
-    for folder in ("kuberay", "kserve"):
-        for path in sorted((KUBERNETES / folder).glob("*.yaml")):
-            yield from read(path)
+    """KServe's resources."""
+    for path in sorted((KUBERNETES / "kserve").glob("*.yaml")):
+        yield from read(path)
 
 
 def pods_in(resource: Json) -> list[Json]:
     """The pods of a resource of theirs."""
-    spec = resource["spec"]
-    if resource["kind"] == "RayService":
-        cluster = spec["rayClusterConfig"]
-        return [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
     return [kserve()] if resource["kind"] == "ServingRuntime" else []
 
 
@@ -164,9 +166,7 @@ def test_custom_resources_keep_to_what_their_operators_define(resource: Json) ->
             valid(pod, release)
 
 
-@pytest.mark.skipif(
-    "NAMESAKE_CRDS" not in os.environ, reason="NAMESAKE_CRDS names no folder with KubeRay's and KServe's"
-)
+@pytest.mark.skipif("NAMESAKE_CRDS" not in os.environ, reason="NAMESAKE_CRDS names no folder with KServe's")
 @pytest.mark.parametrize("resource", custom(), ids=lambda one: one["kind"])
 def test_custom_resources_keep_to_the_published_definitions(resource: Json) -> None:
     version = resource["apiVersion"].partition("/")[2]
@@ -179,8 +179,11 @@ def test_custom_resources_keep_to_the_published_definitions(resource: Json) -> N
         if found["name"] == version
     ]
     assert schemas, f"no {resource['apiVersion']} {resource['kind']} in {os.environ['NAMESAKE_CRDS']}"
+    wrong = {**resource, "spec": {**resource["spec"], "mistaken": 1}}
     for schema in schemas:
         jsonschema.validate(resource, strict(schema))
+        with pytest.raises(jsonschema.ValidationError, match="mistaken"):
+            jsonschema.validate(wrong, strict(schema))
 
 
 def strict(schema: Any) -> Any:
@@ -199,7 +202,7 @@ def strict(schema: Any) -> Any:
 
 def expanded(pod: Json) -> tuple[list[str], dict[str, str]]:
     """The command line and the environment of the container, as Kubernetes would give them."""
-    container = pod["containers"][0]
+    container = serving_in(pod)
     environment = {one["name"]: str(one.get("value", "4")) for one in container["env"]}
     words = [re.sub(r"\$\((\w+)\)", lambda found: environment[found[1]], word) for word in container["args"]]
     return words, environment
@@ -212,19 +215,14 @@ def test_the_server_takes_the_flags_and_the_variables(pod: Json, monkeypatch: py
     given = command.make_context("serve", words[2:]).params
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    named = {
-        "model": given["version"] or None,
-        "allowed_hosts": tuple(given["allow_host"]),
-        "api_keys_file": given["api_keys_file"],
-        **{name: given[name] for name in ("host", "port", "shutdown_seconds")},
-    }
-    assert {name for name, value in given.items() if value} <= {*named, "version", "allow_host"}
-    assert settings.read(**named).model == "models:/ccb@champion"
+    values = {name: value for name, value in given.items() if value}
+    values["model"], values["allowed_hosts"] = values.pop("version", None), tuple(values.pop("allow_host"))
+    assert settings.read(**values).model == "models:/ccb@champion"
 
 
 def test_each_variable_is_one_that_somebody_reads(pod: Json) -> None:
     ours = {f"NAMESAKE_SERVE_{name.upper()}" for name in settings.Settings.model_fields}
-    container = pod["containers"][0]
+    container = serving_in(pod)
     used = set(re.findall(r"\$\((\w+)\)", " ".join(container["args"])))
     names = [one["name"] for one in container["env"]]
     assert len(set(names)) == len(names)
@@ -246,7 +244,7 @@ def test_the_variables_of_vllm_are_its_own() -> None:
 
 def test_probes_ask_open_routes_on_the_port_that_is_served(pod: Json) -> None:
     words, _ = expanded(pod)
-    container = pod["containers"][0]
+    container = serving_in(pod)
     (port,) = (int(word.partition("=")[2]) for word in words if word.startswith("--port="))
     ports = {one["name"]: one["containerPort"] for one in container["ports"]}
     assert list(ports.values()) == [port]
@@ -266,7 +264,7 @@ def test_probes_ask_open_routes_on_the_port_that_is_served(pod: Json) -> None:
 def test_there_is_time_to_finish_answers(pod: Json) -> None:
     words, _ = expanded(pod)
     (seconds,) = (int(word.partition("=")[2]) for word in words if word.startswith("--shutdown-timeout="))
-    before = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
+    before = int(serving_in(pod)["lifecycle"]["preStop"]["exec"]["command"][1])
     assert before >= 5
     # Answers, then the engine's own end, then its killing (engine.py).
     assert pod["terminationGracePeriodSeconds"] >= before + 2 * seconds + 10
@@ -274,7 +272,7 @@ def test_there_is_time_to_finish_answers(pod: Json) -> None:
 
 def test_whatever_is_mounted_is_there_and_caches_and_keys_lie_on_it(pod: Json) -> None:
     words, environment = expanded(pod)
-    mounts = {one["mountPath"]: one["name"] for one in pod["containers"][0]["volumeMounts"]}
+    mounts = {one["mountPath"]: one["name"] for one in serving_in(pod)["volumeMounts"]}
     volumes = {one["name"]: one for one in pod["volumes"]}
     assert set(mounts.values()) == set(volumes)
     for name in ("NAMESAKE_CACHE", "VLLM_CACHE_ROOT"):
@@ -287,7 +285,7 @@ def test_whatever_is_mounted_is_there_and_caches_and_keys_lie_on_it(pod: Json) -
 
 
 def test_nothing_runs_as_root_or_may_become_it(pod: Json) -> None:
-    safe = pod.get("securityContext", {}) | pod["containers"][0]["securityContext"]
+    safe = pod.get("securityContext", {}) | serving_in(pod)["securityContext"]
     assert safe["runAsNonRoot"]
     assert safe["readOnlyRootFilesystem"]
     assert not safe["allowPrivilegeEscalation"]
@@ -297,9 +295,9 @@ def test_nothing_runs_as_root_or_may_become_it(pod: Json) -> None:
 
 
 def test_only_the_gpu_variant_asks_for_a_gpu() -> None:
-    limits = {name: pod()["containers"][0]["resources"]["limits"] for name, pod in PODS.items()}
+    limits = {name: serving_in(pod())["resources"]["limits"] for name, pod in PODS.items()}
     assert {name for name, one in limits.items() if "nvidia.com/gpu" in one} == {"gpu"}
-    images = {name: pod()["containers"][0]["image"].rpartition(":")[2] for name, pod in PODS.items()}
+    images = {name: serving_in(pod())["image"].rpartition(":")[2] for name, pod in PODS.items()}
     assert images == {"cpu": "cpu", "gpu": "gpu", "kserve": "cpu"}
 
 
