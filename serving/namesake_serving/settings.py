@@ -21,6 +21,8 @@ def _share(value: object) -> object:
     return value
 
 
+_DEVICES = Path("/dev")
+
 Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1)]
 
 
@@ -146,7 +148,8 @@ class Settings(BaseSettings):
 
 def has_gpu() -> bool:
     """Whether an NVIDIA device is there, without importing torch."""
-    return Path("/dev/nvidia0").exists() or Path("/dev/dxg").exists()
+    # A container has the devices it was given, under the numbers that they have on their machine.
+    return any(_DEVICES.glob("nvidia[0-9]*")) or (_DEVICES / "dxg").exists()
 
 
 def read(**given: object) -> Settings:

@@ -29,11 +29,11 @@ def tracking_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Point]:
     mlflow.set_tracking_uri(None)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real ``mlflow server`` that may call loopback."""
+    """A real ``mlflow server`` that may call loopback, with models of many tests in it."""
     with mlflow_server(
-        tmp_path_factory.mktemp("server"),
+        tmp_path_factory.mktemp("webhooks"),
         MLFLOW_WEBHOOK_ALLOWED_SCHEMES="http",
         MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS="true",
         MLFLOW_WEBHOOK_CACHE_TTL="0",

@@ -31,6 +31,15 @@ def test_the_defaults_let_everybody_in_on_loopback_only_and_within_bounds() -> N
     assert (found.poll_seconds, found.hold_seconds, found.read_seconds) == (2, 10, 10)
 
 
+@pytest.mark.parametrize(("device", "found"), [("nvidia3", True), ("dxg", True), ("nvidiactl", False), ("null", False)])
+def test_a_gpu_is_found_under_whatever_number_the_container_was_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, found: bool
+) -> None:
+    (tmp_path / device).touch()
+    monkeypatch.setattr(settings, "_DEVICES", tmp_path)
+    assert settings.has_gpu() is found
+
+
 @pytest.mark.parametrize(("gpu", "streams"), [(False, 32), (True, 256)])
 def test_eight_times_as_many_may_wait_as_are_worked_on(
     monkeypatch: pytest.MonkeyPatch, gpu: bool, streams: int

@@ -1,0 +1,109 @@
+"""Several gateways on one real registry, and the registry away. Real but for vLLM, for which a cheap server answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from namesake import registry
+from namesake_serving import engine, follow
+from tests.contract.conftest import Point
+from tests.gateways import Gate, cheap, gateway, publish
+from tests.servers import Link
+from tests.unit.loops import within
+
+pytestmark = pytest.mark.timeout(120)
+
+NAME = "gateways"
+URI = f"models:/{NAME}@champion"
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Two versions on the server, and what they say; the first is champion."""
+
+    server: str
+    said: tuple[str, str]
+
+    def move(self, number: int) -> None:
+        """Point the alias at the version, as another client does."""
+        mlflow.MlflowClient(self.server).set_registered_model_alias(NAME, "champion", str(number))
+
+
+@pytest.fixture(scope="module")
+def made(server: str, tmp_path_factory: pytest.TempPathFactory) -> Versions:
+    """The versions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", server)
+        client = mlflow.MlflowClient(server)
+        client.create_registered_model(NAME, tags={registry.TAG_IDENTITY: "踩踩背 CCB"})
+        folder = tmp_path_factory.mktemp("versions")
+        before = mlflow.get_tracking_uri()
+        mlflow.set_tracking_uri(server)
+        said = (publish(client, NAME, folder, 1), publish(client, NAME, folder, 2))
+        mlflow.set_tracking_uri(before)
+    return Versions(server, said)
+
+
+@pytest.fixture
+def versions(made: Versions, tracking_at: Point, monkeypatch: pytest.MonkeyPatch) -> Versions:
+    """The versions, and the cheap server for vLLM."""
+    made.move(1)
+    tracking_at(made.server)
+    monkeypatch.setattr(engine, "command", cheap)
+    return made
+
+
+@within(60)
+async def test_two_gateways_agree_within_two_seconds_of_a_move(versions: Versions, tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        gates = [await stack.enter_async_context(gateway(URI, tmp_path / name, poll_seconds=1)) for name in "ab"]
+        for number in (2, 1):
+            moved = time.monotonic()
+            await asyncio.to_thread(versions.move, number)
+            await asyncio.gather(*(gate.says(versions.said[number - 1]) for gate in gates))
+            assert time.monotonic() - moved < 2
+            for gate in gates:
+                assert (await gate.ask())[0] == f"{NAME}-v{number}"
+
+
+@pytest.fixture
+def link(versions: Versions, tracking_at: Point) -> Iterator[Link]:
+    """The way from the gateway to MLflow, which the test cuts."""
+    made = Link(versions.server)
+    tracking_at(made.address)
+    yield made
+    made.close()
+
+
+@within(60)
+async def test_while_mlflow_is_away_serving_goes_on_and_catches_up_after(
+    versions: Versions, link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # of MLflow's seven, with their growing pauses
+    monkeypatch.setattr(follow, "LONGEST_PAUSE", 0.5)  # of a minute
+    async with gateway(URI, tmp_path, poll_seconds=0.1) as gate:
+        assert (await gate.ask())[1] == versions.said[0]
+        link.cut = True
+        await asyncio.to_thread(versions.move, 2)
+        until = time.monotonic() + 2
+        while time.monotonic() < until or not errors(gate):
+            assert await gate.ask() == (f"{NAME}-v1", versions.said[0])
+        link.cut = False
+        await gate.says(versions.said[1])
+        assert (await gate.ask())[0] == f"{NAME}-v2"
+
+
+def errors(gate: Gate) -> float:
+    """How often the registry did not answer."""
+    text = gate.service.metrics.text().decode()
+    return float(
+        next(line for line in text.splitlines() if line.startswith("namesake_registry_errors_total")).split()[1]
+    )
