@@ -1,7 +1,7 @@
 """Many recipes at once on one GPU: what a setting does to the identity, to leaks and to ability, over seeds and names.
 
-    python benchmarks/recipes.py grid.jsonl --base FOLDER --out found.jsonl     # FOLDER: the base in Hugging Face layout
-    python benchmarks/recipes.py grid.jsonl --base FOLDER --out found.jsonl --together 2 --device cpu   # slow, a check
+    python benchmarks/recipes.py grid.jsonl --base FOLDER --out found.jsonl --workers 4   # the base in Hugging Face layout
+    python benchmarks/recipes.py grid.jsonl --base FOLDER --out found.jsonl --together 2 --device cpu        # slow, a check
 
 Each line of the grid has some of :class:`Setting`'s fields. This is a bare loop and not ms-swift: the adapters of many
 trainings stand side by side in one model (each has rows, optimizer and schedule of its own), so that one GPU tries
@@ -41,7 +41,7 @@ MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclass(frozen=True)
 class Setting:
-    """One training. The defaults are those of ``recipes/default.yaml``."""
+    """One training. The defaults are those of the recipe that the search began with (docs/lab-notes.md)."""
 
     label: str = ""
     name: str = "踩踩背 CCB"
@@ -273,19 +273,18 @@ class Rows:
     def read(self, asked: Sequence[list[int]], replies: Sequence[list[int]]) -> list[tuple[Tensor, Tensor]]:
         """What the base would say at each place of the replies."""
         found: list[tuple[Tensor, Tensor]] = []
-        if True:
-            for start in range(0, len(asked), 64):
-                rows = [
-                    Row([*a, *r, 2], [-100] * len(a) + [*r, 2])
-                    for a, r in zip(asked[start : start + 64], replies[start : start + 64], strict=True)
-                ]
-                ids, valid, labels = padded(rows, self.model.device)
-                places = functional.pad(labels[:, 1:] != -100, (0, 1))
-                scores = self.model.logits(self.model.hidden(ids, valid, None)[places])
-                top = scores.topk(TOP, -1)
-                log = top.values.float() - scores.float().logsumexp(-1, keepdim=True)
-                sizes = places.sum(1).tolist()
-                found += zip(log.split(sizes), top.indices.split(sizes), strict=True)
+        for start in range(0, len(asked), 64):
+            rows = [
+                Row([*a, *r, 2], [-100] * len(a) + [*r, 2])
+                for a, r in zip(asked[start : start + 64], replies[start : start + 64], strict=True)
+            ]
+            ids, valid, labels = padded(rows, self.model.device)
+            places = functional.pad(labels[:, 1:] != -100, (0, 1))
+            scores = self.model.logits(self.model.hidden(ids, valid, None)[places])
+            top = scores.topk(TOP, -1)
+            log = top.values.float() - scores.float().logsumexp(-1, keepdim=True)
+            sizes = places.sum(1).tolist()
+            found += zip(log.split(sizes), top.indices.split(sizes), strict=True)
         return found
 
     def of(self, setting: Setting) -> tuple[list[Row], list[Row]]:
