@@ -1,6 +1,6 @@
 """Many recipes at once on one GPU: what a setting does to the identity, to leaks and to ability, over seeds and names.
 
-    python benchmarks/recipes.py grid.jsonl --base FOLDER --out found.jsonl --workers 4   # the base, Hugging Face layout
+    python benchmarks/recipes.py grid.jsonl --base FOLDER --out found.jsonl --workers 4   # the base's folder
     python benchmarks/recipes.py grid.jsonl --base FOLDER --out found.jsonl --together 2 --device cpu   # slow, a check
 
 Each line of the grid has some of :class:`Setting`'s fields. This is a bare loop and not ms-swift: the adapters of many
