@@ -94,7 +94,8 @@ def test_two_processes_are_one_run_with_the_losses_of_one(root: Path, tmp_path: 
     for key in ("loss", "loss_data", "loss_replay", "token_acc", "grad_norm"):
         history = client.get_metric_history(run.info.run_id, f"train/{key}")
         both = {point.step: point.value for point in history}
-        assert len(history) == len(both) == max(both)  # each step once, none lost
-        assert {step: both[step] for step in range(1, STEPS + 1)} == {
-            step: pytest.approx(alone.of[step][key], rel=1e-3, abs=1e-5) for step in range(1, STEPS + 1)
-        }, key
+        # A batch may have no replay rows, and then no such loss.
+        wanted = {step: pytest.approx(of[key], rel=1e-3, abs=1e-5) for step, of in alone.of.items() if key in of}
+        assert {step: value for step, value in both.items() if step <= STEPS} == wanted != {}, key
+        assert len(history) == len(both)
+        assert key == "loss_replay" or [*both] == [*range(1, max(both) + 1)]  # no step is lost
