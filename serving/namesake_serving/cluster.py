@@ -35,7 +35,8 @@ from typing import Any, cast
 
 # Read when ray is imported. Nothing is told to anybody; a call that comes too late joins no other Ray of this machine.
 os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"})
-if not os.environ.get("RAY_ADDRESS"):
+_ADDRESS = os.environ.get("RAY_ADDRESS") or "local"
+if _ADDRESS == "local":
     # A Ray of our own is for this machine alone, and whoever may use its ports runs code. Off, this variable (named
     # after systems where that is the default) binds them to loopback, which `_node_ip_address` does not; the one port
     # of each replica that listens everywhere all the same takes only who has the token.
@@ -789,15 +790,14 @@ def deployment(settings: Settings) -> dict[str, Any]:
 
 def _join(settings: Settings) -> None:
     given: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.WARNING}
-    address = os.environ.get("RAY_ADDRESS", "")
-    if not address:
+    if _ADDRESS == "local":
         given |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         given |= {"num_cpus": max(os.cpu_count() or 1, most_replicas(settings))}
     try:
-        ray.init(address or "local", **given)
+        ray.init(_ADDRESS, **given)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         raise ServingError(
-            tr("Ray at {address} cannot be joined: {error}", address=address or "local", error=error),
+            tr("Ray at {address} cannot be joined: {error}", address=_ADDRESS, error=error),
             mend="`ray status` says whether it runs; RAY_AUTH_TOKEN has to be the cluster's. RAY_ADDRESS= starts one.",
         ) from error
 
