@@ -35,8 +35,7 @@ from typing import Any, cast
 
 # Read when ray is imported. Nothing is told to anybody; a call that comes too late joins no other Ray of this machine.
 os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"})
-_ADDRESS = os.environ.get("RAY_ADDRESS") or "local"
-if _ADDRESS == "local":
+if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
     # A Ray of our own is for this machine alone, and whoever may use its ports runs code. Off, this variable (named
     # after systems where that is the default) binds them to loopback, which `_node_ip_address` does not; the one port
     # of each replica that listens everywhere all the same takes only who has the token.
@@ -70,6 +69,8 @@ from namesake_serving.settings import Settings
 from namesake_serving.store import Stored
 from namesake_serving.traffic import Answerer, Live, Routing, Traffic
 from namesake_serving.upstream import Gone, Moved, Reply, Sockets
+
+_ADDRESS = os.environ.get("RAY_ADDRESS") or "local"
 
 NAMESPACE = "namesake"
 """Of the named actor, in Ray."""
