@@ -12,6 +12,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, NoReturn
 from urllib.parse import urlsplit
 
@@ -115,6 +116,14 @@ def serve(
         list[str] | None, typer.Option(help="More for vLLM, once each: --engine-arg=--dtype=float32")
     ] = None,
     log_format: Annotated[str | None, typer.Option(help="text, or json: an object a line. [default: text]")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="local, or ray: several engines on Ray Serve. [default: local]")
+    ] = None,
+    replicas: Annotated[str | None, typer.Option(help="How many engines, on Ray. [default: 1]")] = None,
+    ray_options: Annotated[
+        str | None,
+        typer.Option(help="More for Ray Serve's deployment, as JSON: autoscaling_config, ray_actor_options."),
+    ] = None,
 ) -> None:
     """Serve the version an alias points to, behind an OpenAI-compatible endpoint, and follow the alias."""
     given = settings.read(
@@ -148,6 +157,9 @@ def serve(
         shutdown_seconds=shutdown_seconds,
         engine_args=tuple(engine_arg) if engine_arg else None,
         log_format=log_format,
+        backend=backend,
+        replicas=replicas,
+        ray_options=ray_options,
     )
     if given.webhook_url and not given.webhook_secret:
         given = given.model_copy(update={"webhook_secret": secrets.token_urlsafe(32)})
@@ -155,6 +167,7 @@ def serve(
         raise InputError("shadow_folder", "", "is needed with shadow", mend="Say where: --shadow-folder FOLDER.")
     if given.traces_text and not given.traces:
         raise InputError("traces_text", True, "is of no use without traces", mend="Give --traces too.")
+    cluster = ray_backend(given) if given.backend == "ray" else None
     certificate = tls(given)
     listening = listen(given.host, given.port)
     uri, first = choose(given.model)
@@ -168,7 +181,25 @@ def serve(
     logs.begin(given.log_format)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="namesake-serve-") as folder:
-        asyncio.run(_serve(uri, first, given, certificate, listening, Path(folder)))
+        asyncio.run(_serve(uri, first, given, certificate, listening, Path(folder), cluster))
+
+
+def ray_backend(given: settings.Settings) -> ModuleType:
+    """The module that serves on Ray.
+
+    Raises:
+        InputError: something was asked for that does not go with it.
+        ServingError: Ray is not installed.
+    """
+    try:
+        from namesake_serving import cluster
+    except ImportError as error:
+        raise ServingError(
+            tr("Ray cannot be used in this environment ({error}).", error=error),
+            mend="Install it: pip install --no-deps -r requirements/ray.txt",
+        ) from error
+    cluster.check(given)
+    return cluster
 
 
 def tracking_url() -> str | None:
@@ -235,10 +266,20 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def _serve(
-    uri: str, first: Version, given: settings.Settings, certificate: Tls | None, listening: socket.socket, folder: Path
+    uri: str,
+    first: Version,
+    given: settings.Settings,
+    certificate: Tls | None,
+    listening: socket.socket,
+    folder: Path,
+    cluster: ModuleType | None,
 ) -> None:
-    service = Service(uri, given, cache_folder(), folder, Metrics())
-    gateway = Gateway(service, given)
+    if cluster is None:
+        service = Service(uri, given, cache_folder(), folder, Metrics())
+        gateway = Gateway(service, given)
+    else:
+        service = cluster.Cluster(uri, given)
+        gateway = Gateway(service, cluster.of_all(given), service.upstream)
     server = Server(gateway, given, certificate)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

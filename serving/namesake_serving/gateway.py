@@ -17,21 +17,20 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
-
-import aiohttp
 
 from namesake_serving import page, webhook
 from namesake_serving.keys import Key, Keys
 from namesake_serving.limits import Allowance, Allowances, Full, Turns
+from namesake_serving.metrics import Metrics
 from namesake_serving.requests import CHAT, FEEDBACK, RESPONSES, TEXT, BadRequest, check, feedback, parse
-from namesake_serving.service import Service
+from namesake_serving.rollout import State
 from namesake_serving.settings import Settings
 from namesake_serving.shadow import Kept, Shadow
 from namesake_serving.traces import Traces, Unknown, Unwritten
-from namesake_serving.traffic import Answerer, Live, NotReady, UnknownModel
+from namesake_serving.traffic import Answerer, Live, NotReady, Routing, Traffic, UnknownModel
+from namesake_serving.upstream import Gone, Moved, Sockets, Upstream
 from namesake_serving.webhook import Webhook
 
 Scope = MutableMapping[str, Any]
@@ -99,6 +98,7 @@ class _Request:
     headers: dict[str, str]
     id: str
     begun: float
+    session: str = ""
     status: int = 0
     version: str = ""
     first_byte: float = 0.0
@@ -127,13 +127,42 @@ class _Traced:
     asked_at: float = 0.0
 
 
-class Gateway:
-    """The ASGI application."""
+class Served(Protocol):
+    """What the gateway needs of who follows the registry: :class:`service.Service`, or :class:`cluster.Cluster`."""
 
-    def __init__(self, service: Service, settings: Settings) -> None:
+    uri: str
+    routing: Routing
+    metrics: Metrics
+
+    @property
+    def traffic(self) -> Traffic:
+        """Where what is served answers."""
+
+    @property
+    def state(self) -> State:
+        """What is going on with what is served."""
+
+    def wake(self) -> None:
+        """Ask the registry now."""
+
+    def note(self, answerer: Answerer, failed: bool, seconds: float) -> None:
+        """A request for the bare name was answered."""
+
+    async def summon(self, model: object) -> None:
+        """Bring in a version that a client asks for, where that is allowed."""
+
+
+class Gateway:
+    """The ASGI application.
+
+    Args:
+        upstream: the way to what answers; none: the engines' sockets on this machine.
+    """
+
+    def __init__(self, service: Served, settings: Settings, upstream: Upstream | None = None) -> None:
         self._service, self._settings = service, settings
+        self._upstream = upstream or Sockets()
         self._keys = Keys(settings.api_keys, settings.api_keys_file)
-        self._sessions: dict[Path, aiohttp.ClientSession] = {}
         self._webhook = Webhook(settings.webhook_secret) if settings.webhook_secret else None
         self._shadow = (
             Shadow(
@@ -272,12 +301,12 @@ class Gateway:
         }
 
     async def close(self) -> None:
-        """Let go of the engines' sockets."""
+        """Let go of the engines."""
         if self._shadow is not None:
             await self._shadow.close()
         if self._traces is not None:
             await self._traces.close()
-        await asyncio.gather(*(session.close() for session in self._sessions.values()))
+        await self._upstream.close()
 
     def _admitted(
         self, request: _Request, scope: Scope, twice: bool
@@ -369,22 +398,21 @@ class Gateway:
     async def _reply(self, request: _Request, raw: bytes, send: Send) -> None:
         asked = parse(raw) if raw else {}
         model, user = asked.get("model"), asked.get("user")
-        session = request.headers.get("x-namesake-session", "") or (user if isinstance(user, str) else "")
+        request.session = request.headers.get("x-namesake-session", "") or (user if isinstance(user, str) else "")
         routing = self._service.routing
         await self._service.summon(model)
-        used, reserved = _Used(prompt=len(raw) // _BYTES_A_TOKEN), _reserved(raw, asked)
+        reserved = _reserved(raw, asked)
         if self._traces is not None and self._traces.wants():
-            request.traced = _Traced(f"tr-{request.id.removeprefix('req-')}", asked, session, used)
+            used = _Used(prompt=len(raw) // _BYTES_A_TOKEN)
+            request.traced = _Traced(f"tr-{request.id.removeprefix('req-')}", asked, request.session, used)
         try:
             async with self._turns.take(request.key.name):
-                async with routing.enter(model, session) as (live, alias):
-                    ended = await self._answer_by(live, alias, request, asked, used, reserved, send)
+                live, ended = await self._enter(request, asked, len(raw), reserved, send)
                 if ended is None:
                     return
                 if live is not routing.champion.live and model in (None, routing.name) and not request.status:
                     # The challenger's share: the client has asked for neither, and gets its answer from the champion.
-                    async with routing.enter(model, session, shared=False) as (live, alias):
-                        ended = await self._answer_by(live, alias, request, asked, used, 0, send)
+                    _, ended = await self._enter(request, asked, len(raw), 0, send, shared=False)
                 if ended is not None:
                     raise ended
         except NotReady:
@@ -393,6 +421,21 @@ class Gateway:
             raise self._overloaded() from None
         except UnknownModel as unknown:
             raise Refused(404, str(unknown), code="model_not_found", param="model") from None
+
+    async def _enter(
+        self, request: _Request, asked: dict[str, Any], size: int, reserved: int, send: Send, *, shared: bool = True
+    ) -> tuple[Answerer, Refused | None]:
+        """Who answered, and what came of it where its engine has ended."""
+        while True:
+            used = _Used(prompt=size // _BYTES_A_TOKEN)
+            if request.traced is not None:
+                request.traced.used = used
+            with suppress(Moved):
+                async with self._service.routing.enter(asked.get("model"), request.session, shared=shared) as (
+                    by,
+                    alias,
+                ):
+                    return by, await self._answer_by(by, alias, request, asked, used, reserved, send)
 
     async def _answer_by(
         self,
@@ -426,6 +469,9 @@ class Gateway:
             self._service.note(live, True, time.monotonic() - begun)
             used.prompt = used.prompt if request.status else 0
             return ended
+        except Moved:
+            used.prompt = 0
+            raise
         finally:
             self._settle(request, used, reserved)
         if asked.get("model") in (None, self._service.routing.name):  # who named a version asked for just that one
@@ -437,13 +483,10 @@ class Gateway:
     async def _ask(self, live: Answerer, path: str, asked: dict[str, Any]) -> bytes:
         """The whole answer, for nobody who waits for it."""
         body = check(path, asked, max_tokens=self._settings.max_tokens, system=live.system)
-        async with self._session(live).post(
-            f"http://engine{path}",
-            data=json.dumps({**body, "model": live.model}).encode(),
-            headers={"content-type": "application/json"},
-            raise_for_status=True,
-        ) as response:
-            return await response.read()
+        async with self._upstream.post(live, path, json.dumps({**body, "model": live.model}).encode()) as reply:
+            if reply.status >= 400:
+                raise Gone(f"The engine answers {reply.status}.")
+            return await reply.read()
 
     def _first_byte(self, request: _Request, begun: float) -> None:
         request.first_byte = time.monotonic() - begun
@@ -477,27 +520,24 @@ class Gateway:
             request.traced.live, request.traced.alias, request.traced.asked_at = live, alias, begun
             headers.append((b"x-namesake-trace", request.traced.id.encode()))
         try:
-            async with self._session(live).post(
-                f"http://engine{request.path}", data=body, headers={"content-type": "application/json"}
-            ) as response:
-                kind = response.headers.get("content-type", "application/json")
-                headers.append((b"content-type", kind.encode()))
-                if not kind.startswith("text/event-stream"):
-                    whole = await response.read()
-                    used.count(whole, ok=response.status == 200)
-                    if spare and response.status >= 500:
+            async with self._upstream.post(live, request.path, body, request.session) as reply:
+                headers.append((b"content-type", reply.kind.encode()))
+                if not reply.kind.startswith("text/event-stream"):
+                    whole = await reply.read()
+                    used.count(whole, ok=reply.status == 200)
+                    if spare and reply.status >= 500:
                         raise _unavailable("The challenger has failed.")
                     whole = _named(whole, mark, called, own)
                     self._first_byte(request, begun)
                     if request.kept is not None:
                         request.kept.add(whole)
                     headers.append((b"content-length", str(len(whole)).encode()))
-                    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+                    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
                     await send({"type": "http.response.body", "body": whole})
                     return
-                await send({"type": "http.response.start", "status": response.status, "headers": headers})
+                await send({"type": "http.response.start", "status": reply.status, "headers": headers})
                 first, rest = True, b""
-                async for chunk in response.content.iter_any():
+                async for chunk in reply.chunks():
                     if first:
                         self._first_byte(request, begun)
                         first = False
@@ -516,21 +556,10 @@ class Gateway:
                         {"type": "http.response.body", "body": chunk.replace(called, own) + end, "more_body": True}
                     )
                 await send({"type": "http.response.body", "body": rest})
-        except aiohttp.ClientError as error:
+        except Gone as error:
             # Before the reply began it is a 503 to try again; after, the connection is cut and the client sees it.
             _log.warning("%s engine: %s", request.id, error)
             raise _unavailable("The engine has just ended; it is started again.") from error
-
-    def _session(self, live: Answerer) -> aiohttp.ClientSession:
-        address = live.engine.socket
-        if address not in self._sessions:
-            self._sessions[address] = aiohttp.ClientSession(
-                connector=aiohttp.UnixConnector(str(address), limit=0),
-                timeout=aiohttp.ClientTimeout(total=None),
-                auto_decompress=False,
-                read_bufsize=1 << 18,
-            )
-        return self._sessions[address]
 
     async def _body(self, request: _Request, receive: Receive) -> bytes:
         most = self._settings.max_body_bytes
@@ -633,9 +662,8 @@ class Gateway:
     async def _metrics(self, _request: _Request, _scope: Scope, _receive: Receive, send: Send) -> None:
         text, live = self._service.metrics.text(), self._service.traffic.live
         if live is not None:
-            with suppress(aiohttp.ClientError):
-                async with self._session(live).get("http://engine/metrics") as response:
-                    text += await response.read()
+            with suppress(Gone):
+                text += await self._upstream.figures(live)
         await _answer(send, 200, text, ("content-type", "text/plain; version=0.0.4; charset=utf-8"))
 
 

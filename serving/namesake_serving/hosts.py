@@ -150,16 +150,17 @@ class Merged:
         Raises:
             ServingError: neither can be.
         """
-        live = self._traffic.live
-        why = await self._change_in_place(stored, live)
+        why = await self.hold(stored)
         if not why:
-            assert live is not None
-            return Loaded(Live(stored, live.engine), "in place")
+            loaded, why = await self.change(stored)
+            if loaded is not None:
+                return loaded
         _log.info("second engine, since %s", why)
         return await self.start(stored)
 
-    async def _change_in_place(self, stored: Stored, live: Live | None) -> str:
-        """Other weights into the live engine, the door held; why it could not be, empty when it was."""
+    async def hold(self, stored: Stored) -> str:
+        """Hold the door for a change in place; why that cannot be, empty when nobody is answered any more."""
+        live = self._traffic.live
         if live is None:
             return "no engine is running"
         if why := store.difference(live.stored, stored):
@@ -169,6 +170,16 @@ class Merged:
         if self._traffic.live is not live or not live.engine.alive():
             self._traffic.release()
             return "the engine has just died"
+        return ""
+
+    async def change(self, stored: Stored) -> tuple[Loaded | None, str]:
+        """Other weights into the live engine while the door is held; where that failed it is open again, and why.
+
+        Raises:
+            ServingError: the engine died of it.
+        """
+        live = self._traffic.live
+        assert live is not None
         self.changing = True
         try:
             took = await asyncio.to_thread(live.engine.change_weights, stored.weights)
@@ -178,9 +189,9 @@ class Merged:
             await self._back(live)
             if dead:
                 raise
-            return f"the engine would not change in place ({error.message})"
+            return None, f"the engine would not change in place ({error.message})"
         _log.info("weights changed in place in %.2f s", took)
-        return ""
+        return Loaded(Live(stored, live.engine), "in place"), ""
 
     async def _back(self, live: Live | None) -> None:
         """The old weights again, and the door open."""

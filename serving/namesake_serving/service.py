@@ -90,7 +90,8 @@ class Track:
         loaded = await self.host.start(stored, tick)
         live = loaded.live
         try:
-            await asyncio.to_thread(prove, live.engine, stored, live.model)
+            if not live.proved:
+                await asyncio.to_thread(prove, live.engine, stored, live.model)
         except ServingError:
             await asyncio.to_thread(live.engine.kill)
             raise
@@ -124,8 +125,7 @@ class Track:
             self._service.in_the_background(self._tell_registry, self._versions[key], why)
 
     def _key(self, version: Version) -> str:
-        # A version may be deleted and made anew under its number: the source tells them apart.
-        key = f"{version.uri} {version.source}"
+        key = key_of(version)
         self._versions[key] = version
         return key
 
@@ -200,14 +200,7 @@ class Track:
         Raises:
             RegistryError: it may not be served, or cannot be.
         """
-        if self._settings.require_gate and not version.tags.get("namesake.gate", "").startswith("passed"):
-            raise RegistryError(
-                tr("{uri} did not pass the gate.", uri=version.uri), mend="Promote a run that passes it."
-            )
-        stored = store.fetch(version, self._service.cache, self._settings.public_key, self.host.part)
-        if self.host.part == WEIGHTS_FOLDER:
-            store.check_weights(stored.weights)
-        return stored
+        return verified(version, self._settings, self._service.cache, self.host.part)
 
     async def _load(self) -> None:
         assert self._coming is not None
@@ -217,7 +210,8 @@ class Track:
         assert self._coming is not None
         assert self._coming.loaded is not None
         live = self._coming.loaded.live
-        if not live.proved:  # else it is still in the engine from before, under a name that nothing else ever has
+        # Else it is still in the engine from before, under a name that nothing else ever has, or did so elsewhere.
+        if not live.proved:
             await asyncio.to_thread(prove, live.engine, live.stored, live.model)
             live.proved = True
 
@@ -272,9 +266,12 @@ class Service:
         uri: what is served, ``models:/ccb@champion``.
         cache: where verified copies of versions lie.
         folder: private folder for sockets, logs and adapters.
+        host: where the champion's versions get into engines, if that is not on this machine.
     """
 
-    def __init__(self, uri: str, settings: Settings, cache: Path, folder: Path, metrics: Metrics) -> None:
+    def __init__(
+        self, uri: str, settings: Settings, cache: Path, folder: Path, metrics: Metrics, host: Host | None = None
+    ) -> None:
         self.uri, self.settings, self.cache, self.metrics = uri, settings, cache, metrics
         compared = bool(settings.canary or settings.shadow)
         self.routing = Routing(uri, settings.challenger if compared else "", settings.canary)
@@ -286,7 +283,7 @@ class Service:
         traffics = (self.routing.champion, self.routing.challenger)
         adapters = Adapters(self._engines, self.routing, settings, folder) if settings.mode == "adapter" else None
         hosts: list[Host] = [adapters or Merged(self._engines, traffic, settings) for traffic in traffics]
-        self.champion = Track(self, uri, traffics[0], hosts[0], champion=True)
+        self.champion = Track(self, uri, traffics[0], host or hosts[0], champion=True)
         rival = f"models:/{self.routing.name}@{settings.challenger}"
         self.challenger = Track(self, rival, traffics[1], hosts[1], champion=False) if compared else None
 
@@ -427,6 +424,25 @@ class Service:
                         await host.turned(again, [])
                     else:  # the alias moved on and the new version was faster
                         await host.undo(again)
+
+
+def verified(version: Version, settings: Settings, cache: Path, part: str) -> Stored:
+    """A version's files on this machine, checked.
+
+    Raises:
+        RegistryError: it may not be served, or cannot be.
+    """
+    if settings.require_gate and not version.tags.get("namesake.gate", "").startswith("passed"):
+        raise RegistryError(tr("{uri} did not pass the gate.", uri=version.uri), mend="Promote a run that passes it.")
+    stored = store.fetch(version, cache, settings.public_key, part)
+    if part == WEIGHTS_FOLDER:
+        store.check_weights(stored.weights)
+    return stored
+
+
+def key_of(version: Version) -> str:
+    """A version may be deleted and made anew under its number: the source tells them apart."""
+    return f"{version.uri} {version.source}"
 
 
 def _told(error: Exception) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -22,6 +23,17 @@ def _share(value: object) -> object:
 
 
 _DEVICES = Path("/dev")
+
+
+def _json(value: object) -> object:
+    """JSON as what it says; anything else stays as it is."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"this is no JSON ({error})") from None
+    return value
+
 
 Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1)]
 
@@ -84,6 +96,11 @@ class Settings(BaseSettings):
         public_key: PEM file; serve only versions that were signed by its private half (``promote --sign-key``).
         shutdown_seconds: how long running answers may take to finish after SIGTERM.
         start_seconds: how long the engine may take to answer.
+        backend: ``local``, engines on this machine; or ``ray``, replicas on Ray Serve, all of which turn at once, in
+            the cluster that ``RAY_ADDRESS`` names, else in one of their own on this machine.
+        replicas: how many of them, on Ray.
+        ray_options: more for Ray Serve's deployment, as JSON and as Ray Serve names them:
+            ``{"autoscaling_config": {"max_replicas": 4}, "ray_actor_options": {"num_gpus": 1}}``.
         engine_args: more arguments for vLLM, as it names them.
         log_format: ``text``, or ``json``: each line of the log is an object; a request's has its id, status, version,
             key and seconds.
@@ -132,6 +149,9 @@ class Settings(BaseSettings):
     public_key: Path | None = None
     shutdown_seconds: Annotated[int, Field(ge=0, le=3600)] = 30
     start_seconds: Annotated[int, Field(ge=1, le=7200)] = 900
+    backend: Literal["local", "ray"] = "local"
+    replicas: Annotated[int, Field(ge=1, le=1000)] = 1
+    ray_options: Annotated[dict[str, Any], BeforeValidator(_json)] = {}
     engine_args: tuple[str, ...] = ()
     log_format: Literal["text", "json"] = "text"
 

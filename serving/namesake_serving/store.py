@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,12 +88,21 @@ def fetch(version: Version, cache: Path, public_key: Path | None = None, part: s
     Raises:
         RegistryError: files are missing, changed, not signed by the key, or of a kind that may hold code.
     """
-    with _FETCHING:  # champion, challenger and a client may want one version at one moment
-        return _fetch(version, cache, public_key, part)
-
-
-def _fetch(version: Version, cache: Path, public_key: Path | None, part: str) -> Stored:
     folder = cache / "versions" / f"{version.name}-{_id(version)}"
+    with _FETCHING, _alone(folder):  # champion, challenger, a client, another server here may want one at one moment
+        return _fetch(version, folder, public_key, part)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process of this machine is at the folder meanwhile."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(version: Version, folder: Path, public_key: Path | None, part: str) -> Stored:
     partly = part == ADAPTER_FOLDER and public_key is None
     record, faults = _whole(folder, part if partly else ""), []
     if record is None:

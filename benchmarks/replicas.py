@@ -1,0 +1,163 @@
+"""What do replicas on Ray Serve give, what does Ray cost, and does any client notice a moved alias?
+
+    python benchmarks/replicas.py                                  # trains two small versions first, some minutes
+    python benchmarks/replicas.py --store FOLDER --rows local 2    # a folder with mlflow.db and two versions of ccb
+
+Rows: `local` is `namesake serve`, a number is `--backend ray --replicas N`. Every client asks again as soon as it is
+answered, streamed. Printed are seconds until the first answer, tokens a second, then for moves under the same load:
+seconds until every client has the new version, requests that failed or were cut, streams in which two versions spoke,
+and clients that saw a version again after its successor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import aiohttp
+from commands import ROOT, environment
+from follow import MODEL, prepare, served_changes
+
+
+class Clients:
+    """Clients that never rest, each with a session of its own.
+
+    Attributes:
+        tokens: how many have come.
+        ended: how requests ended.
+        saw: the versions that each client saw, in order, repetitions left out.
+    """
+
+    def __init__(self, url: str, count: int, most: int) -> None:
+        self._url, self._most = url, most
+        self.tokens, self.ended = 0, Counter[str]()
+        self.saw: list[list[str]] = [[] for _ in range(count)]
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300)) as http:
+            await asyncio.gather(*(self._client(http, number) for number in range(len(self.saw))))
+
+    async def _client(self, http: aiohttp.ClientSession, number: int) -> None:
+        question = {"role": "user", "content": f"Tell me story number {number}."}
+        body = {"messages": [question], "temperature": 0, "stream": True, "max_tokens": self._most}
+        while True:
+            try:
+                ended = await self._ask(http, {**body, "user": f"client {number}"}, self.saw[number])
+            except aiohttp.ClientError as error:
+                ended = f"failed: {type(error).__name__}"
+            self.ended[ended] += 1
+
+    async def _ask(self, http: aiohttp.ClientSession, body: dict[str, object], saw: list[str]) -> str:
+        async with http.post(f"{self._url}/v1/chat/completions", json=body) as response:
+            if response.status != 200:
+                return f"failed: {response.status}"
+            version = response.headers["x-namesake-version"]
+            if saw[-1:] != [version]:
+                saw.append(version)
+            spoke, text = {version}, b""
+            async for line in response.content:
+                text = line.strip() or text
+                if line.startswith(b"data: {"):
+                    self.tokens += 1
+                    spoke.add(json.loads(line[6:])["system_fingerprint"])
+            return "cut" if text != b"data: [DONE]" else "one version" if len(spoke) == 1 else "mixed"
+
+
+async def measure(url: str, count: int, most: int, seconds: float, moves: int) -> str:
+    """Throughput, then moves of the alias to and fro under the same load."""
+    sys.path.insert(0, str(ROOT / "src"))
+    from namesake import registry
+
+    numbers = [registry.resolve(f"models:/{MODEL}@{alias}").number for alias in ("champion", "challenger")]
+    clients = Clients(url, count, most)
+    running = asyncio.create_task(clients.run())
+    await asyncio.sleep(5)
+    before, begun = clients.tokens, time.monotonic()
+    await asyncio.sleep(seconds)
+    rate, took = (clients.tokens - before) / (time.monotonic() - begun), []
+    for move in range(moves):
+        wanted, moved = numbers[(move + 1) % 2], time.monotonic()
+        await asyncio.to_thread(registry.point, MODEL, "champion", wanted)
+        while any(saw[-1] != f"{MODEL}-v{wanted}" for saw in clients.saw):
+            if time.monotonic() > moved + 120:
+                raise SystemExit(f"version {wanted} did not come to every client: {clients.ended}")
+            await asyncio.sleep(0.02)
+        took.append(time.monotonic() - moved)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    back = sum(len(saw) > moves + 1 for saw in clients.saw)  # to and fro, so that going back is one version too many
+    middle = f"{statistics.median(took):.2f} s (most {max(took):.2f})" if took else "-"
+    return f"{rate:5.0f} tokens/s; move to last client {middle}; {dict(clients.ended)}; went back: {back}"
+
+
+@contextmanager
+def serving(row: str, store: Path, *words: str) -> Iterator[tuple[str, float]]:
+    """A server; its address, and the seconds that it took."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, begun = f"http://127.0.0.1:{port}", time.monotonic()
+    several = [] if row == "local" else ["--backend", "ray", "--replicas", row]
+    command = [sys.executable, "-m", "namesake", "serve", f"models:/{MODEL}@champion", "--port", str(port)]
+    with tempfile.TemporaryFile() as log:
+        given = {"cwd": store, "env": environment(store), "stdout": log, "stderr": log}
+        server = subprocess.Popen([*command, *several, *words], **given)  # type: ignore[call-overload]
+        try:
+            while True:
+                try:
+                    urllib.request.urlopen(f"{url}/ready", timeout=2)
+                    break
+                except OSError:
+                    if server.poll() is not None:
+                        log.seek(0)
+                        raise SystemExit(log.read().decode()[-3000:]) from None
+                    time.sleep(0.2)
+            yield url, time.monotonic() - begun
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(120)
+
+
+def main() -> None:
+    """Print a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=["local", "1", "2"], help="local, or a number of replicas")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=32, help="length of an answer")
+    parser.add_argument("--seconds", type=float, default=20, help="how long throughput is measured")
+    parser.add_argument("--moves", type=int, default=10)
+    parser.add_argument("--store", type=Path, help="folder with mlflow.db and two versions of ccb")
+    parser.add_argument("words", nargs="*", help="more for `namesake serve`, behind --")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        store = (given.store or Path(name)).resolve()
+        if given.store is None:
+            prepare(store)
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
+        os.chdir(store)
+        print(f"{given.clients} clients, answers of {given.tokens} tokens, {given.moves} moves, {os.cpu_count()} cores")
+        for row in given.rows:
+            with serving(row, store, "--eager", "--poll-seconds", "0.2", *given.words) as (url, ready):
+                told = asyncio.run(measure(url, given.clients, given.tokens, given.seconds, given.moves))
+                print(f"{row:>5}: ready after {ready:.0f} s; {told}")
+                print(f"       fetched and verified -> live: {served_changes(url)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The gateway's way to what answers: HTTP over an engine's private socket. :mod:`cluster` has another, over Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+import aiohttp
+
+from namesake_serving.traffic import Answerer
+
+
+class Gone(Exception):
+    """The engine has ended or cannot be reached."""
+
+
+class Moved(Exception):
+    """Another version answers now; nothing of a reply has come. Whoever asked enters again."""
+
+
+class Reply(Protocol):
+    """A reply that has begun: its status and content type are known."""
+
+    status: int
+    kind: str
+
+    async def read(self) -> bytes:
+        """All of it."""
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """Its parts, as they come."""
+
+
+class Upstream(Protocol):
+    """What the gateway needs of it."""
+
+    def post(self, live: Answerer, path: str, body: bytes, session: str = "") -> AbstractAsyncContextManager[Reply]:
+        """Ask; a session's requests go to one place where there are several.
+
+        Raises:
+            Gone: nothing answers, or what began to has ended.
+            Moved: another version answers by now.
+        """
+
+    async def figures(self, live: Answerer) -> bytes:
+        """The engines' own metrics, in Prometheus' text format.
+
+        Raises:
+            Gone: nothing answers.
+        """
+
+    async def close(self) -> None:
+        """Let go of connections."""
+
+
+class Sockets:
+    """An engine's private socket."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[Path, aiohttp.ClientSession] = {}
+
+    @asynccontextmanager
+    async def post(self, live: Answerer, path: str, body: bytes, session: str = "") -> AsyncIterator[Reply]:
+        """Ask the engine; there is one, so that every session goes to it."""
+        del session
+        try:
+            async with self._session(live).post(
+                f"http://engine{path}", data=body, headers={"content-type": "application/json"}
+            ) as response:
+                yield _Response(response)
+        except aiohttp.ClientError as error:
+            raise Gone(str(error)) from error
+
+    async def figures(self, live: Answerer) -> bytes:
+        """vLLM's metrics."""
+        try:
+            async with self._session(live).get("http://engine/metrics") as response:
+                return await response.read()
+        except aiohttp.ClientError as error:
+            raise Gone(str(error)) from error
+
+    async def close(self) -> None:
+        """Close every socket."""
+        await asyncio.gather(*(session.close() for session in self._sessions.values()))
+
+    def _session(self, live: Answerer) -> aiohttp.ClientSession:
+        address = live.engine.socket
+        if address not in self._sessions:
+            self._sessions[address] = aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(str(address), limit=0),
+                timeout=aiohttp.ClientTimeout(total=None),
+                auto_decompress=False,
+                read_bufsize=1 << 18,
+            )
+        return self._sessions[address]
+
+
+class _Response:
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status, self.kind = response.status, response.headers.get("content-type", "application/json")
+
+    async def read(self) -> bytes:
+        return await self._response.read()
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        return self._response.content.iter_any()

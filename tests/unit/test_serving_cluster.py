@@ -1,0 +1,218 @@
+"""What goes on around Ray: settings, options, the order of a change, figures of replicas. None of it starts Ray."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from namesake.errors import InputError, ServingError
+from namesake.manifest import Manifest
+from namesake.registry import Version
+from namesake_serving import settings
+from namesake_serving.__main__ import ray_backend
+from namesake_serving.settings import Settings
+from namesake_serving.store import Stored
+from tests.unit.loops import within
+
+in_a_loop = within(10)
+
+
+def test_where_ray_is_missing_the_command_that_installs_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "namesake_serving.cluster", raising=False)
+    monkeypatch.delattr("namesake_serving.cluster", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ServingError, match="Ray cannot be used") as caught:
+        ray_backend(settings.read(backend="ray"))
+    assert "requirements/ray.txt" in caught.value.told()
+
+
+def test_options_for_ray_serve_are_json() -> None:
+    given = settings.read(backend="ray", ray_options='{"autoscaling_config": {"max_replicas": 4}}')
+    assert given.ray_options == {"autoscaling_config": {"max_replicas": 4}}
+
+
+@pytest.mark.parametrize("wrong", ["{", "[1]", "4"])
+def test_options_that_are_no_object_are_refused(wrong: str) -> None:
+    with pytest.raises(InputError, match="ray_options"):
+        settings.read(ray_options=wrong)
+
+
+cluster = pytest.importorskip("namesake_serving.cluster", reason="requirements/ray.txt", exc_type=ImportError)
+
+
+@pytest.mark.parametrize("given", [{"mode": "adapter"}, {"canary": "10%"}, {"shadow": 0.5}])
+def test_what_does_not_go_with_ray_is_refused_by_name(given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(given))}.*does not go with the backend ray"):
+        ray_backend(settings.read(backend="ray", **given))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"foo": 1}, {"num_replicas": -1}, {"autoscaling_config": {"max_replicas": "many"}}, {"ray_actor_options": 1}],
+)
+def test_options_that_ray_serve_does_not_know_are_refused_before_anything_starts(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="ray_options") as caught:
+        ray_backend(settings.read(backend="ray", ray_options=wrong))
+    assert next(iter(wrong)) in caught.value.message
+
+
+def test_what_the_user_says_to_ray_serve_goes_before_ours() -> None:
+    plain = cluster.deployment(settings.read(replicas=3))
+    assert (plain["num_replicas"], plain["name"]) == (3, "Replica")
+    own = cluster.deployment(settings.read(ray_options={"max_ongoing_requests": 7, "num_replicas": 5}))
+    assert (own["num_replicas"], own["max_ongoing_requests"]) == (5, 7)
+    scaled = cluster.deployment(settings.read(replicas=3, ray_options={"autoscaling_config": {"max_replicas": 4}}))
+    assert "num_replicas" not in scaled
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({}, 2),
+        ({"num_replicas": 5}, 5),
+        ({"autoscaling_config": {"max_replicas": 4}}, 4),
+        ({"num_replicas": "auto"}, 2),
+    ],
+)
+def test_the_gateway_lets_in_what_all_replicas_take(options: dict[str, Any], most: int) -> None:
+    one = settings.read(max_streams=8)
+    all_of_them = cluster.of_all(settings.read(max_streams=8, replicas=2, ray_options=options))
+    assert (all_of_them.streams, all_of_them.most_requests) == (most * one.streams, most * one.most_requests)
+
+
+# ------------------------------------------------------------------------------------------------ sessions
+
+
+def router(names: str) -> list[Any]:
+    """Replicas of these names."""
+    return [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in names]
+
+
+def asked(session: str) -> Any:
+    """A request that waits for a replica."""
+    return SimpleNamespace(metadata=SimpleNamespace(session_id=session))
+
+
+async def first(names: str, session: str) -> str:
+    """The replica that a session's request is offered to first."""
+    groups = await cluster.Sessions.choose_replicas(SimpleNamespace(), router(names), asked(session))
+    assert sorted(one.replica_id.unique_id for (one,) in groups) == sorted(names)  # any other, where that is full
+    return str(groups[0][0].replica_id.unique_id)
+
+
+@in_a_loop
+async def test_a_session_stays_and_only_those_of_a_replica_that_went_move() -> None:
+    sessions = [f"session {number}" for number in range(300)]
+    before = {session: await first("abc", session) for session in sessions}
+    assert before == {session: await first("cba", session) for session in sessions}
+    assert all(60 < list(before.values()).count(name) < 140 for name in "abc")
+    after = {session: await first("ab", session) for session in sessions}
+    assert {session for session in sessions if after[session] != before[session]} == {
+        session for session in sessions if before[session] == "c"
+    }
+
+
+@in_a_loop
+async def test_who_has_no_session_goes_to_the_less_busy_of_two() -> None:
+    (group,) = await cluster.Sessions.choose_replicas(SimpleNamespace(), router("abc"), asked(""))
+    assert len({one.replica_id.unique_id for one in group}) == 2
+    (group,) = await cluster.Sessions.choose_replicas(SimpleNamespace(), router("a"), None)
+    assert len(group) == 1
+
+
+# ------------------------------------------------------------------------------------------------ the order of a change
+
+VERSION = Version("ccb", 2, "run2", "source", "READY", {}, 0)
+STORED = Stored(VERSION, Manifest({}, None, {}, "run", {}, {}, {}, {}, {}), Path("/model"))
+
+
+class Two(cluster.Fleet):  # type: ignore[misc, name-defined]
+    """Two replicas, the second of which fails at what it is told to; notes what they are ordered."""
+
+    def __init__(self, fails: dict[str, str]) -> None:
+        self.did, self._fails = list[Any](), fails
+        super().__init__("app", Settings(), lambda stored: self.did.append(("published", stored.version.number)))
+
+    async def _all(self, order: str, *words: object, seconds: float = 0) -> list[Any]:
+        self.did.append((order, *words) if order == "load" else order)
+        return [cluster.Told(VERSION, 0, False, why) for why in ("", self._fails.get(order, ""))]
+
+
+@in_a_loop
+async def test_all_are_held_changed_and_turned_before_anybody_hears_of_it() -> None:
+    fleet = Two({})
+    loaded = await fleet.load(STORED)
+    assert (loaded.way, loaded.live.proved) == ("in place", True)
+    await fleet.turned(loaded, [])
+    assert fleet.did == ["bring", "hold", ("load", True), "turn", ("published", 2)]
+
+
+@in_a_loop
+async def test_where_one_cannot_be_held_all_get_a_second_engine() -> None:
+    fleet = Two({"hold": "answers were still running after 10 s"})
+    assert (await fleet.load(STORED)).way == "second engine"
+    assert fleet.did == ["bring", "hold", "release", ("load", False)]
+
+
+@pytest.mark.parametrize("order", ["bring", "load"])
+@in_a_loop
+async def test_where_one_fails_all_go_back(order: str) -> None:
+    fleet = Two({order: "it is cut short"})
+    with pytest.raises(ServingError, match="it is cut short"):
+        await fleet.load(STORED)
+    assert fleet.did[-1] == "undo"
+    assert "turn" not in fleet.did
+
+
+@in_a_loop
+async def test_replicas_are_brought_to_what_is_served_but_not_amid_a_change() -> None:
+    fleet = Two({})
+    assert await fleet.settle(VERSION, lambda: False) == 2
+    assert fleet.did == ["state"]
+    assert await fleet.settle(VERSION, lambda: True) == 2
+    assert fleet.did == ["state", "settle"]
+
+
+@in_a_loop
+async def test_what_was_turned_to_last_is_what_a_new_follower_takes_as_served() -> None:
+    class Amid(Two):
+        async def _all(self, order: str, *words: object, seconds: float = 0) -> list[Any]:
+            return [cluster.Told(version, turned, False) for version, turned in told]
+
+    newer = Version("ccb", 3, "run3", "source", "READY", {}, 0)
+    told: list[tuple[Version | None, float]] = [(VERSION, 5.0), (newer, 7.0), (VERSION, 0.0), (None, 9.0)]
+    assert await Amid({}).served() == newer
+    told = []
+    assert await Amid({}).served() is None
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def test_figures_of_replicas_are_one_text_that_tells_them_apart() -> None:
+    one = '# HELP up It runs.\n# TYPE up gauge\nup{engine="0"} 1.0\n'
+    one += "# HELP n_total All.\n# TYPE n_total counter\nn_total 3.0\n"
+    lines = cluster.together([("a", one), ("b", one.replace("3.0", "4.0")), ("c", "")]).decode().splitlines()
+    assert [line for line in lines if line.startswith("up")] == [
+        'up{engine="0",replica="a"} 1.0',
+        'up{engine="0",replica="b"} 1.0',
+    ]
+    assert [line for line in lines if line.startswith("n_total")] == [
+        'n_total{replica="a"} 3.0',
+        'n_total{replica="b"} 4.0',
+    ]
+    assert sum(line.startswith("# TYPE") for line in lines) == 2
+
+
+def test_a_gateways_figures_have_those_of_the_follower_once() -> None:
+    figures, conductor = cluster._Figures(), cluster.Metrics()
+    conductor.served(VERSION)
+    figures.conductor = conductor.text()
+    text = figures.text().decode()
+    assert text.count("# TYPE namesake_served_version gauge") == 1
+    assert "namesake_served_version 2.0" in text
+    assert text.count("# TYPE namesake_requests_total counter") == 1
