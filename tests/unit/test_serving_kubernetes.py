@@ -31,7 +31,7 @@ SCHEMAS = yaml.safe_load((Path(__file__).parent / "custom_resources.yaml").read_
 OTHERS = {
     *("MLFLOW_TRACKING_URI", "NAMESAKE_CACHE"),  # docs/guide/reference/settings.md
     *("VLLM_CACHE_ROOT", "VLLM_CPU_OMP_THREADS_BIND"),  # vllm/envs.py
-    *("HOME", "OMP_NUM_THREADS"),
+    *("HOME", "OMP_NUM_THREADS", "RAY_ADDRESS"),
 }
 """Variables of others; a test finds those of vLLM and of the settings page where they are said."""
 
@@ -104,14 +104,21 @@ def statefulset(variant: str) -> Json:
     return pod
 
 
+def kuberay() -> Json:
+    """The pod of Ray's head, in which the gateway is."""
+    cluster = read(KUBERNETES / "kuberay" / "raycluster.yaml")[0]
+    found: Json = cluster["spec"]["headGroupSpec"]["template"]["spec"]
+    return found
+
+
 def serving_in(pod: Json) -> Json:
-    """The container that runs ``namesake serve``."""
+    """The container that runs ``namesake serve``; Ray's node is beside it."""
     (found,) = (one for one in pod["containers"] if "args" in one)
     assert isinstance(found, dict)
     return found
 
 
-PODS = {"cpu": lambda: statefulset("cpu"), "gpu": lambda: statefulset("gpu"), "kserve": kserve}
+PODS = {"cpu": lambda: statefulset("cpu"), "gpu": lambda: statefulset("gpu"), "kserve": kserve, "kuberay": kuberay}
 
 
 @pytest.fixture(params=PODS)
@@ -144,13 +151,17 @@ def test_the_schema_finds_what_is_misspelt() -> None:
 
 
 def custom() -> Iterator[Json]:
-    """KServe's resources."""
-    for path in sorted((KUBERNETES / "kserve").glob("*.yaml")):
-        yield from read(path)
+    """KubeRay's and KServe's resources."""
+    for folder in ("kuberay", "kserve"):
+        for path in sorted((KUBERNETES / folder).glob("*.yaml")):
+            yield from (one for one in read(path) if "." in one["apiVersion"])
 
 
 def pods_in(resource: Json) -> list[Json]:
     """The pods of a resource of theirs."""
+    spec = resource["spec"]
+    if resource["kind"] == "RayCluster":
+        return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
     return [kserve()] if resource["kind"] == "ServingRuntime" else []
 
 
@@ -166,7 +177,9 @@ def test_custom_resources_keep_to_what_their_operators_define(resource: Json) ->
             valid(pod, release)
 
 
-@pytest.mark.skipif("NAMESAKE_CRDS" not in os.environ, reason="NAMESAKE_CRDS names no folder with KServe's")
+@pytest.mark.skipif(
+    "NAMESAKE_CRDS" not in os.environ, reason="NAMESAKE_CRDS names no folder with KubeRay's and KServe's"
+)
 @pytest.mark.parametrize("resource", custom(), ids=lambda one: one["kind"])
 def test_custom_resources_keep_to_the_published_definitions(resource: Json) -> None:
     version = resource["apiVersion"].partition("/")[2]
@@ -298,7 +311,7 @@ def test_only_the_gpu_variant_asks_for_a_gpu() -> None:
     limits = {name: serving_in(pod())["resources"]["limits"] for name, pod in PODS.items()}
     assert {name for name, one in limits.items() if "nvidia.com/gpu" in one} == {"gpu"}
     images = {name: serving_in(pod())["image"].rpartition(":")[2] for name, pod in PODS.items()}
-    assert images == {"cpu": "cpu", "gpu": "gpu", "kserve": "cpu"}
+    assert images == {"cpu": "cpu", "gpu": "gpu", "kserve": "cpu", "kuberay": "cpu-ray"}
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
