@@ -54,7 +54,8 @@ def fill(database: str, number: int) -> None:
             for version in range(2, number + 1)
             for row in found
         ]
-        connection.execute(tables.tables[table].insert(), rows)
+        if rows:
+            connection.execute(tables.tables[table].insert(), rows)
 
     def move(version: int) -> str:
         told = {"time": float(version), "alias": "champion", "before": version - 1, "to": version, "who": "ann"}

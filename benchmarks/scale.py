@@ -524,7 +524,7 @@ def registry_of(versions: int, folder: Path) -> Iterator[tuple[str, tuple[int, i
         client = mlflow.MlflowClient(server)
         client.create_registered_model(NAME, tags={registry.TAG_IDENTITY: "踩踩背 CCB"})
         publish(client, NAME, folder, 1)
-        many.fill(folder / "mlflow.db", NAME, versions - 1)
+        many.fill(f"sqlite:///{folder}/mlflow.db", versions - 1)
         publish(client, NAME, folder, versions)
         client.set_registered_model_alias(NAME, "champion", "1")
         yield server, (1, versions)

@@ -181,10 +181,10 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         ]
         if not rows:
             return
-        path = _cache_path(self._model(), rows)
-        # The first process alone looks: all have to read, or none, and their caches may lie on different disks.
         first = not dist.is_initialized() or dist.get_rank() == 0
-        kept = _told_by_first(path.read_bytes() if first and path and path.is_file() else None)
+        # The first process alone looks: all have to read, or none, and their caches may lie on different disks.
+        path = _cache_path(self._model(), rows) if first else None
+        kept = _told_by_first(path.read_bytes() if path and path.is_file() else None)
         if kept:
             self._said = _unpacked(kept)
             return
@@ -196,7 +196,7 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         if dist.is_initialized():
             parts = _told_by_all(_packed(self._said))
             self._said = {key: said for part in parts for key, said in _unpacked(part).items()}
-        if first and path:
+        if path:
             write_whole(path, _packed(self._said))
 
 

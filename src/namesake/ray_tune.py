@@ -180,7 +180,7 @@ class Proposals(Searcher):  # type: ignore[misc]
             ended = {**known, "run": "", "score": None, "scores": {}, "gate": ""}
             ended["seconds"] = round(float((result or {}).get("time_total_s", 0.0)), 1)
             ended["state"] = "failed" if error else "pruned"
-            ended["error"] = tr("its process or its node died twice") if error else ""
+            ended["error"] = tr("its process or its node died, or could not start") if error else ""
         self.before.append(Trial.of_result(ended))
         self._tell({"ended": ended})
 
@@ -235,6 +235,11 @@ class _Began(tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, **info: Any) -> None:
         config = info["trial"].config
         self._tell({"began": config["number"], "params": config["params"]})
+
+    def on_trial_error(self, **info: Any) -> None:
+        # Tune's own files about it go with the sweep's folder.
+        said = str(info["trial"].get_error() or "").strip().splitlines()
+        self._tell({"fault": said[-1][-1000:] if said else "", "of": info["trial"].config["number"]})
 
 
 class Worker(tune.Trainable):  # type: ignore[misc]

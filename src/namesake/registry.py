@@ -198,7 +198,7 @@ def identity_of(name: str) -> str | None:
     import mlflow
 
     newest = newest_versions(name, 1)
-    if newest and newest[0].tags.get(TAG_MODEL) == name:
+    if newest and newest[0].tags.get(TAG_MODEL) == name and TAG_IDENTITY in newest[0].tags:
         return newest[0].tags[TAG_IDENTITY]
     try:
         tags: Mapping[str, str] = _client().get_registered_model(name).tags
@@ -212,18 +212,34 @@ def identity_of(name: str) -> str | None:
 def register(
     name: str, model_uri: str, *, run_id: str, identity: str, tags: Mapping[str, str], description: str
 ) -> Version:
-    """Register a logged model as the next version; the registered model is made where it is missing."""
+    """Register a logged model as the next version; the registered model is made where it is missing.
+
+    Raises:
+        RegistryError: MLflow failed, or somebody has made the registered model for another identity meanwhile.
+    """
     import mlflow
 
     with _mapped(tr("{model_uri} could not be registered as {name}.", model_uri=model_uri, name=name)):
         client = _client()
-        if identity_of(name) is None:
+        owner = identity_of(name)
+        if owner is None:
             try:
                 about = f"{identity}. {_ABOUT}"
                 _write(client.create_registered_model, name, tags={TAG_IDENTITY: identity}, description=about)
             except mlflow.exceptions.MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # somebody was faster
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
+                owner = identity_of(name)  # somebody was faster
+        if owner not in (None, identity):
+            raise RegistryError(
+                tr(
+                    "The registered model {name} stands for {owner}, not for {identity}.",
+                    name=name,
+                    owner=owner or "something that is not ours",
+                    identity=identity,
+                ),
+                mend="Give another one: --model-name NAME.",
+            )
         source = client.get_logged_model(model_uri.removeprefix("models:/")).artifact_location
         try:
             made = _write(
@@ -322,7 +338,9 @@ def record_move(name: str, move: Move) -> None:
         value = {k: v for k, v in vars(move).items() if k != "key"}
         _write(client.set_registered_model_tag, name, move.key, json.dumps(value, ensure_ascii=False))
         if move.to is not None:
-            kept = {"model": name, "moves": [vars(one) for one in _once([*found.moves, move])[-_KEPT:]]}
+            # Read again: another may have written this very move down meanwhile, and better.
+            moves = {one.key: one for one in (*found.moves, *_recent(name, move.alias).moves, move)}
+            kept = {"model": name, "moves": [vars(one) for one in _once(moves.values())[-_KEPT:]]}
             text = json.dumps(kept, ensure_ascii=False)
             _write(client.set_model_version_tag, name, str(move.to), RECENT + move.alias, text)
         for number in found.versions - {move.to}:  # only what has been read; a writer beside this one keeps its own

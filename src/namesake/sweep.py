@@ -423,6 +423,8 @@ def _through_ray(
                     _begun(wanted, event["began"], event["params"], screen)
                 elif "ended" in event:
                     yield event["ended"]
+                elif "fault" in event:
+                    screen.warn(tr("trial {number}: {error}", number=event["of"], error=event["fault"]))
                 elif "late" in event:
                     _over(wanted, screen)
                 elif "elsewhere" in event:

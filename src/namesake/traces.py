@@ -86,12 +86,14 @@ class Traces:
         with _mapped("The traces could not be logged."):
             client = _client()
             by_experiment: dict[str, list[Any]] = defaultdict(list)
-            for answer in answers:
-                experiment, model_id = self._place(answer)
-                client.start_trace(_info(answer, experiment, model_id))
-                by_experiment[experiment] += _spans(answer)
-            for experiment, spans in by_experiment.items():
-                client.log_spans(experiment, spans)
+            try:
+                for answer in answers:
+                    experiment, model_id = self._place(answer)
+                    client.start_trace(_info(answer, experiment, model_id))
+                    by_experiment[experiment] += _spans(answer)
+            finally:  # one that is not taken leaves no trace before it without spans
+                for experiment, spans in by_experiment.items():
+                    client.log_spans(experiment, spans)
 
     def feedback(self, trace: str, name: str, value: bool | float | str, rationale: str | None, source: str) -> str:
         """Log what somebody says of an answer; the assessment's id.

@@ -288,19 +288,22 @@ def run(name: str, *, parent: str = "", resume: str = "", system_metrics: bool =
     except KeyboardInterrupt:
         with suppress(Exception):  # a store that is down must not hide what ended the run
             mlflow.set_tag(TAG_ENDED, "killed")
+        with suppress(Exception):  # by itself: else the run stays active in this process and ends as FINISHED
             mlflow.end_run("KILLED")
+        with suppress(Exception):
             if given:
                 _stay_killed(given)
         raise
     except Stopped as stopped:
         with suppress(Exception):
             mlflow.set_tag(TAG_ENDED, stopped.why)
+        with suppress(Exception):
             mlflow.end_run("KILLED")
         raise
     except BaseException as error:
         with suppress(Exception):
             mlflow.set_tag("namesake.error", str(error)[:MAX_VALUE])
-        with suppress(Exception):  # by itself: a server that is away must not leave the run active in this process
+        with suppress(Exception):
             mlflow.end_run("FAILED")
         raise
     with _mapped():

@@ -161,10 +161,12 @@ def who() -> str:
 
 
 def _before(name: str, alias: str, now: int | None) -> int:
-    for moves in (registry.recent, registry.history):  # by far the most often the last one tells
-        for move in reversed(moves(name, alias)):
-            if move.to == now and move.before is not None:
-                return move.before
+    recent = registry.recent(name, alias)
+    # By far the most often the last one tells. Where it does not lead to where the alias is, some are missing.
+    whole = not (recent and recent[-1].to == now and recent[-1].before is not None)
+    for move in reversed(registry.history(name, alias) if whole else recent):
+        if move.to == now and move.before is not None:
+            return move.before
     raise PromotionError(
         tr("The history of {name} knows no version before {now}.", name=name, now=now),
         mend="Give the version to go back to: --to N.",

@@ -162,3 +162,17 @@ def test_a_part_of_a_version_is_fetched_alone(client: mlflow.MlflowClient, tmp_p
     assert found == ["adapter/a.json", "namesake.json"]
     with pytest.raises(RegistryError, match="cannot be had"):
         registry.fetch(registry.resolve("models:/ccb/1"), target, "nothing")
+
+
+def test_a_model_that_stands_for_another_identity_by_now_takes_no_version(client: mlflow.MlflowClient) -> None:
+    client.create_registered_model("taken", tags={registry.TAG_IDENTITY: "银河 Galaxy"})
+    model = client.create_logged_model("0", name="model").model_id
+    with pytest.raises(RegistryError, match="stands for 银河 Galaxy, not for 踩踩背 CCB"):
+        registry.register("taken", f"models:/{model}", run_id="", identity="踩踩背 CCB", tags={}, description="")
+    assert registry.newest_versions("taken", 9) == []
+
+
+def test_a_version_whose_identity_was_taken_away_has_the_registered_model_asked(client: mlflow.MlflowClient) -> None:
+    client.create_registered_model("mine", tags={registry.TAG_IDENTITY: "踩踩背 CCB"})
+    client.create_model_version("mine", "/somewhere", tags={registry.TAG_MODEL: "mine"})
+    assert registry.identity_of("mine") == "踩踩背 CCB"

@@ -1,13 +1,19 @@
-"""Which of the finished runs is promoted."""
+"""Which of the finished runs is promoted, and what is told when there is no room for it."""
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from itertools import permutations
 from random import Random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from namesake import promotion
+from namesake.errors import PromotionError
 from namesake.promotion import choose
 from namesake.tracking import RunRecord
 
@@ -108,3 +114,21 @@ def test_the_choice_does_not_depend_on_the_order_of_the_runs_and_none_has_a_bett
     again = choose(runs)
     assert again is not None
     assert (again.metrics, again.ended) == (best.metrics, best.ended)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        shutil.Error([("a", "b", f"[Errno 28] {os.strerror(errno.ENOSPC)}")]),
+        RuntimeError("(sqlite3.OperationalError) database or disk is full"),
+    ],
+)
+def test_a_full_disk_is_told_as_one(error: Exception) -> None:
+    with pytest.raises(PromotionError, match="no room left"), promotion._told_when_full():
+        raise error
+
+
+def test_another_fault_is_not_taken_for_a_full_disk() -> None:
+    with pytest.raises(OSError, match="denied"), promotion._told_when_full():
+        raise PermissionError("denied")

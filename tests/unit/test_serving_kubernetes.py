@@ -321,3 +321,8 @@ def test_kubectl_renders_the_same(variant: str) -> None:
         ["kubectl", "kustomize", str(KUBERNETES / variant)], capture_output=True, text=True, check=True
     )
     assert [one for one in yaml.safe_load_all(done.stdout) if one] == rendered(variant)
+
+
+def test_every_container_of_ours_is_given_mlflows_password(pod: Json) -> None:
+    for container in pod["containers"]:
+        assert [one["secretRef"]["name"] for one in container.get("envFrom", [])] == ["namesake-mlflow"], container
