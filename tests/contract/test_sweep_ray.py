@@ -62,6 +62,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "3")  # a lost head is waited for, by default 60
     folder = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # paths of sockets are short
     monkeypatch.setenv("RAY_TMPDIR", folder.name)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # the server's Ray, if a test before imported it, asks for a token
+        monkeypatch.delenv(name, raising=False)
     memory = {"object_store_memory": 80_000_000, "include_dashboard": False}
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory})
     for _ in range(2):

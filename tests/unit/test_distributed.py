@@ -223,6 +223,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *words: str) -> None:
 
 def test_ctrl_c_ends_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ranks(monkeypatch, tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     long = tmp_path / ("x" * 108)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
@@ -235,8 +236,11 @@ def test_ctrl_c_ends_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
 
-    with pytest.raises(KeyboardInterrupt):
-        distributed.train([], Interrupted(tmp_path), tmp_path / "log", {}, ONE, data=tmp_path, base_digest="")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            distributed.train([], Interrupted(tmp_path), tmp_path / "log", {}, ONE, data=tmp_path, base_digest="")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert started[0].returncode == -signal.SIGTERM
 
 
