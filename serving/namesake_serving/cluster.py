@@ -360,8 +360,12 @@ class Fleet:
     async def turned(self, loaded: Loaded, _old: Sequence[Live]) -> None:
         """All answer by it; then the gateways hear of it."""
         async with self._one_at_a_time:
-            await self._all("turn")
-            self._publish(loaded.live.stored)
+            try:
+                await self._all("turn")
+            except ServingError as error:  # who missed it answers nobody until it is at what is served
+                _log.error("%s", error.message)
+            finally:
+                self._publish(loaded.live.stored)
 
     async def undo(self, _loaded: Loaded) -> None:
         """All go back."""

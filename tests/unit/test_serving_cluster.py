@@ -158,6 +158,20 @@ async def test_where_one_cannot_be_held_all_get_a_second_engine() -> None:
     assert fleet.did == ["bring", "hold", "release", ("load", False)]
 
 
+@in_a_loop
+async def test_a_replica_that_misses_the_turn_does_not_keep_the_others_at_the_old_version() -> None:
+    class Hangs(Two):
+        async def _all(self, order: str, *words: object, seconds: float = 0) -> list[Any]:
+            told = await super()._all(order, *words, seconds=seconds)
+            if order == "turn":
+                raise ServingError("A replica did not turn within 30 s.")
+            return told
+
+    fleet = Hangs({})
+    await fleet.turned(await fleet.load(STORED), [])
+    assert fleet.did[-2:] == ["turn", ("published", 2)]
+
+
 @pytest.mark.parametrize("order", ["bring", "load"])
 @in_a_loop
 async def test_where_one_fails_all_go_back(order: str) -> None:
