@@ -68,7 +68,7 @@ from namesake_serving.service import Service, key_of, prove, verified
 from namesake_serving.settings import Settings
 from namesake_serving.store import Stored
 from namesake_serving.traffic import Answerer, Live, Routing, Traffic
-from namesake_serving.upstream import Gone, Moved, Reply, Sockets
+from namesake_serving.upstream import Cut, Gone, Moved, Reply, Sockets
 
 _ADDRESS = os.environ.get("RAY_ADDRESS") or "local"
 
@@ -79,6 +79,8 @@ _DEPLOYMENT = "Replica"
 _NEWS_SECONDS = 1.0
 _TRIES, _PAUSE = 80, 0.1
 """How often a request looks for a replica that can answer it before the client gets a 503, and the seconds between."""
+_CUTS = 2
+"""How many engines may end while they have a request: it may be what they end of."""
 _ORDER_SECONDS = 30.0
 _GONE_SECONDS = 5.0
 _OBJECT_STORE_BYTES = 128 << 20
@@ -831,7 +833,7 @@ class Handles:
             stream.cancel()  # of no effect where it has ended
 
     async def _begin(self, live: Live, path: str, body: bytes, session: str) -> tuple[Any, tuple[int, str, bytes]]:
-        key, why = key_of(live.version), "no replica has this version"
+        key, why, cuts = key_of(live.version), "no replica has this version", 0
         for _ in range(_TRIES):  # not by the clock: it may have waited at a door that is held
             asked = self._cluster.handle.options(method_name="answer", stream=True, session_id=session)
             stream = asked.remote(key, path, body)
@@ -839,6 +841,9 @@ class Handles:
                 head = await anext(stream)
             except (RayError, RayServeException) as error:  # it has just ended, its engine has, or it has none yet
                 why = str(error)
+                cuts += isinstance(error, Cut)  # Ray gives it the class of what was raised there, too
+                if cuts == _CUTS:
+                    break
             except BaseException:
                 stream.cancel()
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from namesake_serving import settings
 from namesake_serving.__main__ import ray_backend
 from namesake_serving.settings import Settings
 from namesake_serving.store import Stored
+from namesake_serving.upstream import Cut, Gone
 from tests.unit.loops import within
 
 in_a_loop = within(10)
@@ -202,6 +204,49 @@ async def test_what_was_turned_to_last_is_what_a_new_follower_takes_as_served() 
     assert await Amid({}).served() == newer
     told = []
     assert await Amid({}).served() is None
+
+
+# ------------------------------------------------------------------------------------------------ requests
+
+
+class Replicas:
+    """Stands for Ray Serve's handle: notes who is asked, and each that is asked fails as ``error`` says."""
+
+    def __init__(self, error: Callable[[], Exception]) -> None:
+        self.asked, self._error = 0, error
+
+    def options(self, **_given: object) -> Replicas:
+        """The same handle."""
+        return self
+
+    def remote(self, *_words: object) -> AsyncIterator[object]:
+        """A replica is asked."""
+        self.asked += 1
+        return self._fail()
+
+    async def _fail(self) -> AsyncIterator[object]:
+        raise self._error()
+        yield
+
+
+def raised_there(error: Exception) -> Exception:
+    """As Ray gives it on here."""
+    told = cluster.ray.exceptions.RayTaskError("answer", "Traceback", error).as_instanceof_cause()
+    assert isinstance(told, Exception)
+    return told
+
+
+@pytest.mark.parametrize(("error", "asked"), [(Cut("it ended"), 2), (Gone("nobody is there"), cluster._TRIES)])
+@in_a_loop
+async def test_a_request_that_ends_the_engines_that_get_it_is_asked_twice_and_no_more(
+    error: Exception, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_PAUSE", 0.0)
+    replicas = Replicas(lambda: raised_there(error))
+    with pytest.raises(Gone, match="Traceback"):
+        async with cluster.Handles(SimpleNamespace(handle=replicas)).post(cluster.Live(STORED, None), "/", b""):
+            pass
+    assert replicas.asked == asked
 
 
 # ------------------------------------------------------------------------------------------------ figures
