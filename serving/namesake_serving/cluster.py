@@ -87,6 +87,12 @@ _OBJECT_STORE_BYTES = 128 << 20
 _OURS = ("namesake_version_change", "namesake_served", "namesake_alias", "namesake_registry")
 """Figures that the conductor counts, for every gateway."""
 
+_SHARED = (
+    *("public_key", "require_gate", "engine_args", "eager", "max_streams", "max_tokens", "replicas", "ray_options"),
+    *("poll_seconds", "hold_seconds", "start_seconds", "shutdown_seconds"),
+)
+"""Settings of conductor and replicas, who have them from the first gateway."""
+
 _log = logging.getLogger("namesake.serving")
 
 
@@ -474,6 +480,10 @@ class Conductor:
         """What a new replica is to begin with."""
         return self._live.version if self._live is not None else self._first
 
+    async def settings(self) -> Settings:
+        """What it was started with, as the replicas were."""
+        return self._settings
+
     async def trouble(self, why: str | None = None) -> str:
         """A replica does not come up; what was said last."""
         self._trouble = why or self._trouble
@@ -707,6 +717,7 @@ class Cluster:
             .remote(self.uri, first, theirs, self.app)
         )
         serve.start(proxy_location="Disabled")  # the gateway is the only way in
+        _check_same(ray.get(self._conductor.settings.remote()), self.settings)
         if self._is_deployed():
             return
         application = serve.deployment(Replica).options(**deployment(self.settings)).bind(name, theirs)
@@ -735,6 +746,20 @@ class Cluster:
                 serve.delete(self.app)
                 ray.kill(self._conductor)
         ray.shutdown()
+
+
+def _check_same(found: Settings, given: Settings) -> None:
+    """A gateway must not think its settings hold where another's do: ``--require-gate``, say.
+
+    Raises:
+        ServingError: conductor and replicas were started with others.
+    """
+    others = [f"{name}={getattr(found, name)}" for name in _SHARED if getattr(found, name) != getattr(given, name)]
+    if others:
+        raise ServingError(
+            tr("This cluster serves with other settings already: {settings}.", settings=", ".join(others)),
+            mend="Serve the same, or stop that first.",
+        )
 
 
 def check(settings: Settings) -> None:

@@ -206,6 +206,36 @@ async def test_what_was_turned_to_last_is_what_a_new_follower_takes_as_served() 
     assert await Amid({}).served() is None
 
 
+# ------------------------------------------------------------------------------------------------ gateways
+
+
+class Ray:
+    """Stands for Ray and Ray Serve where a gateway comes up: each call is noted, the conductor is given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, conductor: object) -> None:
+        self.did = list[str]()
+        actor = SimpleNamespace(remote=lambda *_: self.did.append("conductor") or conductor)
+        monkeypatch.setattr(cluster, "_join", lambda _: self.did.append("join"))
+        monkeypatch.setattr(cluster.ray, "remote", lambda _: SimpleNamespace(options=lambda **_: actor))
+        monkeypatch.setattr(cluster.ray, "get", lambda value, **_: value)
+        for name in ("start", "run_many", "delete"):
+            monkeypatch.setattr(cluster.serve, name, lambda *_, _name=name, **__: self.did.append(_name))
+
+
+def remote(value: object = None) -> Any:
+    """A method of an actor that gives this."""
+    return SimpleNamespace(remote=lambda *_: value)
+
+
+def test_a_gateway_whose_settings_the_replicas_do_not_have_is_told_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch, SimpleNamespace(settings=remote(Settings(replicas=2, port=8001))))
+    given = Settings(require_gate=True, engine_args=("--seed=1",))
+    with pytest.raises(ServingError, match="other settings already: ") as caught:
+        cluster.Cluster("models:/ccb@champion", given)._deploy(VERSION)
+    assert "require_gate=False, engine_args=(), replicas=2." in caught.value.message  # and not the port
+    assert ray.did == ["join", "conductor", "start"]
+
+
 # ------------------------------------------------------------------------------------------------ requests
 
 
