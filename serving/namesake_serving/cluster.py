@@ -55,6 +55,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from ray.serve.schema import ApplicationStatus
 
+from namesake import registry
 from namesake.errors import InputError, NamesakeError, ServingError
 from namesake.manifest import WEIGHTS_FOLDER
 from namesake.messages import tr
@@ -518,11 +519,18 @@ class Conductor:
     def _at_rest(self) -> bool:
         return self._service.state.step is Step.REST
 
+    async def _what_to_begin_with(self) -> Version:
+        served = await self._fleet.served()
+        if served is None:  # started again when no replica is left: the alias may have moved since the first start
+            with suppress(NamesakeError):
+                self._first = await asyncio.to_thread(registry.resolve, self._service.uri)
+        return served or self._first
+
     async def _work(self) -> None:
         try:
             while self._live is None:
                 try:
-                    await self._service.start(await self._fleet.served() or self._first, no_tick)
+                    await self._service.start(await self._what_to_begin_with(), no_tick)
                 except NamesakeError as error:
                     _log.error("%s", error.message)
                     self._failed = error.message

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from namesake.errors import InputError, ServingError
+from namesake.errors import InputError, RegistryError, ServingError
 from namesake.manifest import Manifest
 from namesake.registry import Version
 from namesake_serving import settings
@@ -204,6 +204,35 @@ async def test_what_was_turned_to_last_is_what_a_new_follower_takes_as_served() 
     assert await Amid({}).served() == newer
     told = []
     assert await Amid({}).served() is None
+
+
+@pytest.mark.parametrize(
+    ("turned_to", "registered", "begins"),
+    [(2, 4, 2), (None, 4, 4), (None, None, 1)],
+    ids=["what the replicas have", "no replica", "no replica, no registry"],
+)
+@in_a_loop
+async def test_a_follower_that_is_started_again_does_not_go_back_to_the_first_version(
+    turned_to: int | None, registered: int | None, begins: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(number: int) -> Version:
+        return Version("ccb", number, "run", "source", "READY", {}, 0)
+
+    def resolve(uri: str) -> Version:
+        assert uri == "models:/ccb@champion"
+        if registered is None:
+            raise RegistryError("It cannot be reached.")
+        return version(registered)
+
+    async def served() -> Version | None:
+        return version(turned_to) if turned_to else None
+
+    monkeypatch.setattr(cluster.registry, "resolve", resolve)
+    conductor = cluster.Conductor("models:/ccb@champion", version(1), Settings(), "app")
+    monkeypatch.setattr(conductor._fleet, "served", served)
+    assert (await conductor._what_to_begin_with()).number == begins
+    if turned_to is None:
+        assert (await conductor.version()).number == begins  # what a replica that comes up asks
 
 
 # ------------------------------------------------------------------------------------------------ gateways
