@@ -234,8 +234,11 @@ class Replica:
         async with self._one_at_a_time:
             try:
                 return self._told(await order() or "")
-            except (NamesakeError, OSError) as error:
-                return self._told(error.message if isinstance(error, NamesakeError) else str(error))
+            except NamesakeError as error:
+                return self._told(error.message)
+            except Exception as error:  # whatever it is, it has to be undone here and everywhere
+                _log.exception("an order went wrong")
+                return self._told(f"{type(error).__name__}: {error}")
 
     async def _fetch(self, version: Version) -> None:
         if self._retiring is not None:  # the engine before the last has to be gone, or there is no room
@@ -392,16 +395,18 @@ class Fleet:
         told = [one for one in await self._all("state") if one.live is not None]
         return max(told, key=lambda one: one.turned).live if told else None
 
-    async def settle(self, version: Version, at_rest: Callable[[], bool]) -> int:
-        """Bring those to the version that are not at it, unless a change is under way; how many replicas there are."""
+    async def settle(self, served: Callable[[], Version], at_rest: Callable[[], bool]) -> int:
+        """Bring those to what is served that are not at it, unless a change is under way; how many are at it."""
         async with self._one_at_a_time:
-            if not at_rest():
-                return len(await self._all("state"))
-            told = await self._all("settle", version, seconds=self._settings.start_seconds)
+            version = served()  # not before: the change that this waited for has made it another one
+            if at_rest():
+                told = await self._all("settle", version, seconds=self._settings.start_seconds)
+            else:
+                told = await self._all("state")
             for one in told:
                 if one.why:
                     _log.error("a replica does not come to %s: %s", version.uri, one.why)
-            return len(told)
+            return sum(one.live is not None and key_of(one.live) == key_of(version) for one in told)
 
     def _loaded(self, stored: Stored, way: str) -> Loaded:
         live = Live(stored, cast(Engine, _Elsewhere()))
@@ -479,7 +484,7 @@ class Conductor:
 
     async def version(self) -> Version:
         """What a new replica is to begin with."""
-        return self._live.version if self._live is not None else self._first
+        return self._served()
 
     async def settings(self) -> Settings:
         """What it was started with, as the replicas were."""
@@ -516,6 +521,9 @@ class Conductor:
         self._turned.set()
         self._turned = asyncio.Event()
 
+    def _served(self) -> Version:
+        return self._live.version if self._live is not None else self._first
+
     def _at_rest(self) -> bool:
         return self._service.state.step is Step.REST
 
@@ -546,9 +554,8 @@ class Conductor:
     async def _settle(self) -> None:
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
-            if self._live is not None:
-                with suppress(ServingError):
-                    self._replicas = await self._fleet.settle(self._live.version, self._at_rest)
+            with suppress(ServingError):
+                self._replicas = await self._fleet.settle(self._served, self._at_rest)
 
 
 # ------------------------------------------------------------------------------------------------------- the gateway

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -187,10 +188,46 @@ async def test_where_one_fails_all_go_back(order: str) -> None:
 @in_a_loop
 async def test_replicas_are_brought_to_what_is_served_but_not_amid_a_change() -> None:
     fleet = Two({})
-    assert await fleet.settle(VERSION, lambda: False) == 2
+    assert await fleet.settle(lambda: VERSION, lambda: False) == 2
     assert fleet.did == ["state"]
-    assert await fleet.settle(VERSION, lambda: True) == 2
+    assert await fleet.settle(lambda: VERSION, lambda: True) == 2
     assert fleet.did == ["state", "settle"]
+
+
+@in_a_loop
+async def test_a_replica_at_another_version_does_not_count_as_one_that_answers() -> None:
+    other = Version("ccb", 3, "run3", "source", "READY", {}, 0)
+    for at_rest in (True, False):
+        assert await Two({"settle": "its disk is full"}).settle(lambda: other, lambda at_rest=at_rest: at_rest) == 0
+
+
+@in_a_loop
+async def test_replicas_are_brought_to_what_is_served_once_a_change_that_is_under_way_has_ended() -> None:
+    class Slow(Two):
+        async def _all(self, order: str, *words: object, seconds: float = 0) -> list[Any]:
+            self.at = words[0] if order == "settle" else None
+            if order == "turn":
+                await asyncio.sleep(0.05)
+            return await super()._all(order, *words, seconds=seconds)
+
+    fleet, live = Slow({}), [Version("ccb", 1, "run1", "source", "READY", {}, 0)]
+    fleet._publish = lambda stored: live.append(stored.version)
+    turning = asyncio.create_task(fleet.turned(cluster.Loaded(cluster.Live(STORED, None), "in place"), []))
+    await asyncio.sleep(0)
+    await fleet.settle(lambda: live[-1], lambda: True)
+    await turning
+    assert fleet.at == VERSION
+
+
+@pytest.mark.parametrize("error", [ServingError("It is cut short."), OSError(28, "No space left"), KeyError("says")])
+@in_a_loop
+async def test_a_replica_tells_whatever_goes_wrong_with_an_order(error: Exception) -> None:
+    async def order() -> None:
+        raise error
+
+    replica = SimpleNamespace(_one_at_a_time=asyncio.Lock(), _told=lambda why="": why)
+    why = await cluster.Replica._carry_out(replica, order)
+    assert why == "It is cut short." if isinstance(error, ServingError) else f"{type(error).__name__}: {error}"
 
 
 @in_a_loop
