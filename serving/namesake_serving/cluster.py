@@ -24,6 +24,7 @@ import random
 import secrets
 import signal
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -48,7 +49,7 @@ import ray
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -78,6 +79,7 @@ NAMESPACE = "namesake"
 
 _DEPLOYMENT = "Replica"
 _NEWS_SECONDS = 1.0
+_LOOK_SECONDS = 0.2
 _TRIES, _PAUSE = 80, 0.1
 """How often a request looks for a replica that can answer it before the client gets a 503, and the seconds between."""
 _CUTS = 2
@@ -495,9 +497,13 @@ class Conductor:
         self._trouble = why or self._trouble
         return self._trouble
 
+    async def join(self, gateway: str) -> None:
+        """A gateway is there, if only coming up: whoever leaves meanwhile is not the last one."""
+        self._gateways[gateway] = time.monotonic()
+
     async def news(self, gateway: str, seen: int) -> News:
         """What answers, at once when that is new to the gateway, else after a while."""
-        self._gateways[gateway] = time.monotonic()
+        await self.join(gateway)
         if self._working is None:  # with the first question, also after a restart: then there are replicas
             self._working = asyncio.create_task(self._work())
         if self._number <= seen:
@@ -617,6 +623,8 @@ class Cluster:
         self._live: Live | None = None
         self._news = asyncio.Event()
         self._conductor: Any = None
+        self._deploying: asyncio.Task[None] | None = None
+        self._leaving = threading.Event()
         self._background: set[asyncio.Task[None]] = set()
 
     @property
@@ -641,13 +649,15 @@ class Cluster:
             NamesakeError: it cannot be served.
         """
         begun = time.monotonic()
-        working = asyncio.create_task(asyncio.to_thread(self._deploy, first))
-        while not working.done():
+        self._deploying = asyncio.create_task(asyncio.to_thread(self._deploy, first))
+        while not self._deploying.done():
             tick(time.monotonic() - begun)
-            await asyncio.wait({working}, timeout=1)
-        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own in the way, which tell of a crash
-            signal.signal(number, signal.getsignal(number))
-        working.result()
+            if self._conductor is not None:
+                self._conductor.join.remote(self._id)
+            await asyncio.wait({self._deploying}, timeout=_NEWS_SECONDS)
+            for number in (signal.SIGTERM, signal.SIGINT):  # Ray puts its own in the way, which tell of a crash
+                signal.signal(number, signal.getsignal(number))
+        self._deploying.result()
         self._handle = serve.get_deployment_handle(_DEPLOYMENT, self.app)
         # Its router has to be there before it is copied for each request, or each copy would start one.
         with suppress(RayServeException, TimeoutError):
@@ -657,11 +667,17 @@ class Cluster:
                 raise ServingError(failed)
 
     async def run(self) -> None:
-        """Hear what answers, until cancelled."""
+        """Hear what answers, until cancelled.
+
+        Raises:
+            ServingError: there is nobody to hear it from any more.
+        """
         told = ""
         while True:
             try:
                 failed = await self._hear()
+            except ActorDiedError as error:
+                raise _taken_down() from error
             except RayError as error:  # Ray starts it again
                 failed = str(error)
                 await asyncio.sleep(_PAUSE)
@@ -673,6 +689,9 @@ class Cluster:
         """Leave; the last gateway takes replicas and conductor down."""
         for task in self._background:
             task.cancel()
+        self._leaving.set()
+        if self._deploying is not None:  # in the middle of it there is nothing yet to take down, and then there is
+            await asyncio.wait({self._deploying}, timeout=_ORDER_SECONDS)
         await asyncio.to_thread(self._leave)
 
     def wake(self) -> None:
@@ -722,6 +741,8 @@ class Cluster:
 
     def _deploy(self, first: Version) -> None:
         _join(self.settings)
+        if self._leaving.is_set():
+            return
         name = f"{self.app}-follower"
         # What clients authenticate by stays with the gateway.
         theirs = self.settings.model_copy(update={"api_keys": (), "webhook_secret": ""})
@@ -735,22 +756,29 @@ class Cluster:
         _check_same(ray.get(self._conductor.settings.remote()), self.settings)
         if self._is_deployed():
             return
+        if self._leaving.is_set():
+            return
         application = serve.deployment(Replica).options(**deployment(self.settings)).bind(name, theirs)
-        try:
-            serve.run(application, name=self.app, route_prefix=None)
-        except RuntimeError as error:
-            why = ray.get(self._conductor.trouble.remote()) or str(error)
-            raise ServingError(tr("The replicas do not come up: {why}", why=why)) from error
+        target = serve.RunTarget(application, name=self.app, route_prefix=None)
+        serve.run_many([target], wait_for_applications_running=False)  # that would wait for a GPU and say nothing
+        if not self._is_deployed() and not self._leaving.is_set():
+            raise _taken_down()
 
     def _is_deployed(self) -> bool:
-        """Whether another gateway has started the replicas; waits while they come or go."""
+        """Whether the replicas are there; waits while they come or go, until told to leave, and says what for."""
         under_way = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING, ApplicationStatus.DELETING)
-        while (found := serve.status().applications.get(self.app)) is not None:
+        told = ""
+        while (found := serve.status().applications.get(self.app)) is not None and not self._leaving.is_set():
             if found.status == ApplicationStatus.DEPLOY_FAILED:
-                raise ServingError(tr("The replicas do not come up: {why}", why=found.message))
+                why = ray.get(self._conductor.trouble.remote()) or found.message
+                raise ServingError(tr("The replicas do not come up: {why}", why=why))
             if found.status not in under_way:
                 return True
-            time.sleep(_NEWS_SECONDS)
+            waits = found.deployments[_DEPLOYMENT].message if _DEPLOYMENT in found.deployments else ""
+            if waits and waits != told:
+                _log.warning("Ray Serve: %s", waits.partition("\n")[0])
+            told = waits
+            self._leaving.wait(_LOOK_SECONDS)
         return False
 
     def _leave(self) -> None:
@@ -761,6 +789,13 @@ class Cluster:
                 serve.delete(self.app)
                 ray.kill(self._conductor)
         ray.shutdown()
+
+
+def _taken_down() -> ServingError:
+    return ServingError(
+        "Conductor and replicas have been taken down.",
+        mend="The last gateway that stops does that, or somebody by hand: serve again.",
+    )
 
 
 def _check_same(found: Settings, given: Settings) -> None:

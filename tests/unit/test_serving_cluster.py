@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -300,6 +301,81 @@ def test_a_gateway_whose_settings_the_replicas_do_not_have_is_told_which(monkeyp
         cluster.Cluster("models:/ccb@champion", given)._deploy(VERSION)
     assert "require_gate=False, engine_args=(), replicas=2." in caught.value.message  # and not the port
     assert ray.did == ["join", "conductor", "start"]
+
+
+@in_a_loop
+async def test_who_is_told_to_go_while_ray_starts_brings_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, joining, going = Ray(monkeypatch, None), threading.Event(), threading.Event()
+    monkeypatch.setattr(cluster, "_join", lambda _: joining.set() or going.wait())
+    gateway = cluster.Cluster("models:/ccb@champion", Settings())
+    starting = asyncio.create_task(gateway.start(VERSION, lambda _: None))
+    await asyncio.to_thread(joining.wait)
+    starting.cancel()
+    stopping = asyncio.create_task(gateway.stop())
+    await asyncio.sleep(0.05)
+    assert not stopping.done()  # or it would leave before it has joined
+    going.set()
+    await stopping
+    assert ray.did == []
+
+
+def status(state: str, message: str, of_replicas: str = "") -> Any:
+    """What Ray Serve says of the application."""
+    deployments = {"Replica": SimpleNamespace(message=of_replicas)}
+    found = SimpleNamespace(status=cluster.ApplicationStatus(state), message=message, deployments=deployments)
+    return SimpleNamespace(applications={"namesake-ccb": found})
+
+
+def test_what_replicas_wait_for_is_told_and_why_they_do_not_come_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Ray(monkeypatch, None)
+    gateway = cluster.Cluster("models:/ccb@champion", Settings())
+    gateway._conductor = SimpleNamespace(trouble=remote("There is no memory."))
+    waits = status("DEPLOYING", "", "2 replicas wait: each needs {GPU: 1}, there is {CPU: 2}\nmore")
+    said = [waits, waits, status("RUNNING", "")]
+    monkeypatch.setattr(cluster.serve, "status", lambda: said.pop(0))
+    monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.0)
+    assert gateway._is_deployed()
+    assert caplog.messages == ["Ray Serve: 2 replicas wait: each needs {GPU: 1}, there is {CPU: 2}"]
+    said += [waits, status("DEPLOY_FAILED", "It failed.")]
+    with pytest.raises(ServingError, match="There is no memory"):
+        gateway._is_deployed()
+    said += [waits]
+    gateway._leaving.set()
+    assert not gateway._is_deployed()
+
+
+@in_a_loop
+async def test_a_gateway_that_is_coming_up_counts_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = list[str]()
+    heard = threading.Event()
+
+    def deploy(_first: Version) -> None:
+        gateway._conductor = SimpleNamespace(join=SimpleNamespace(remote=lambda who: joined.append(who) or heard.set()))
+        assert heard.wait(5)
+        raise ServingError("That was all.")
+
+    monkeypatch.setattr(cluster, "_NEWS_SECONDS", 0.05)
+    gateway = cluster.Cluster("models:/ccb@champion", Settings())
+    monkeypatch.setattr(gateway, "_deploy", deploy)
+    with pytest.raises(ServingError, match="That was all"):
+        await gateway.start(VERSION, lambda _: None)
+    conductor = cluster.Conductor("models:/ccb@champion", VERSION, Settings(), "app")
+    await conductor.join(joined[0])
+    assert not await conductor.leave("another")
+    assert await conductor.leave(joined[0])
+
+
+@in_a_loop
+async def test_a_gateway_whose_conductor_was_taken_down_ends() -> None:
+    async def news(*_words: object) -> None:
+        raise cluster.ActorDiedError
+
+    gateway = cluster.Cluster("models:/ccb@champion", Settings())
+    gateway._conductor = SimpleNamespace(news=SimpleNamespace(remote=news))
+    with pytest.raises(ServingError, match="taken down"):
+        await gateway.run()
 
 
 # ------------------------------------------------------------------------------------------------ requests
