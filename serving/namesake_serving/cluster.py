@@ -67,7 +67,7 @@ from namesake_serving.hosts import Engines, Loaded, Merged, Tick, no_tick
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import State, Step
 from namesake_serving.service import Service, key_of, prove, verified
-from namesake_serving.settings import Settings
+from namesake_serving.settings import Settings, has_gpu
 from namesake_serving.store import Stored
 from namesake_serving.traffic import Answerer, Live, Routing, Traffic
 from namesake_serving.upstream import Cut, Gone, Moved, Reply, Sockets
@@ -867,7 +867,10 @@ def deployment(settings: Settings) -> dict[str, Any]:
     }
     if "autoscaling_config" in settings.ray_options:
         del ours["num_replicas"]
-    return {**ours, **settings.ray_options}
+    made = {**ours, **settings.ray_options}
+    if has_gpu():  # or Ray would put all of them on the first
+        made["ray_actor_options"] = {"num_gpus": 1, **made.get("ray_actor_options", {})}
+    return made
 
 
 def _join(settings: Settings) -> None:

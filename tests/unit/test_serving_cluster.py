@@ -73,6 +73,20 @@ def test_what_the_user_says_to_ray_serve_goes_before_ours() -> None:
     assert "num_replicas" not in scaled
 
 
+def test_each_replica_has_a_gpu_of_its_own_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked_for(ray_options: dict[str, Any]) -> object:
+        return cluster.deployment(settings.read(replicas=2, ray_options=ray_options)).get("ray_actor_options")
+
+    monkeypatch.setattr(cluster, "has_gpu", lambda: False)
+    assert asked_for({}) is None
+    monkeypatch.setattr(cluster, "has_gpu", lambda: True)
+    assert asked_for({}) == {"num_gpus": 1}
+    assert asked_for({"ray_actor_options": {"num_cpus": 4}}) == {"num_gpus": 1, "num_cpus": 4}
+    assert asked_for({"ray_actor_options": {"num_gpus": 0.5}}) == {"num_gpus": 0.5}
+    with pytest.raises(InputError, match="ray_options"):
+        ray_backend(settings.read(backend="ray", ray_options={"ray_actor_options": 1}))
+
+
 @pytest.mark.parametrize(
     ("options", "most"),
     [
