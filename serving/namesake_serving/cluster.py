@@ -62,6 +62,7 @@ from namesake.manifest import WEIGHTS_FOLDER
 from namesake.messages import tr
 from namesake.paths import cache_folder
 from namesake.registry import Version
+from namesake_serving import logs
 from namesake_serving.engine import Engine
 from namesake_serving.hosts import Engines, Loaded, Merged, Tick, no_tick
 from namesake_serving.metrics import Metrics
@@ -127,7 +128,7 @@ class Replica:
     """
 
     async def __init__(self, follower: str, settings: Settings) -> None:  # type: ignore[misc]
-        _log_to_stderr()
+        _log_to_stderr(settings)
         self._settings, self._turned = settings, 0.0
         self._folder = tempfile.TemporaryDirectory(prefix="namesake-replica-")
         self._engines = Engines(settings, Path(self._folder.name))
@@ -473,7 +474,7 @@ class Conductor:
     """
 
     def __init__(self, uri: str, first: Version, settings: Settings, app: str) -> None:
-        _log_to_stderr()
+        _log_to_stderr(settings)
         self._first, self._trouble, self._failed = first, "", ""
         self._live: Stored | None = None
         self._since, self._number, self._replicas = 0.0, 0, 1
@@ -887,8 +888,8 @@ def _join(settings: Settings) -> None:
         ) from error
 
 
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+def _log_to_stderr(settings: Settings) -> None:
+    logs.begin(settings.log_format)
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
