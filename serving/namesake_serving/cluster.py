@@ -86,6 +86,7 @@ _TRIES, _PAUSE = 80, 0.1
 _CUTS = 2
 """How many engines may end while they have a request: it may be what they end of."""
 _ORDER_SECONDS = 30.0
+_FIGURES_SECONDS = 5.0
 _GONE_SECONDS = 5.0
 _OBJECT_STORE_BYTES = 128 << 20
 _OURS = ("namesake_version_change", "namesake_served", "namesake_alias", "namesake_registry")
@@ -940,11 +941,11 @@ class Handles:
         del live
         asked = self._cluster.handle.broadcast("figures")
         try:
-            said = await asked.results_async(timeout_s=_ORDER_SECONDS, return_exceptions=True)
+            said = await asked.results_async(timeout_s=_FIGURES_SECONDS, return_exceptions=True)
         except (RayServeException, TimeoutError) as error:
             raise Gone(str(error)) from error
-        texts = [one for one in said if isinstance(one, tuple)]
-        return together([(name, text.decode()) for name, text in texts])
+        texts = [(name, text.decode()) for name, text in (one for one in said if isinstance(one, tuple))]
+        return await asyncio.to_thread(together, texts)  # megabytes to read, while others stream
 
     async def close(self) -> None:
         """Ray is left by the cluster."""

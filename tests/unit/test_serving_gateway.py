@@ -1633,6 +1633,7 @@ async def test_when_the_engine_ends_in_the_middle_of_a_stream_the_client_sees_th
         with pytest.raises(http.client.IncompleteRead):
             read(came)
         await gate.at_rest()
+        assert gate.figure(f'namesake_requests_total{{route="{CHAT}",status="503",version="ccb-v3"}}') == 1
         async with gate.stream() as response:
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.read()
