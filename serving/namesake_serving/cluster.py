@@ -111,13 +111,11 @@ class Told:
     Attributes:
         live: the version that it answers by.
         turned: when it last turned to another one, in seconds since 1970; 0: never since it was started.
-        coming: whether a change is under way.
         why: why it could not do what was ordered; empty: it did.
     """
 
     live: Version | None
     turned: float
-    coming: bool
     why: str = ""
 
 
@@ -232,7 +230,7 @@ class Replica:
 
     def _told(self, why: str = "") -> Told:
         live = self._traffic.live
-        return Told(live.version if live is not None else None, self._turned, self._coming is not None, why)
+        return Told(live.version if live is not None else None, self._turned, why)
 
     async def _carry_out(self, order: Callable[[], Awaitable[str | None]]) -> Told:
         async with self._one_at_a_time:
@@ -616,7 +614,6 @@ class Cluster:
     """
 
     def __init__(self, uri: str, settings: Settings) -> None:
-        check(settings)
         self.uri, self.settings, self._figures = uri, settings, _Figures()
         self.routing, self.state = Routing(uri), State()
         self.app = f"namesake-{self.routing.name}"

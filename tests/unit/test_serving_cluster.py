@@ -157,7 +157,7 @@ class Two(cluster.Fleet):  # type: ignore[misc, name-defined]
 
     async def _all(self, order: str, *words: object, seconds: float = 0) -> list[Any]:
         self.did.append((order, *words) if order == "load" else order)
-        return [cluster.Told(VERSION, 0, False, why) for why in ("", self._fails.get(order, ""))]
+        return [cluster.Told(VERSION, 0, why) for why in ("", self._fails.get(order, ""))]
 
 
 @in_a_loop
@@ -249,7 +249,7 @@ async def test_a_replica_tells_whatever_goes_wrong_with_an_order(error: Exceptio
 async def test_what_was_turned_to_last_is_what_a_new_follower_takes_as_served() -> None:
     class Amid(Two):
         async def _all(self, order: str, *words: object, seconds: float = 0) -> list[Any]:
-            return [cluster.Told(version, turned, False) for version, turned in told]
+            return [cluster.Told(version, turned) for version, turned in told]
 
     newer = Version("ccb", 3, "run3", "source", "READY", {}, 0)
     told: list[tuple[Version | None, float]] = [(VERSION, 5.0), (newer, 7.0), (VERSION, 0.0), (None, 9.0)]
