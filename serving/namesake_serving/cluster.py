@@ -675,8 +675,6 @@ class Cluster:
         while True:
             try:
                 failed = await self._hear()
-            except ActorDiedError as error:
-                raise _taken_down() from error
             except RayError as error:  # Ray starts it again
                 failed = str(error)
                 await asyncio.sleep(_PAUSE)
@@ -718,7 +716,10 @@ class Cluster:
             await self._conductor.wake.remote()
 
     async def _hear(self) -> str:
-        news: News = await self._conductor.news.remote(self._id, self._seen)
+        try:
+            news: News = await self._conductor.news.remote(self._id, self._seen)
+        except ActorDiedError as error:
+            raise _taken_down() from error
         self.state, self._figures.conductor = news.state, news.figures
         if news.live is None:
             return news.failed
