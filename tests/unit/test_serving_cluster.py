@@ -299,6 +299,7 @@ class Ray:
         monkeypatch.setattr(cluster, "_join", lambda _: self.did.append("join"))
         monkeypatch.setattr(cluster.ray, "remote", lambda _: SimpleNamespace(options=lambda **_: actor))
         monkeypatch.setattr(cluster.ray, "get", lambda value, **_: value)
+        monkeypatch.setattr(cluster.serve, "status", lambda: SimpleNamespace(applications={}))
         for name in ("start", "run_many", "delete"):
             monkeypatch.setattr(cluster.serve, name, lambda *_, _name=name, **__: self.did.append(_name))
 
