@@ -165,8 +165,7 @@ def serve(
         given = given.model_copy(update={"webhook_secret": secrets.token_urlsafe(32)})
     if given.shadow and given.shadow_folder is None:
         raise InputError("shadow_folder", "", "is needed with shadow", mend="Say where: --shadow-folder FOLDER.")
-    if given.traces_text and not given.traces:
-        raise InputError("traces_text", True, "is of no use without traces", mend="Give --traces too.")
+    _check_needs(given)
     cluster = ray_backend(given) if given.backend == "ray" else None
     certificate = tls(given)
     listening = listen(given.host, given.port)
@@ -182,6 +181,28 @@ def serve(
     logging.getLogger("alembic").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="namesake-serve-") as folder:
         asyncio.run(_serve(uri, first, given, certificate, listening, Path(folder), cluster))
+
+
+def _check_needs(given: settings.Settings) -> None:
+    """Nothing that was asked for is ignored in silence.
+
+    Raises:
+        InputError: it needs an option that is not there.
+    """
+    for name, there, option in (
+        ("traces_text", given.traces, "--traces"),
+        ("traces_share", given.traces, "--traces"),
+        ("replicas", given.backend == "ray", "--backend ray"),
+        ("ray_options", given.backend == "ray", "--backend ray"),
+    ):
+        value = getattr(given, name)
+        if not there and value != settings.Settings.model_fields[name].default:
+            raise InputError(
+                name,
+                value,
+                tr("is of no use without {option}", option=option),
+                mend=tr("Give {option} too.", option=option),
+            )
 
 
 def ray_backend(given: settings.Settings) -> ModuleType:

@@ -24,6 +24,7 @@ import random
 import secrets
 import signal
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -48,27 +49,29 @@ import ray
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from ray.serve.schema import ApplicationStatus
 
+from namesake import registry
 from namesake.errors import InputError, NamesakeError, ServingError
 from namesake.manifest import WEIGHTS_FOLDER
 from namesake.messages import tr
 from namesake.paths import cache_folder
 from namesake.registry import Version
+from namesake_serving import logs
 from namesake_serving.engine import Engine
 from namesake_serving.hosts import Engines, Loaded, Merged, Tick, no_tick
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import State, Step
 from namesake_serving.service import Service, key_of, prove, verified
-from namesake_serving.settings import Settings
+from namesake_serving.settings import Settings, has_gpu
 from namesake_serving.store import Stored
 from namesake_serving.traffic import Answerer, Live, Routing, Traffic
-from namesake_serving.upstream import Gone, Moved, Reply, Sockets
+from namesake_serving.upstream import Cut, Gone, Moved, Reply, Sockets
 
 _ADDRESS = os.environ.get("RAY_ADDRESS") or "local"
 
@@ -77,13 +80,23 @@ NAMESPACE = "namesake"
 
 _DEPLOYMENT = "Replica"
 _NEWS_SECONDS = 1.0
+_LOOK_SECONDS = 0.2
 _TRIES, _PAUSE = 80, 0.1
 """How often a request looks for a replica that can answer it before the client gets a 503, and the seconds between."""
+_CUTS = 2
+"""How many engines may end while they have a request: it may be what they end of."""
 _ORDER_SECONDS = 30.0
+_FIGURES_SECONDS = 5.0
 _GONE_SECONDS = 5.0
 _OBJECT_STORE_BYTES = 128 << 20
 _OURS = ("namesake_version_change", "namesake_served", "namesake_alias", "namesake_registry")
 """Figures that the conductor counts, for every gateway."""
+
+_SHARED = (
+    *("public_key", "require_gate", "engine_args", "eager", "max_streams", "max_tokens", "replicas", "ray_options"),
+    *("poll_seconds", "hold_seconds", "start_seconds", "shutdown_seconds"),
+)
+"""Settings of conductor and replicas, who have them from the first gateway."""
 
 _log = logging.getLogger("namesake.serving")
 
@@ -98,13 +111,11 @@ class Told:
     Attributes:
         live: the version that it answers by.
         turned: when it last turned to another one, in seconds since 1970; 0: never since it was started.
-        coming: whether a change is under way.
         why: why it could not do what was ordered; empty: it did.
     """
 
     live: Version | None
     turned: float
-    coming: bool
     why: str = ""
 
 
@@ -116,7 +127,7 @@ class Replica:
     """
 
     async def __init__(self, follower: str, settings: Settings) -> None:  # type: ignore[misc]
-        _log_to_stderr()
+        _log_to_stderr(settings)
         self._settings, self._turned = settings, 0.0
         self._folder = tempfile.TemporaryDirectory(prefix="namesake-replica-")
         self._engines = Engines(settings, Path(self._folder.name))
@@ -219,14 +230,17 @@ class Replica:
 
     def _told(self, why: str = "") -> Told:
         live = self._traffic.live
-        return Told(live.version if live is not None else None, self._turned, self._coming is not None, why)
+        return Told(live.version if live is not None else None, self._turned, why)
 
     async def _carry_out(self, order: Callable[[], Awaitable[str | None]]) -> Told:
         async with self._one_at_a_time:
             try:
                 return self._told(await order() or "")
-            except (NamesakeError, OSError) as error:
-                return self._told(error.message if isinstance(error, NamesakeError) else str(error))
+            except NamesakeError as error:
+                return self._told(error.message)
+            except Exception as error:  # whatever it is, it has to be undone here and everywhere
+                _log.exception("an order went wrong")
+                return self._told(f"{type(error).__name__}: {error}")
 
     async def _fetch(self, version: Version) -> None:
         if self._retiring is not None:  # the engine before the last has to be gone, or there is no room
@@ -360,8 +374,12 @@ class Fleet:
     async def turned(self, loaded: Loaded, _old: Sequence[Live]) -> None:
         """All answer by it; then the gateways hear of it."""
         async with self._one_at_a_time:
-            await self._all("turn")
-            self._publish(loaded.live.stored)
+            try:
+                await self._all("turn")
+            except ServingError as error:  # who missed it answers nobody until it is at what is served
+                _log.error("%s", error.message)
+            finally:
+                self._publish(loaded.live.stored)
 
     async def undo(self, _loaded: Loaded) -> None:
         """All go back."""
@@ -379,16 +397,18 @@ class Fleet:
         told = [one for one in await self._all("state") if one.live is not None]
         return max(told, key=lambda one: one.turned).live if told else None
 
-    async def settle(self, version: Version, at_rest: Callable[[], bool]) -> int:
-        """Bring those to the version that are not at it, unless a change is under way; how many replicas there are."""
+    async def settle(self, served: Callable[[], Version], at_rest: Callable[[], bool]) -> int:
+        """Bring those to what is served that are not at it, unless a change is under way; how many are at it."""
         async with self._one_at_a_time:
-            if not at_rest():
-                return len(await self._all("state"))
-            told = await self._all("settle", version, seconds=self._settings.start_seconds)
+            version = served()  # not before: the change that this waited for has made it another one
+            if at_rest():
+                told = await self._all("settle", version, seconds=self._settings.start_seconds)
+            else:
+                told = await self._all("state")
             for one in told:
                 if one.why:
                     _log.error("a replica does not come to %s: %s", version.uri, one.why)
-            return len(told)
+            return sum(one.live is not None and key_of(one.live) == key_of(version) for one in told)
 
     def _loaded(self, stored: Stored, way: str) -> Loaded:
         live = Live(stored, cast(Engine, _Elsewhere()))
@@ -453,7 +473,7 @@ class Conductor:
     """
 
     def __init__(self, uri: str, first: Version, settings: Settings, app: str) -> None:
-        _log_to_stderr()
+        _log_to_stderr(settings)
         self._first, self._trouble, self._failed = first, "", ""
         self._live: Stored | None = None
         self._since, self._number, self._replicas = 0.0, 0, 1
@@ -466,16 +486,24 @@ class Conductor:
 
     async def version(self) -> Version:
         """What a new replica is to begin with."""
-        return self._live.version if self._live is not None else self._first
+        return self._served()
+
+    async def settings(self) -> Settings:
+        """What it was started with, as the replicas were."""
+        return self._settings
 
     async def trouble(self, why: str | None = None) -> str:
         """A replica does not come up; what was said last."""
         self._trouble = why or self._trouble
         return self._trouble
 
+    async def join(self, gateway: str) -> None:
+        """A gateway is there, if only coming up: whoever leaves meanwhile is not the last one."""
+        self._gateways[gateway] = time.monotonic()
+
     async def news(self, gateway: str, seen: int) -> News:
         """What answers, at once when that is new to the gateway, else after a while."""
-        self._gateways[gateway] = time.monotonic()
+        await self.join(gateway)
         if self._working is None:  # with the first question, also after a restart: then there are replicas
             self._working = asyncio.create_task(self._work())
         if self._number <= seen:
@@ -499,14 +527,24 @@ class Conductor:
         self._turned.set()
         self._turned = asyncio.Event()
 
+    def _served(self) -> Version:
+        return self._live.version if self._live is not None else self._first
+
     def _at_rest(self) -> bool:
         return self._service.state.step is Step.REST
+
+    async def _what_to_begin_with(self) -> Version:
+        served = await self._fleet.served()
+        if served is None:  # started again when no replica is left: the alias may have moved since the first start
+            with suppress(NamesakeError):
+                self._first = await asyncio.to_thread(registry.resolve, self._service.uri)
+        return served or self._first
 
     async def _work(self) -> None:
         try:
             while self._live is None:
                 try:
-                    await self._service.start(await self._fleet.served() or self._first, no_tick)
+                    await self._service.start(await self._what_to_begin_with(), no_tick)
                 except NamesakeError as error:
                     _log.error("%s", error.message)
                     self._failed = error.message
@@ -522,9 +560,8 @@ class Conductor:
     async def _settle(self) -> None:
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
-            if self._live is not None:
-                with suppress(ServingError):
-                    self._replicas = await self._fleet.settle(self._live.version, self._at_rest)
+            with suppress(ServingError):
+                self._replicas = await self._fleet.settle(self._served, self._at_rest)
 
 
 # ------------------------------------------------------------------------------------------------------- the gateway
@@ -577,7 +614,6 @@ class Cluster:
     """
 
     def __init__(self, uri: str, settings: Settings) -> None:
-        check(settings)
         self.uri, self.settings, self._figures = uri, settings, _Figures()
         self.routing, self.state = Routing(uri), State()
         self.app = f"namesake-{self.routing.name}"
@@ -586,6 +622,8 @@ class Cluster:
         self._live: Live | None = None
         self._news = asyncio.Event()
         self._conductor: Any = None
+        self._deploying: asyncio.Task[None] | None = None
+        self._leaving = threading.Event()
         self._background: set[asyncio.Task[None]] = set()
 
     @property
@@ -610,13 +648,15 @@ class Cluster:
             NamesakeError: it cannot be served.
         """
         begun = time.monotonic()
-        working = asyncio.create_task(asyncio.to_thread(self._deploy, first))
-        while not working.done():
+        self._deploying = asyncio.create_task(asyncio.to_thread(self._deploy, first))
+        while not self._deploying.done():
             tick(time.monotonic() - begun)
-            await asyncio.wait({working}, timeout=1)
-        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own in the way, which tell of a crash
-            signal.signal(number, signal.getsignal(number))
-        working.result()
+            if self._conductor is not None:
+                self._conductor.join.remote(self._id)
+            await asyncio.wait({self._deploying}, timeout=_NEWS_SECONDS)
+            for number in (signal.SIGTERM, signal.SIGINT):  # Ray puts its own in the way, which tell of a crash
+                signal.signal(number, signal.getsignal(number))
+        self._deploying.result()
         self._handle = serve.get_deployment_handle(_DEPLOYMENT, self.app)
         # Its router has to be there before it is copied for each request, or each copy would start one.
         with suppress(RayServeException, TimeoutError):
@@ -626,7 +666,11 @@ class Cluster:
                 raise ServingError(failed)
 
     async def run(self) -> None:
-        """Hear what answers, until cancelled."""
+        """Hear what answers, until cancelled.
+
+        Raises:
+            ServingError: there is nobody to hear it from any more.
+        """
         told = ""
         while True:
             try:
@@ -642,6 +686,9 @@ class Cluster:
         """Leave; the last gateway takes replicas and conductor down."""
         for task in self._background:
             task.cancel()
+        self._leaving.set()
+        if self._deploying is not None:  # in the middle of it there is nothing yet to take down, and then there is
+            await asyncio.wait({self._deploying}, timeout=_ORDER_SECONDS)
         await asyncio.to_thread(self._leave)
 
     def wake(self) -> None:
@@ -669,7 +716,10 @@ class Cluster:
             await self._conductor.wake.remote()
 
     async def _hear(self) -> str:
-        news: News = await self._conductor.news.remote(self._id, self._seen)
+        try:
+            news: News = await self._conductor.news.remote(self._id, self._seen)
+        except ActorDiedError as error:
+            raise _taken_down() from error
         self.state, self._figures.conductor = news.state, news.figures
         if news.live is None:
             return news.failed
@@ -691,6 +741,8 @@ class Cluster:
 
     def _deploy(self, first: Version) -> None:
         _join(self.settings)
+        if self._leaving.is_set():
+            return
         name = f"{self.app}-follower"
         # What clients authenticate by stays with the gateway.
         theirs = self.settings.model_copy(update={"api_keys": (), "webhook_secret": ""})
@@ -701,24 +753,32 @@ class Cluster:
             .remote(self.uri, first, theirs, self.app)
         )
         serve.start(proxy_location="Disabled")  # the gateway is the only way in
+        _check_same(ray.get(self._conductor.settings.remote()), self.settings)
         if self._is_deployed():
             return
+        if self._leaving.is_set():
+            return
         application = serve.deployment(Replica).options(**deployment(self.settings)).bind(name, theirs)
-        try:
-            serve.run(application, name=self.app, route_prefix=None)
-        except RuntimeError as error:
-            why = ray.get(self._conductor.trouble.remote()) or str(error)
-            raise ServingError(tr("The replicas do not come up: {why}", why=why)) from error
+        target = serve.RunTarget(application, name=self.app, route_prefix=None)
+        serve.run_many([target], wait_for_applications_running=False)  # that would wait for a GPU and say nothing
+        if not self._is_deployed() and not self._leaving.is_set():
+            raise _taken_down()
 
     def _is_deployed(self) -> bool:
-        """Whether another gateway has started the replicas; waits while they come or go."""
+        """Whether the replicas are there; waits while they come or go, until told to leave, and says what for."""
         under_way = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING, ApplicationStatus.DELETING)
-        while (found := serve.status().applications.get(self.app)) is not None:
+        told = ""
+        while (found := serve.status().applications.get(self.app)) is not None and not self._leaving.is_set():
             if found.status == ApplicationStatus.DEPLOY_FAILED:
-                raise ServingError(tr("The replicas do not come up: {why}", why=found.message))
+                why = ray.get(self._conductor.trouble.remote()) or found.message
+                raise ServingError(tr("The replicas do not come up: {why}", why=why))
             if found.status not in under_way:
                 return True
-            time.sleep(_NEWS_SECONDS)
+            waits = found.deployments[_DEPLOYMENT].message if _DEPLOYMENT in found.deployments else ""
+            if waits and waits != told:
+                _log.warning("Ray Serve: %s", waits.partition("\n")[0])
+            told = waits
+            self._leaving.wait(_LOOK_SECONDS)
         return False
 
     def _leave(self) -> None:
@@ -729,6 +789,27 @@ class Cluster:
                 serve.delete(self.app)
                 ray.kill(self._conductor)
         ray.shutdown()
+
+
+def _taken_down() -> ServingError:
+    return ServingError(
+        "Conductor and replicas have been taken down.",
+        mend="The last gateway that stops does that, or somebody by hand: serve again.",
+    )
+
+
+def _check_same(found: Settings, given: Settings) -> None:
+    """A gateway must not think its settings hold where another's do: ``--require-gate``, say.
+
+    Raises:
+        ServingError: conductor and replicas were started with others.
+    """
+    others = [f"{name}={getattr(found, name)}" for name in _SHARED if getattr(found, name) != getattr(given, name)]
+    if others:
+        raise ServingError(
+            tr("This cluster serves with other settings already: {settings}.", settings=", ".join(others)),
+            mend="Serve the same, or stop that first.",
+        )
 
 
 def check(settings: Settings) -> None:
@@ -786,7 +867,10 @@ def deployment(settings: Settings) -> dict[str, Any]:
     }
     if "autoscaling_config" in settings.ray_options:
         del ours["num_replicas"]
-    return {**ours, **settings.ray_options}
+    made = {**ours, **settings.ray_options}
+    if has_gpu():  # or Ray would put all of them on the first
+        made["ray_actor_options"] = {"num_gpus": 1, **made.get("ray_actor_options", {})}
+    return made
 
 
 def _join(settings: Settings) -> None:
@@ -803,8 +887,8 @@ def _join(settings: Settings) -> None:
         ) from error
 
 
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+def _log_to_stderr(settings: Settings) -> None:
+    logs.begin(settings.log_format)
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
@@ -827,7 +911,7 @@ class Handles:
             stream.cancel()  # of no effect where it has ended
 
     async def _begin(self, live: Live, path: str, body: bytes, session: str) -> tuple[Any, tuple[int, str, bytes]]:
-        key, why = key_of(live.version), "no replica has this version"
+        key, why, cuts = key_of(live.version), "no replica has this version", 0
         for _ in range(_TRIES):  # not by the clock: it may have waited at a door that is held
             asked = self._cluster.handle.options(method_name="answer", stream=True, session_id=session)
             stream = asked.remote(key, path, body)
@@ -835,6 +919,9 @@ class Handles:
                 head = await anext(stream)
             except (RayError, RayServeException) as error:  # it has just ended, its engine has, or it has none yet
                 why = str(error)
+                cuts += isinstance(error, Cut)  # Ray gives it the class of what was raised there, too
+                if cuts == _CUTS:
+                    break
             except BaseException:
                 stream.cancel()
                 raise
@@ -852,11 +939,11 @@ class Handles:
         del live
         asked = self._cluster.handle.broadcast("figures")
         try:
-            said = await asked.results_async(timeout_s=_ORDER_SECONDS, return_exceptions=True)
+            said = await asked.results_async(timeout_s=_FIGURES_SECONDS, return_exceptions=True)
         except (RayServeException, TimeoutError) as error:
             raise Gone(str(error)) from error
-        texts = [one for one in said if isinstance(one, tuple)]
-        return together([(name, text.decode()) for name, text in texts])
+        texts = [(name, text.decode()) for name, text in (one for one in said if isinstance(one, tuple))]
+        return await asyncio.to_thread(together, texts)  # megabytes to read, while others stream
 
     async def close(self) -> None:
         """Ray is left by the cluster."""

@@ -121,7 +121,7 @@ class _Traced:
     id: str
     body: dict[str, Any]
     session: str
-    used: _Used
+    used: _Used = field(default_factory=lambda: _Used(0))
     live: Answerer | None = None
     alias: str = ""
     asked_at: float = 0.0
@@ -237,7 +237,8 @@ class Gateway:
         except Refused as refused:
             if not started:
                 await _answer(told, refused.status, refused.body, *refused.headers)
-            # else uvicorn cuts the connection, and the client does not take the half for the whole
+            else:  # uvicorn cuts the connection, and the client does not take the half for the whole
+                request.status = refused.status
         except (ConnectionError, asyncio.IncompleteReadError):
             request.status = 499  # the client has gone
         except Exception:
@@ -403,8 +404,7 @@ class Gateway:
         await self._service.summon(model)
         reserved = _reserved(raw, asked)
         if self._traces is not None and self._traces.wants():
-            used = _Used(prompt=len(raw) // _BYTES_A_TOKEN)
-            request.traced = _Traced(f"tr-{request.id.removeprefix('req-')}", asked, request.session, used)
+            request.traced = _Traced(f"tr-{request.id.removeprefix('req-')}", asked, request.session)
         try:
             async with self._turns.take(request.key.name):
                 live, ended = await self._enter(request, asked, len(raw), reserved, send)

@@ -17,6 +17,10 @@ class Gone(Exception):
     """The engine has ended or cannot be reached."""
 
 
+class Cut(Gone):
+    """It had the request when it ended: whoever is asked next may end of it, too."""
+
+
 class Moved(Exception):
     """Another version answers now; nothing of a reply has come. Whoever asked enters again."""
 
@@ -41,7 +45,7 @@ class Upstream(Protocol):
         """Ask; a session's requests go to one place where there are several.
 
         Raises:
-            Gone: nothing answers, or what began to has ended.
+            Gone: nothing answers; :class:`Cut`: what was asked has ended.
             Moved: another version answers by now.
         """
 
@@ -71,8 +75,10 @@ class Sockets:
                 f"http://engine{path}", data=body, headers={"content-type": "application/json"}
             ) as response:
                 yield _Response(response)
-        except aiohttp.ClientError as error:
+        except aiohttp.ClientConnectorError as error:
             raise Gone(str(error)) from error
+        except aiohttp.ClientError as error:
+            raise Cut(str(error)) from error
 
     async def figures(self, live: Answerer) -> bytes:
         """vLLM's metrics."""

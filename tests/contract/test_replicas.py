@@ -210,6 +210,9 @@ async def test_a_replica_and_the_follower_killed_amid_a_move_cost_no_request(ser
         while len(served.processes("api_server.entry")) < REPLICAS:
             assert time.monotonic() < end, "the replica was not replaced"
             await asyncio.sleep(0.1)
+        further = instant.register(served.client, served.folder)  # which only a conductor that is back can see
+        await asyncio.to_thread(served.move, further)
+        await asyncio.to_thread(served.until_live, further, 60)
     assert clients.went_back() == []
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+import threading
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from namesake.errors import InputError, ServingError
+from namesake.errors import InputError, RegistryError, ServingError
 from namesake.manifest import Manifest
 from namesake.registry import Version
 from namesake_serving import settings
 from namesake_serving.__main__ import ray_backend
 from namesake_serving.settings import Settings
 from namesake_serving.store import Stored
+from namesake_serving.upstream import Cut, Gone
 from tests.unit.loops import within
 
 in_a_loop = within(10)
@@ -67,6 +71,20 @@ def test_what_the_user_says_to_ray_serve_goes_before_ours() -> None:
     assert (own["num_replicas"], own["max_ongoing_requests"]) == (5, 7)
     scaled = cluster.deployment(settings.read(replicas=3, ray_options={"autoscaling_config": {"max_replicas": 4}}))
     assert "num_replicas" not in scaled
+
+
+def test_each_replica_has_a_gpu_of_its_own_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked_for(ray_options: dict[str, Any]) -> object:
+        return cluster.deployment(settings.read(replicas=2, ray_options=ray_options)).get("ray_actor_options")
+
+    monkeypatch.setattr(cluster, "has_gpu", lambda: False)
+    assert asked_for({}) is None
+    monkeypatch.setattr(cluster, "has_gpu", lambda: True)
+    assert asked_for({}) == {"num_gpus": 1}
+    assert asked_for({"ray_actor_options": {"num_cpus": 4}}) == {"num_gpus": 1, "num_cpus": 4}
+    assert asked_for({"ray_actor_options": {"num_gpus": 0.5}}) == {"num_gpus": 0.5}
+    with pytest.raises(InputError, match="ray_options"):
+        ray_backend(settings.read(backend="ray", ray_options={"ray_actor_options": 1}))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +157,7 @@ class Two(cluster.Fleet):  # type: ignore[misc, name-defined]
 
     async def _all(self, order: str, *words: object, seconds: float = 0) -> list[Any]:
         self.did.append((order, *words) if order == "load" else order)
-        return [cluster.Told(VERSION, 0, False, why) for why in ("", self._fails.get(order, ""))]
+        return [cluster.Told(VERSION, 0, why) for why in ("", self._fails.get(order, ""))]
 
 
 @in_a_loop
@@ -158,6 +176,20 @@ async def test_where_one_cannot_be_held_all_get_a_second_engine() -> None:
     assert fleet.did == ["bring", "hold", "release", ("load", False)]
 
 
+@in_a_loop
+async def test_a_replica_that_misses_the_turn_does_not_keep_the_others_at_the_old_version() -> None:
+    class Hangs(Two):
+        async def _all(self, order: str, *words: object, seconds: float = 0) -> list[Any]:
+            told = await super()._all(order, *words, seconds=seconds)
+            if order == "turn":
+                raise ServingError("A replica did not turn within 30 s.")
+            return told
+
+    fleet = Hangs({})
+    await fleet.turned(await fleet.load(STORED), [])
+    assert fleet.did[-2:] == ["turn", ("published", 2)]
+
+
 @pytest.mark.parametrize("order", ["bring", "load"])
 @in_a_loop
 async def test_where_one_fails_all_go_back(order: str) -> None:
@@ -171,23 +203,237 @@ async def test_where_one_fails_all_go_back(order: str) -> None:
 @in_a_loop
 async def test_replicas_are_brought_to_what_is_served_but_not_amid_a_change() -> None:
     fleet = Two({})
-    assert await fleet.settle(VERSION, lambda: False) == 2
+    assert await fleet.settle(lambda: VERSION, lambda: False) == 2
     assert fleet.did == ["state"]
-    assert await fleet.settle(VERSION, lambda: True) == 2
+    assert await fleet.settle(lambda: VERSION, lambda: True) == 2
     assert fleet.did == ["state", "settle"]
+
+
+@in_a_loop
+async def test_a_replica_at_another_version_does_not_count_as_one_that_answers() -> None:
+    other = Version("ccb", 3, "run3", "source", "READY", {}, 0)
+    for at_rest in (True, False):
+        assert await Two({"settle": "its disk is full"}).settle(lambda: other, lambda at_rest=at_rest: at_rest) == 0
+
+
+@in_a_loop
+async def test_replicas_are_brought_to_what_is_served_once_a_change_that_is_under_way_has_ended() -> None:
+    class Slow(Two):
+        async def _all(self, order: str, *words: object, seconds: float = 0) -> list[Any]:
+            self.at = words[0] if order == "settle" else None
+            if order == "turn":
+                await asyncio.sleep(0.05)
+            return await super()._all(order, *words, seconds=seconds)
+
+    fleet, live = Slow({}), [Version("ccb", 1, "run1", "source", "READY", {}, 0)]
+    fleet._publish = lambda stored: live.append(stored.version)
+    turning = asyncio.create_task(fleet.turned(cluster.Loaded(cluster.Live(STORED, None), "in place"), []))
+    await asyncio.sleep(0)
+    await fleet.settle(lambda: live[-1], lambda: True)
+    await turning
+    assert fleet.at == VERSION
+
+
+@pytest.mark.parametrize("error", [ServingError("It is cut short."), OSError(28, "No space left"), KeyError("says")])
+@in_a_loop
+async def test_a_replica_tells_whatever_goes_wrong_with_an_order(error: Exception) -> None:
+    async def order() -> None:
+        raise error
+
+    replica = SimpleNamespace(_one_at_a_time=asyncio.Lock(), _told=lambda why="": why)
+    why = await cluster.Replica._carry_out(replica, order)
+    assert why == "It is cut short." if isinstance(error, ServingError) else f"{type(error).__name__}: {error}"
 
 
 @in_a_loop
 async def test_what_was_turned_to_last_is_what_a_new_follower_takes_as_served() -> None:
     class Amid(Two):
         async def _all(self, order: str, *words: object, seconds: float = 0) -> list[Any]:
-            return [cluster.Told(version, turned, False) for version, turned in told]
+            return [cluster.Told(version, turned) for version, turned in told]
 
     newer = Version("ccb", 3, "run3", "source", "READY", {}, 0)
     told: list[tuple[Version | None, float]] = [(VERSION, 5.0), (newer, 7.0), (VERSION, 0.0), (None, 9.0)]
     assert await Amid({}).served() == newer
     told = []
     assert await Amid({}).served() is None
+
+
+@pytest.mark.parametrize(
+    ("turned_to", "registered", "begins"),
+    [(2, 4, 2), (None, 4, 4), (None, None, 1)],
+    ids=["what the replicas have", "no replica", "no replica, no registry"],
+)
+@in_a_loop
+async def test_a_follower_that_is_started_again_does_not_go_back_to_the_first_version(
+    turned_to: int | None, registered: int | None, begins: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(number: int) -> Version:
+        return Version("ccb", number, "run", "source", "READY", {}, 0)
+
+    def resolve(uri: str) -> Version:
+        assert uri == "models:/ccb@champion"
+        if registered is None:
+            raise RegistryError("It cannot be reached.")
+        return version(registered)
+
+    async def served() -> Version | None:
+        return version(turned_to) if turned_to else None
+
+    monkeypatch.setattr(cluster.registry, "resolve", resolve)
+    conductor = cluster.Conductor("models:/ccb@champion", version(1), Settings(), "app")
+    monkeypatch.setattr(conductor._fleet, "served", served)
+    assert (await conductor._what_to_begin_with()).number == begins
+    if turned_to is None:
+        assert (await conductor.version()).number == begins  # what a replica that comes up asks
+
+
+# ------------------------------------------------------------------------------------------------ gateways
+
+
+class Ray:
+    """Stands for Ray and Ray Serve where a gateway comes up: each call is noted, the conductor is given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, conductor: object) -> None:
+        self.did = list[str]()
+        actor = SimpleNamespace(remote=lambda *_: self.did.append("conductor") or conductor)
+        monkeypatch.setattr(cluster, "_join", lambda _: self.did.append("join"))
+        monkeypatch.setattr(cluster.ray, "remote", lambda _: SimpleNamespace(options=lambda **_: actor))
+        monkeypatch.setattr(cluster.ray, "get", lambda value, **_: value)
+        monkeypatch.setattr(cluster.serve, "status", lambda: SimpleNamespace(applications={}))
+        for name in ("start", "run_many", "delete"):
+            monkeypatch.setattr(cluster.serve, name, lambda *_, _name=name, **__: self.did.append(_name))
+
+
+def remote(value: object = None) -> Any:
+    """A method of an actor that gives this."""
+    return SimpleNamespace(remote=lambda *_: value)
+
+
+def test_a_gateway_whose_settings_the_replicas_do_not_have_is_told_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch, SimpleNamespace(settings=remote(Settings(replicas=2, port=8001))))
+    given = Settings(require_gate=True, engine_args=("--seed=1",))
+    with pytest.raises(ServingError, match="other settings already: ") as caught:
+        cluster.Cluster("models:/ccb@champion", given)._deploy(VERSION)
+    assert "require_gate=False, engine_args=(), replicas=2." in caught.value.message  # and not the port
+    assert ray.did == ["join", "conductor", "start"]
+
+
+@in_a_loop
+async def test_who_is_told_to_go_while_ray_starts_brings_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, joining, going = Ray(monkeypatch, None), threading.Event(), threading.Event()
+    monkeypatch.setattr(cluster, "_join", lambda _: joining.set() or going.wait())
+    gateway = cluster.Cluster("models:/ccb@champion", Settings())
+    starting = asyncio.create_task(gateway.start(VERSION, lambda _: None))
+    await asyncio.to_thread(joining.wait)
+    starting.cancel()
+    stopping = asyncio.create_task(gateway.stop())
+    await asyncio.sleep(0.05)
+    assert not stopping.done()  # or it would leave before it has joined
+    going.set()
+    await stopping
+    assert ray.did == []
+
+
+def status(state: str, message: str, of_replicas: str = "") -> Any:
+    """What Ray Serve says of the application."""
+    deployments = {"Replica": SimpleNamespace(message=of_replicas)}
+    found = SimpleNamespace(status=cluster.ApplicationStatus(state), message=message, deployments=deployments)
+    return SimpleNamespace(applications={"namesake-ccb": found})
+
+
+def test_what_replicas_wait_for_is_told_and_why_they_do_not_come_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Ray(monkeypatch, None)
+    gateway = cluster.Cluster("models:/ccb@champion", Settings())
+    gateway._conductor = SimpleNamespace(trouble=remote("There is no memory."))
+    waits = status("DEPLOYING", "", "2 replicas wait: each needs {GPU: 1}, there is {CPU: 2}\nmore")
+    said = [waits, waits, status("RUNNING", "")]
+    monkeypatch.setattr(cluster.serve, "status", lambda: said.pop(0))
+    monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.0)
+    assert gateway._is_deployed()
+    assert caplog.messages == ["Ray Serve: 2 replicas wait: each needs {GPU: 1}, there is {CPU: 2}"]
+    said += [waits, status("DEPLOY_FAILED", "It failed.")]
+    with pytest.raises(ServingError, match="There is no memory"):
+        gateway._is_deployed()
+    said += [waits]
+    gateway._leaving.set()
+    assert not gateway._is_deployed()
+
+
+@in_a_loop
+async def test_a_gateway_that_is_coming_up_counts_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = list[str]()
+    heard = threading.Event()
+
+    def deploy(_first: Version) -> None:
+        gateway._conductor = SimpleNamespace(join=SimpleNamespace(remote=lambda who: joined.append(who) or heard.set()))
+        assert heard.wait(5)
+        raise ServingError("That was all.")
+
+    monkeypatch.setattr(cluster, "_NEWS_SECONDS", 0.05)
+    gateway = cluster.Cluster("models:/ccb@champion", Settings())
+    monkeypatch.setattr(gateway, "_deploy", deploy)
+    with pytest.raises(ServingError, match="That was all"):
+        await gateway.start(VERSION, lambda _: None)
+    conductor = cluster.Conductor("models:/ccb@champion", VERSION, Settings(), "app")
+    await conductor.join(joined[0])
+    assert not await conductor.leave("another")
+    assert await conductor.leave(joined[0])
+
+
+@in_a_loop
+async def test_a_gateway_whose_conductor_was_taken_down_ends() -> None:
+    async def news(*_words: object) -> None:
+        raise cluster.ActorDiedError
+
+    gateway = cluster.Cluster("models:/ccb@champion", Settings())
+    gateway._conductor = SimpleNamespace(news=SimpleNamespace(remote=news))
+    with pytest.raises(ServingError, match="taken down"):
+        await gateway.run()
+
+
+# ------------------------------------------------------------------------------------------------ requests
+
+
+class Replicas:
+    """Stands for Ray Serve's handle: notes who is asked, and each that is asked fails as ``error`` says."""
+
+    def __init__(self, error: Callable[[], Exception]) -> None:
+        self.asked, self._error = 0, error
+
+    def options(self, **_given: object) -> Replicas:
+        """The same handle."""
+        return self
+
+    def remote(self, *_words: object) -> AsyncIterator[object]:
+        """A replica is asked."""
+        self.asked += 1
+        return self._fail()
+
+    async def _fail(self) -> AsyncIterator[object]:
+        raise self._error()
+        yield
+
+
+def raised_there(error: Exception) -> Exception:
+    """As Ray gives it on here."""
+    told = cluster.ray.exceptions.RayTaskError("answer", "Traceback", error).as_instanceof_cause()
+    assert isinstance(told, Exception)
+    return told
+
+
+@pytest.mark.parametrize(("error", "asked"), [(Cut("it ended"), 2), (Gone("nobody is there"), cluster._TRIES)])
+@in_a_loop
+async def test_a_request_that_ends_the_engines_that_get_it_is_asked_twice_and_no_more(
+    error: Exception, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_PAUSE", 0.0)
+    replicas = Replicas(lambda: raised_there(error))
+    with pytest.raises(Gone, match="Traceback"):
+        async with cluster.Handles(SimpleNamespace(handle=replicas)).post(cluster.Live(STORED, None), "/", b""):
+            pass
+    assert replicas.asked == asked
 
 
 # ------------------------------------------------------------------------------------------------ figures

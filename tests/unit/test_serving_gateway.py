@@ -41,6 +41,7 @@ from namesake_serving.rollout import Refusal, State, Step
 from namesake_serving.service import Service
 from namesake_serving.store import Stored
 from namesake_serving.traffic import Answerer, Live, Routing
+from namesake_serving.upstream import Cut, Gone, Sockets
 from tests.unit.loops import within
 
 in_a_loop = within(20)
@@ -1600,6 +1601,21 @@ async def test_an_engine_that_is_not_there_is_told_of_in_the_same_way(tmp_path: 
 
 
 @in_a_loop
+async def test_an_engine_that_had_the_request_when_it_ended_is_told_from_one_that_is_not_there(tmp_path: Path) -> None:
+    async with upstream() as engine:
+        engine.script, sockets = [DIE], Sockets()
+        body = json.dumps(BODIES[CHAT]).encode()
+        with pytest.raises(Cut):
+            async with sockets.post(live(engine), CHAT, body):
+                pass
+        with pytest.raises(Gone) as caught:
+            async with sockets.post(live(tmp_path / "nothing.sock"), CHAT, body):
+                pass
+        assert not isinstance(caught.value, Cut)
+        await sockets.close()
+
+
+@in_a_loop
 async def test_when_the_engine_ends_in_the_middle_of_a_stream_the_client_sees_that_it_is_cut() -> None:
     async with front() as gate:
         more = asyncio.Event()
@@ -1617,6 +1633,7 @@ async def test_when_the_engine_ends_in_the_middle_of_a_stream_the_client_sees_th
         with pytest.raises(http.client.IncompleteRead):
             read(came)
         await gate.at_rest()
+        assert gate.figure(f'namesake_requests_total{{route="{CHAT}",status="503",version="ccb-v3"}}') == 1
         async with gate.stream() as response:
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.read()

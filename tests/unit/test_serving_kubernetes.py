@@ -31,7 +31,7 @@ SCHEMAS = yaml.safe_load((Path(__file__).parent / "custom_resources.yaml").read_
 OTHERS = {
     *("MLFLOW_TRACKING_URI", "NAMESAKE_CACHE"),  # docs/guide/reference/settings.md
     *("VLLM_CACHE_ROOT", "VLLM_CPU_OMP_THREADS_BIND"),  # vllm/envs.py
-    *("HOME", "OMP_NUM_THREADS", "RAY_ADDRESS"),
+    *("HOME", "OMP_NUM_THREADS", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"),
 }
 """Variables of others; a test finds those of vLLM and of the settings page where they are said."""
 
@@ -154,7 +154,7 @@ def custom() -> Iterator[Json]:
     """KubeRay's and KServe's resources."""
     for folder in ("kuberay", "kserve"):
         for path in sorted((KUBERNETES / folder).glob("*.yaml")):
-            yield from (one for one in read(path) if "." in one["apiVersion"])
+            yield from (one for one in read(path) if one["kind"] in SCHEMAS)
 
 
 def pods_in(resource: Json) -> list[Json]:
@@ -175,6 +175,31 @@ def test_custom_resources_keep_to_what_their_operators_define(resource: Json) ->
     for pod in pods_in(resource):
         for release in RELEASES:
             valid(pod, release)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_only_who_is_of_the_ray_cluster_and_has_its_token_reaches_rays_ports(release: str) -> None:
+    cluster, *others = read(KUBERNETES / "kuberay" / "raycluster.yaml")
+    for one in others:
+        kubernetes_validate.validate(one, release, strict=True)
+    named = cluster["metadata"]["name"]
+    assert cluster["spec"]["authOptions"] == {"mode": "token"}
+    container = serving_in(kuberay())  # KubeRay gives it to Ray's own only
+    assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+    token = {"secretKeyRef": {"name": named, "key": "auth_token"}}
+    assert {"name": "RAY_AUTH_TOKEN", "valueFrom": token} in container["env"]
+    (policy,) = (one["spec"] for one in others if one["kind"] == "NetworkPolicy")
+    nodes = {"matchLabels": {"ray.io/cluster": named}}
+    assert (policy["podSelector"], policy["policyTypes"]) == (nodes, ["Ingress"])
+    ours = [{"port": one["containerPort"]} for one in container["ports"]]
+    assert policy["ingress"] == [{"from": [{"podSelector": nodes}]}, {"ports": ours}]
+
+
+def test_no_engine_on_a_cpu_binds_its_threads_to_cores_that_are_not_its_own() -> None:
+    nodes = read(KUBERNETES / "kuberay" / "raycluster.yaml")[0]["spec"]["workerGroupSpecs"]
+    engines = [*(serving_in(PODS[name]()) for name in ("cpu", "kserve")), *nodes[0]["template"]["spec"]["containers"]]
+    for one in engines:
+        assert {"name": "VLLM_CPU_OMP_THREADS_BIND", "value": "nobind"} in one["env"], one["name"]
 
 
 @pytest.mark.skipif(

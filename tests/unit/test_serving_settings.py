@@ -210,6 +210,16 @@ def test_what_cannot_be_compared_is_refused_before_an_engine_starts(
     assert done.exception.parameter == parameter
 
 
-def test_texts_in_traces_without_traces_are_refused() -> None:
-    with pytest.raises(InputError, match="traces_text"):
-        CliRunner().invoke(serving.app, ["--traces-text"], catch_exceptions=False)
+@pytest.mark.parametrize(
+    ("words", "parameter", "option"),
+    [
+        (["--traces-text"], "traces_text", "--traces"),
+        (["--traces-share", "10%"], "traces_share", "--traces"),
+        (["--replicas", "2"], "replicas", "--backend ray"),
+        (["--ray-options", '{"num_replicas": 2}'], "ray_options", "--backend ray"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(words: list[str], parameter: str, option: str) -> None:
+    with pytest.raises(InputError, match=f"{parameter}=.* is of no use without {option}") as caught:
+        CliRunner().invoke(serving.app, words, catch_exceptions=False)
+    assert caught.value.mend == f"Give {option} too."
