@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import mlflow
 import pytest
@@ -192,7 +193,7 @@ def test_a_broken_version_is_not_served_and_the_old_one_stays(
 
 
 def test_a_killed_engine_is_started_again(endpoint: str) -> None:
-    server = next(pid for pid in children_named("namesake_serving"))
+    server = server_of(endpoint)
     engines = [pid for pid in session_of(server) if "vllm" in command_of(pid)]
     os.kill(engines[0], signal.SIGKILL)
     refused = 0
@@ -215,7 +216,7 @@ def test_a_killed_engine_is_started_again(endpoint: str) -> None:
 def test_a_version_of_another_configuration_gets_an_engine_of_its_own_and_no_request_notices(
     endpoint: str, way: Way, client: mlflow.MlflowClient
 ) -> None:
-    server = next(pid for pid in children_named("namesake_serving"))
+    server = server_of(endpoint)
     before = {pid for pid in session_of(server) if "vllm.entrypoints" in command_of(pid)}
     live, number = live_of(endpoint), other_configuration(way, client)
     with Clients(endpoint, 2) as clients:
@@ -273,6 +274,11 @@ def other_configuration(way: Way, client: mlflow.MlflowClient) -> int:
     record["digests"] = {**record["digests"], "model/generation_config.json": digest_of_file(path)}
     (folder / manifest.FILE).write_text(Manifest(**record).to_json(), encoding="utf-8")
     return int(client.create_model_version("ccb", source=str(folder)).version)
+
+
+def server_of(url: str) -> int:
+    """The process that serves there; others of this session may serve, too."""
+    return children_named(f"namesake_serving --port {urlsplit(url).port}")[0]
 
 
 def children_named(part: str) -> list[int]:
