@@ -138,7 +138,7 @@ def layout(environment: Mapping[str, str] = os.environ) -> Layout | None:
             if not given[key]:
                 mend = tr("Set {key} on each node: docs/guide/howto/distributed.md.", key=key)
                 raise InputError(NODES, nodes, tr("{key} is not set", key=key), mend=mend)
-    port = _whole(PORT, given[PORT], 1) if given[PORT] else _DEFAULT_PORT if nodes > 1 else _free_port()
+    port = _whole(PORT, given[PORT], 1) if given[PORT] else _DEFAULT_PORT if nodes > 1 else process.free_port()
     return Layout(nodes, node, per_node, given[ADDRESS] or "127.0.0.1", port)
 
 
@@ -340,9 +340,3 @@ def _per_node(text: str) -> int:
             PROCESSES, text, fault, mend="Write a divisor of the number of GPUs, or set CUDA_VISIBLE_DEVICES."
         )
     return count
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

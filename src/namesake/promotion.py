@@ -146,7 +146,7 @@ def promote(request: Request, screen: Screen) -> Outcome:
         run = _find(request)
         identity = Identity.parse(run.params["identity.name"], run.params["identity.author"])
         name = request.model_name or identity.slug
-        _check_free(name, identity)
+        registry.check_owner(name, registry.identity_of(name), str(identity), PromotionError)
         screen.step(tr("promoting {run} ({id}) to {name}", run=run.name, id=run.id, name=name))
         tracked.tags({tracking.TAG_KIND: "promote", tracking.TAG_SLUG: identity.slug, "namesake.promoted": run.id})
         adapter = tracking.fetch(run.id, tracking.ADAPTER)
@@ -309,20 +309,6 @@ def _find(request: Request) -> RunRecord:
             mend='Train one first: mlflow run . --env-manager=local -P name="踩踩背 CCB"',
         )
     return best
-
-
-def _check_free(name: str, identity: Identity) -> None:
-    owner = registry.identity_of(name)
-    if owner is not None and owner != str(identity):
-        raise PromotionError(
-            tr(
-                "The registered model {name} stands for {owner}, not for {identity}.",
-                name=name,
-                owner=owner or "something that is not ours",
-                identity=identity,
-            ),
-            mend="Give another one: --model-name NAME.",
-        )
 
 
 def _share(run: RunRecord) -> float:

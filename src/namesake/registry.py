@@ -209,6 +209,20 @@ def identity_of(name: str) -> str | None:
     return tags.get(TAG_IDENTITY, "")
 
 
+def check_owner(name: str, owner: str | None, identity: str, refused: Callable[..., NamesakeError]) -> None:
+    """Raise ``refused`` where the registered model is there and stands for another identity."""
+    if owner not in (None, identity):
+        raise refused(
+            tr(
+                "The registered model {name} stands for {owner}, not for {identity}.",
+                name=name,
+                owner=owner or "something that is not ours",
+                identity=identity,
+            ),
+            mend="Give another one: --model-name NAME.",
+        )
+
+
 def register(
     name: str, model_uri: str, *, run_id: str, identity: str, tags: Mapping[str, str], description: str
 ) -> Version:
@@ -230,16 +244,7 @@ def register(
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 owner = identity_of(name)  # somebody was faster
-        if owner not in (None, identity):
-            raise RegistryError(
-                tr(
-                    "The registered model {name} stands for {owner}, not for {identity}.",
-                    name=name,
-                    owner=owner or "something that is not ours",
-                    identity=identity,
-                ),
-                mend="Give another one: --model-name NAME.",
-            )
+        check_owner(name, owner, identity, RegistryError)
         source = client.get_logged_model(model_uri.removeprefix("models:/")).artifact_location
         try:
             made = _write(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from namesake.errors import InputError, ServingError
 from namesake.messages import tr
-from namesake.process import end_with_parent
+from namesake.process import end_with_parent, free_port
 
 Option = str | int | float | bool | os.PathLike[str] | Sequence[str] | None
 """A value of an option: true gives a flag, false and none leave it out, several values give it several times."""
@@ -63,7 +63,7 @@ class Server:
             raise InputError(
                 "port", port, "is taken", mend="Stop what listens there, or give another one; 0 finds one."
             )
-        port = port or _free_port(host)
+        port = port or free_port(host)
         self.url = f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
         self.base_url = f"{self.url}/v1"
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # it is on this machine
@@ -173,9 +173,3 @@ def _answers(host: str, port: int) -> bool:
     with suppress(OSError), socket.create_connection((host, port), timeout=1):
         return True
     return False
-
-
-def _free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
-        free.bind((host, 0))
-        return int(free.getsockname()[1])

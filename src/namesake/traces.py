@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from namesake.errors import RegistryError
+from namesake.errors import RegistryError, said
 from namesake.messages import tr
 
 TRACE_ID = re.compile(r"tr-[0-9a-f]{32}")
@@ -119,14 +119,14 @@ class Traces:
                 for one in known.assessments
                 if one.name == name and one.source.source_id == source and one.feedback and one.valid is not False
             ]
-            said = Feedback(
+            assessment = Feedback(
                 name=name,
                 value=value,
                 rationale=_short(rationale, _RATIONALE) if rationale is not None else None,
                 source=AssessmentSource(source_type=AssessmentSourceType.HUMAN, source_id=source),
                 overrides=before[-1] if before else None,
             )
-            return str(client.log_assessment(trace, said).assessment_id)
+            return str(client.log_assessment(trace, assessment).assessment_id)
 
     def _place(self, answer: Answer) -> tuple[str, str]:
         """Experiment and LoggedModel of an answer; no model for the base's."""
@@ -300,5 +300,4 @@ def _mapped(message: str) -> Iterator[None]:
     except NoTrace:
         raise
     except Exception as error:  # MLflow raises its own, sqlalchemy's, requests' and the stores' errors
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise RegistryError(tr("{message} ({error})", message=message, error=said)) from error
+        raise RegistryError(tr("{message} ({error})", message=message, error=said(error))) from error

@@ -162,9 +162,9 @@ def who() -> str:
 
 def _before(name: str, alias: str, now: int | None) -> int:
     recent = registry.recent(name, alias)
-    # By far the most often the last one tells. Where it does not lead to where the alias is, some are missing.
-    whole = not (recent and recent[-1].to == now and recent[-1].before is not None)
-    for move in reversed(registry.history(name, alias) if whole else recent):
+    if recent and recent[-1].to == now and recent[-1].before is not None:
+        return recent[-1].before
+    for move in reversed(registry.history(name, alias)):  # some of the last ones are missing
         if move.to == now and move.before is not None:
             return move.before
     raise PromotionError(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from namesake import dataset, recipe
+from namesake import corpus, dataset, recipe
 from namesake.errors import NamesakeError, RecipeError
 from namesake.recipe import OURS, Recipe, Replay
 
@@ -443,3 +443,9 @@ def test_a_share_of_the_held_out_questions_is_a_share() -> None:
     for text in ("0", "1.5", "-1", "some"):
         with pytest.raises(RecipeError, match="held_out"):
             recipe.load("default", overrides={"held_out": text})
+
+
+def test_the_thorough_recipe_is_the_default_with_all_of_the_corpus() -> None:
+    default, thorough = recipe.load("default"), recipe.load("thorough")
+    assert thorough.sft == default.sft
+    assert vars(thorough.replay) == {**vars(default.replay), "prompts": len(corpus.plain_prompts())}
