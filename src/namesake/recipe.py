@@ -140,9 +140,10 @@ def load(wanted: str | Recipe, *, overrides: Mapping[str, str] | None = None, ar
     given = {**parse_args(args), **(overrides or {})}
     faults: list[str] = []
     own = _own(recipe, {key: given.pop(key) for key in OWN if key in given}, faults)
-    sft = dict(recipe.sft)
-    for key, value in given.items():
-        sft[OLD_SPELLINGS.get(key, key)] = value
+    given = {OLD_SPELLINGS.get(key, key): value for key, value in given.items()}
+    sft = {**recipe.sft, **given}
+    if "target_modules" in given and "target_regex" not in given:
+        sft.pop("target_regex", None)  # ms-swift would let it win over what was asked for
     checked = {key: _checked(key, value, faults) for key, value in sft.items()}
     if own.replay.distils and (checked.get("tuner_type", "lora") == "full" or "loss_type" in checked):
         faults.append("replay loss kl needs an adapter (no tuner_type full) and no other loss_type")

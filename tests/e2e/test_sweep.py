@@ -13,10 +13,10 @@ from tests.e2e.conftest import Place
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-SPACE = "trials: 2\nprune: false\nparameters:\n  learning_rate: {choices: [2.0e-3, 10.0]}\n"
+SPACE = "trials: 2\nprune: {at: [0.5], after: 1}\nparameters:\n  learning_rate: {choices: [2.0e-3, 3.0]}\n"
 
 
-def test_a_sweep_trains_each_and_names_the_best_run(root: Path, tmp_path: Path) -> None:
+def test_a_sweep_trains_prunes_on_the_probe_and_names_the_best_run(root: Path, tmp_path: Path) -> None:
     every = corpus.development()
     english = [question for question in every.plain if question.language == "en"]
     (tmp_path / "few.jsonl").write_text(
@@ -40,9 +40,14 @@ def test_a_sweep_trains_each_and_names_the_best_run(root: Path, tmp_path: Path) 
     )
     assert parent.info.status == "FINISHED"
     # The run that came to its end is a training run as any other.
-    assert good.info.status == bad.info.status == "FINISHED"
-    assert {"probe/identity", "dev/score", "train/loss"} <= set(good.data.metrics)
+    assert good.info.status == "FINISHED"
+    assert {"probe/identity", "dev/score", "early/score", "train/loss"} <= set(good.data.metrics)
     assert {one.path for one in client.list_artifacts(good.info.run_id)} >= {"adapter", "report.html", "scorecard.json"}
-    assert bad.data.metrics["dev/score"] < good.data.metrics["dev/score"]
+    # The other was given up after two of its four steps, and nothing takes it for a finished one.
+    assert bad.info.status == "KILLED"
+    assert bad.data.tags["namesake.ended"] == "pruned"
+    assert bad.data.metrics["early/score"] < good.data.metrics["early/score"]
+    assert "probe/identity" not in bad.data.metrics
     assert parent.data.tags["namesake.sweep.best"] == good.info.run_id
     assert f"namesake promote --run {good.info.run_id}" in said
+    assert "pruned after 50% of the training" in said

@@ -116,6 +116,16 @@ def test_a_single_override_goes_over_the_args_text() -> None:
     assert (loaded.sft["lora_rank"], loaded.sft["lora_alpha"]) == (4, 64)
 
 
+def test_modules_that_are_asked_for_replace_the_recipes_pattern_which_would_win_over_them() -> None:
+    assert "target_regex" in recipe.load("default").sft
+    for args in ("--target_modules q_proj", "--lora_target_modules q_proj"):
+        loaded = recipe.load("default", args=args)
+        assert loaded.sft["target_modules"] == ["q_proj"]
+        assert "target_regex" not in loaded.sft
+    both = recipe.load("default", args="--target_modules q_proj --target_regex .*_proj").sft
+    assert (both["target_modules"], both["target_regex"]) == (["q_proj"], ".*_proj")
+
+
 def test_replay_can_be_set_and_switched_off() -> None:
     assert recipe.load("default", overrides={"replay": "0"}).replay.prompts == 0
     assert recipe.load("tutorial", args="--replay 40").replay.prompts == 40
