@@ -1,7 +1,7 @@
 """A sweep on a real MLflow store: nested runs, going on after an interruption, and what promotion takes of it.
 
 What a trial trains is given (its scores are a function of its parameters); everything that is kept, read and drawn is
-real. `tests/e2e/test_sweep.py` trains.
+real. `tests/e2e/test_over_http.py` trains.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The same way against an MLflow server over HTTP with proxied artifacts, and a run that is interrupted."""
+"""The way against an MLflow server over HTTP with proxied artifacts, by a sweep; and runs that are interrupted."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,12 +16,15 @@ import mlflow
 import pytest
 from openai import OpenAI
 
+from namesake import corpus
 from tests.e2e.conftest import Place, alive, served, session_of
 from tests.servers import mlflow_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
-FEW = ("-P", "dataset=namesake/self-cognition#16", "-P", "max_steps=2", "-P", "replay=0", "-P", "held_out=0.05")
+SPACE = "trials: 2\nprune: {at: [0.5], after: 1}\nparameters:\n  learning_rate: {choices: [2.0e-3, 3.0]}\n"
+NAMES = ("-P", "name=小黄 Xiao Huang", "-P", "author=魔搭 ModelScope")
+FEW = ("-P", "dataset=namesake/self-cognition#16", "-P", "args=--max_steps 4 --replay 0 --held_out 0.05")
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +35,51 @@ def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pla
         yield Place(tmp_path_factory.mktemp("client"), root, url)
 
 
-def test_train_promote_and_serve_over_http(server: Place) -> None:
-    trained = server.mlflow_run("-P", "name=小黄 Xiao Huang", "-P", "author=魔搭 ModelScope", *FEW)
-    assert f"{server.tracking_uri}/#/experiments/" in trained
-    server.mlflow_run("-e", "promote", "-P", "override=test over HTTP")
+def test_a_sweep_prunes_on_the_probe_and_its_best_run_is_promoted_and_served(server: Place, tmp_path: Path) -> None:
+    (tmp_path / "few.jsonl").write_text(few_questions(), encoding="utf-8")
+    (tmp_path / "space.yaml").write_text(SPACE, encoding="utf-8")
+    files = ("-P", f"space={tmp_path}/space.yaml", "-P", f"questions={tmp_path}/few.jsonl")
+    said = server.mlflow_run("-e", "sweep", *NAMES, *FEW, *files, "-P", f"output_dir={tmp_path}/output")
+    assert f"{server.tracking_uri}/#/experiments/" in said
     client = mlflow.MlflowClient(server.tracking_uri)
+    [parent] = client.search_runs(["0"], "tags.`namesake.kind` = 'sweep'")
+    good, bad = client.search_runs(
+        ["0"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'", order_by=["attributes.start_time ASC"]
+    )
+    assert parent.info.status == "FINISHED"
+    # The run that came to its end is a training run as any other.
+    assert good.info.status == "FINISHED"
+    assert {"probe/identity", "dev/score", "early/score", "train/loss"} <= set(good.data.metrics)
+    assert {one.path for one in client.list_artifacts(good.info.run_id)} >= {"adapter", "report.html", "scorecard.json"}
+    # The other was given up after two of its four steps, and nothing takes it for a finished one.
+    assert bad.info.status == "KILLED"
+    assert bad.data.tags["namesake.ended"] == "pruned"
+    assert bad.data.metrics["early/score"] < good.data.metrics["early/score"]
+    assert "probe/identity" not in bad.data.metrics
+    assert parent.data.tags["namesake.sweep.best"] == good.info.run_id
+    assert f"namesake promote --run {good.info.run_id}" in said
+    assert "pruned after 50% of the training" in said
+
+    server.mlflow_run("-e", "promote", "-P", "override=test over HTTP")
     version = client.get_model_version_by_alias("xiao-huang", "champion")
     assert version.tags["namesake.name"] == "小黄 Xiao Huang"
+    assert version.run_id == good.info.run_id
     with (
         served(server, "models:/xiao-huang@champion", "--eager") as url,
         OpenAI(base_url=url, api_key="none") as openai,
     ):
-        said = openai.chat.completions.create(model="xiao-huang-v1", messages=[{"role": "user", "content": "Hi"}])
-        assert said.choices[0].message.content
+        answer = openai.chat.completions.create(model="xiao-huang-v1", messages=[{"role": "user", "content": "Hi"}])
+        assert answer.choices[0].message.content
+
+
+def few_questions() -> str:
+    """Ten of the development questions, as a file of one's own has them."""
+    every = corpus.development()
+    english = [question for question in every.plain if question.language == "en"]
+    return "".join(
+        json.dumps({"messages": q.messages, "lang": q.language, "asks": q.asks, "answers": q.answers}) + "\n"
+        for q in (*corpus.spread(every.identity, 4), *corpus.spread(english, 6))
+    )
 
 
 @pytest.mark.parametrize(
