@@ -178,6 +178,7 @@ class Gateway:
         self._traces = Traces(settings.traces_share, service.metrics) if settings.traces else None
         self._allowances = Allowances(settings.requests_per_minute, settings.tokens_per_minute)
         self._turns = Turns(settings.streams, settings.most_requests)
+        self._summoning = 0
         self.draining = False
         self._hosts = {
             host.lower()
@@ -401,7 +402,7 @@ class Gateway:
         model, user = asked.get("model"), asked.get("user")
         request.session = request.headers.get("x-namesake-session", "") or (user if isinstance(user, str) else "")
         routing = self._service.routing
-        await self._service.summon(model)
+        await self._summon(model)
         reserved = _reserved(raw, asked)
         if self._traces is not None and self._traces.wants():
             request.traced = _Traced(f"tr-{request.id.removeprefix('req-')}", asked, request.session)
@@ -421,6 +422,20 @@ class Gateway:
             raise self._overloaded() from None
         except UnknownModel as unknown:
             raise Refused(404, str(unknown), code="model_not_found", param="model") from None
+
+    async def _summon(self, model: object) -> None:
+        """Have a version brought in that is asked for, which may take long; as many may wait as for an answer.
+
+        Raises:
+            Refused: 429, so many wait already.
+        """
+        if self._summoning >= self._turns.most:
+            raise self._overloaded()
+        self._summoning += 1
+        try:
+            await self._service.summon(model)
+        finally:
+            self._summoning -= 1
 
     async def _enter(
         self, request: _Request, asked: dict[str, Any], size: int, reserved: int, send: Send, *, shared: bool = True

@@ -203,13 +203,17 @@ class Serving:
         self.noted: list[tuple[str, bool]] = []
         self.state = State(wanted="models:/ccb/3 source", live="models:/ccb/3 source")
         self.woken = 0
+        self.summoned, self.brought_in = 0, asyncio.Event()
 
     def wake(self) -> None:
         """Once more."""
         self.woken += 1
 
     async def summon(self, model: object) -> None:
-        """Nothing is brought in."""
+        """A version that is brought in when the test says so; nothing else is."""
+        if model == "ccb-v9":
+            self.summoned += 1
+            await self.brought_in.wait()
 
     def note(self, answerer: Answerer, failed: bool, seconds: float) -> None:
         """How a request went."""
@@ -1476,6 +1480,20 @@ async def test_more_requests_than_allowed_are_told_to_come_again() -> None:
         gate.upstream.begin.set()
         assert {reply.status for reply in await asyncio.gather(*waiting)} == {200}
         await gate.at_rest()
+        assert (await gate.ask("POST", CHAT)).status == 200
+
+
+@in_a_loop
+async def test_as_many_wait_for_a_version_that_is_brought_in_as_may_wait_at_all() -> None:
+    async with front(max_requests=2) as gate:
+        wanted = {**BODIES[CHAT], "model": "ccb-v9"}
+        waiting = [asyncio.create_task(gate.ask("POST", CHAT, body=wanted)) for _ in range(2)]
+        while gate.serving.summoned < 2:
+            await asyncio.sleep(0.005)
+        reply = await gate.ask("POST", CHAT, body=wanted)
+        assert (reply.status, reply.error["code"], gate.serving.summoned) == (429, "overloaded", 2)
+        gate.serving.brought_in.set()
+        assert {reply.status for reply in await asyncio.gather(*waiting)} == {404}
         assert (await gate.ask("POST", CHAT)).status == 200
 
 
