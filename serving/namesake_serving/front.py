@@ -50,10 +50,9 @@ class Tls:
 
     def __init__(self, certificate: Path, key: Path | None) -> None:
         self._certificate, self._key = certificate, key
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 or newer
         self._stamp = self._now()
         try:
-            self._load(self.context)
+            self.context = self._newest = self._read()
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise InputError(
                 "ssl_certfile",
@@ -61,6 +60,8 @@ class Tls:
                 tr("cannot be used with {key} ({error})", key=key or "the key in it", error=error),
                 mend="Give PEM files of a certificate and of its key, which no password guards.",
             ) from error
+        # Asked at each handshake. Loaded into the same context a key of another kind would stand beside the old one.
+        self.context.sni_callback = self._use_newest
 
     async def follow(self, seconds: float = _LOOK_SECONDS) -> None:
         """Look for changed files until cancelled."""
@@ -71,16 +72,21 @@ class Tls:
                 continue
             self._stamp = stamp
             try:
-                # Into another context first: half of a pair must not replace what works.
-                self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
-                self._load(self.context)
+                self._newest = self._read()
             except (OSError, ValueError) as error:
                 _log.error("ssl_certfile: %s; the certificate before stays in use", error)
             else:
                 _log.info("ssl_certfile: new certificate in use")
 
-    def _load(self, context: ssl.SSLContext) -> None:
+    def _read(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 or newer
         context.load_cert_chain(self._certificate, self._key, password=_no_password)
+        return context
+
+    def _use_newest(
+        self, connection: ssl.SSLObject | ssl.SSLSocket, _name: str | None, _context: ssl.SSLContext
+    ) -> None:
+        connection.context = self._newest
 
     def _now(self) -> list[tuple[int, int, int] | None]:
         return [_stamp(file) for file in (self._certificate, self._key or self._certificate)]

@@ -723,12 +723,16 @@ async def test_a_key_that_fills_the_queue_does_not_shut_another_out(tmp_path: Pa
 # --------------------------------------------------------------------------------------------------- TLS
 
 
-def certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]:
+EC = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
+RSA = ("-newkey", "rsa:2048")
+
+
+def certificate(folder: Path, name: str = "localhost", kind: tuple[str, ...] = EC) -> tuple[Path, Path]:
     """A certificate of our own making and its key."""
     made, key = folder / f"{name}.pem", folder / f"{name}.key"
     subprocess.run(
         [
-            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
+            *("openssl", "req", "-x509", *kind, "-nodes"),
             *("-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name},IP:127.0.0.1"),
             *("-keyout", str(key), "-out", str(made), "-days", "2"),
         ],
@@ -738,10 +742,13 @@ def certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]:
     return made, key
 
 
+@pytest.mark.parametrize("kind", [pytest.param(EC, id="as before"), pytest.param(RSA, id="another kind of key")])
 @in_a_loop
-async def test_openais_client_talks_tls_and_a_renewed_certificate_is_taken_while_running(tmp_path: Path) -> None:
+async def test_openais_client_talks_tls_and_a_renewed_certificate_is_taken_while_running(
+    tmp_path: Path, kind: tuple[str, ...]
+) -> None:
     made, key = certificate(tmp_path)
-    renewed = certificate(tmp_path, "renewed")
+    renewed = certificate(tmp_path, "renewed", kind)
     async with front(api_keys=(KEY,), tls=Tls(made, key)) as gate:
 
         async def says(trusted: Path) -> str:
