@@ -11,6 +11,10 @@ WINDOW = 500
 LEAST_FAILURES = 5
 """One that fails as often as that is judged at once, however few requests there were."""
 
+HANGS = 30.0
+"""Seconds after which a stream that has not begun is a failure of the version that is to answer, though it may still
+come: one that hangs would never be judged otherwise."""
+
 
 class Judge:
     """Counts what either side answered.

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from namesake_serving import page, webhook
+from namesake_serving.canary import HANGS
 from namesake_serving.keys import Key, Keys
 from namesake_serving.limits import Allowance, Allowances, Full, Turns
 from namesake_serving.metrics import Metrics
@@ -104,6 +105,7 @@ class _Request:
     first_byte: float = 0.0
     kept: Kept | None = None
     traced: _Traced | None = None
+    hung: asyncio.TimerHandle | None = None
     key: Key = field(default_factory=Key)
     allowance: Allowance | None = None
 
@@ -477,7 +479,10 @@ class Gateway:
             used.told = bool(options.get("include_usage"))
             body["stream_options"] = {**options, "include_usage": True}
         routing = self._service.routing
-        spare = live is not routing.champion.live and asked.get("model") in (None, routing.name)
+        for_bare_name = asked.get("model") in (None, routing.name)  # who named a version asked for just that one
+        spare = for_bare_name and live is not routing.champion.live
+        if for_bare_name and body.get("stream"):
+            request.hung = asyncio.get_running_loop().call_later(HANGS, self._service.note, live, True, HANGS)
         try:
             await self._pass_through(request, live, alias, json.dumps(body).encode(), used, send, spare=spare)
         except Refused as ended:
@@ -488,8 +493,10 @@ class Gateway:
             used.prompt = 0
             raise
         finally:
+            if request.hung is not None:
+                request.hung.cancel()
             self._settle(request, used, reserved)
-        if asked.get("model") in (None, self._service.routing.name):  # who named a version asked for just that one
+        if for_bare_name:
             self._service.note(live, request.status >= 500, request.first_byte)
         if shadow is not None and copied and request.kept is not None and request.status == 200:
             shadow.copy(asked, request.kept, lambda rival: self._ask(rival, request.path, asked))
@@ -505,6 +512,8 @@ class Gateway:
 
     def _first_byte(self, request: _Request, begun: float) -> None:
         request.first_byte = time.monotonic() - begun
+        if request.hung is not None:
+            request.hung.cancel()
         self._service.metrics.first_token.labels(request.version).observe(request.first_byte)
 
     def _settle(self, request: _Request, used: _Used, reserved: int) -> None:

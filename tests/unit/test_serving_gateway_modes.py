@@ -143,6 +143,30 @@ async def test_a_challengers_stream_that_is_cut_is_a_failure_and_nobody_elses_an
 
 
 @in_a_loop
+async def test_a_stream_that_does_not_begin_is_a_failure_while_its_client_still_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("namesake_serving.gateway.HANGS", 0.1)
+    async with front() as gate, upstream() as other:
+        with_challenger(gate, other)
+        more = asyncio.Event()
+        other.script = [more, event("我是"), END]
+        asked = asyncio.create_task(gate.ask("POST", CHAT, body=STREAM))
+        while not gate.serving.noted:
+            await asyncio.sleep(0.01)
+        assert (gate.serving.noted, asked.done()) == ([("ccb-v4", True)], False)
+        more.set()
+        assert b"[DONE]" in (await asked).body
+        await gate.at_rest()
+        other.script = [event("我是"), more_to_come := asyncio.Event(), END]
+        async with gate.stream() as response:
+            await asyncio.sleep(0.3)  # it has begun: that it goes on for long is no fault
+            more_to_come.set()
+            await response.read()
+        assert gate.serving.noted == [("ccb-v4", True), ("ccb-v4", False), ("ccb-v4", False)]
+
+
+@in_a_loop
 async def test_a_client_that_goes_is_no_failure_of_the_version() -> None:
     async with front() as gate:
         more = asyncio.Event()
