@@ -2,11 +2,13 @@
 
     python benchmarks/soak.py --minutes 20                 # trains two small versions first, some minutes
     python benchmarks/soak.py --minutes 20 --store FOLDER  # a folder with mlflow.db and two versions of ccb
+    python benchmarks/soak.py --cheap --move-every 0.5 --kill-every 60 --rest 0.05   # many more of each, no vLLM
 
 Counted are answers and what failed; a request that fails within ``--grace`` seconds of a kill is counted apart. The
 gateway's resident memory and open descriptors are read every five seconds. The slope is that of a straight line by
 least squares through the samples after the first quarter of the time, in MiB an hour, with an interval of two standard
-errors (samples are not independent, so the interval is too narrow rather than too wide).
+errors (samples are not independent, so the interval is too narrow rather than too wide). With ``--cheap`` a server that
+answers at once stands in vLLM's place, so that hundreds of moves fit into minutes; what grows by the move shows there.
 """
 
 from __future__ import annotations
@@ -78,9 +80,9 @@ def below(parent: int) -> list[int]:
 class Patient(Load):
     """Clients that rest a second where nothing answers, and tell failures soon after a kill from others."""
 
-    def __init__(self, url: str, clients: int, tokens: int, course: Course, grace: float) -> None:
-        super().__init__(url, clients, tokens)
-        self._course, self._grace = course, grace
+    def __init__(self, url: str, course: Course, given: argparse.Namespace) -> None:
+        super().__init__(url, given.clients, given.tokens)
+        self._course, self._grace, self._rest = course, given.grace, given.rest
 
     async def _ask(self, session: aiohttp.ClientSession, body: dict[str, object]) -> str:
         begun = time.monotonic()
@@ -89,6 +91,7 @@ class Patient(Load):
             killed = any(kill - 1 <= time.monotonic() and begun <= kill + self._grace for kill in self._course.kills)
             await asyncio.sleep(1)
             return f"{came}, engine killed" if killed else came
+        await asyncio.sleep(self._rest)
         return came
 
 
@@ -101,7 +104,7 @@ async def soak(url: str, gateway: int, given: argparse.Namespace) -> tuple[Cours
         version.number for version in (registry.resolve(f"models:/{MODEL}@{a}") for a in ("champion", "challenger"))
     ]
     course = Course()
-    load = Patient(url, given.clients, given.tokens, course, given.grace)
+    load = Patient(url, course, given)
     start = time.monotonic()
     end = start + given.minutes * 60
 
@@ -142,29 +145,51 @@ def slope(samples: Sequence[tuple[float, float, int]], column: int) -> tuple[flo
     return float(rate), 2 * float(errors[0, 0]) ** 0.5
 
 
+def publish_two(folder: Path) -> None:
+    """Two versions whose weights are a text."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "serving")]
+    import mlflow
+    from tests.gateways import publish
+
+    from namesake import registry
+
+    client = mlflow.MlflowClient()
+    client.create_registered_model(MODEL, tags={registry.TAG_IDENTITY: "踩踩背 CCB"})
+    for number, alias in ((1, "champion"), (2, "challenger")):
+        publish(client, MODEL, folder, number)
+        client.set_registered_model_alias(MODEL, alias, str(number))
+
+
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=24, help="length of an answer")
+    parser.add_argument("--poll", type=float, default=0.5, help="the server's poll_seconds")
     parser.add_argument("--move-every", type=float, default=15, help="seconds")
     parser.add_argument("--kill-every", type=float, default=240, help="seconds")
     parser.add_argument("--grace", type=float, default=120, help="seconds that a killed engine may be missed")
+    parser.add_argument("--rest", type=float, default=0, help="seconds between a client's answer and its next question")
+    parser.add_argument("--cheap", action="store_true", help="a server that answers at once in vLLM's place")
     parser.add_argument("--store", type=Path, help="folder with mlflow.db and two versions of ccb")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         store = (given.store or Path(name)).resolve()
-        if given.store is None:
-            prepare(store)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
         os.chdir(store)
+        words = ["-m", "namesake", "serve"]
+        if given.cheap:
+            publish_two(store)
+            words = [str(ROOT / "benchmarks" / "scale.py"), "--part", "gateway", f"models:/{MODEL}@champion"]
+        elif given.store is None:
+            prepare(store)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         with Path(name, "serve.log").open("wb") as log:
             server = subprocess.Popen(
-                [sys.executable, "-m", "namesake", "serve", "--port", str(port), "--eager", "--poll-seconds", "0.5"],
+                [sys.executable, *words, "--port", str(port), "--eager", "--poll-seconds", str(given.poll)],
                 cwd=store,
                 env=environment(store),
                 stdout=log,
