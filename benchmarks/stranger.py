@@ -136,10 +136,10 @@ def main() -> None:
                     clock.tell("setup (the first `make`)")
                 elif "→" in line or line.startswith("! gate"):
                     print(f"    {line.strip()[:110]}", flush=True)
-        clock.tell(run)
+        clock.tell("make run")
         with started(found["promote"], folder, env) as lines:
             list(lines)
-        clock.tell(found["promote"][:44])
+        clock.tell("make promote")
         with started(found["serve"], folder, env) as lines:
             url = next(page[0] for line in lines if (page := PAGE.search(line)))
             clock.tell(f"{found['serve']} (until {url} is ready)")
