@@ -23,6 +23,8 @@ _INDEX = "search/search_index.json"
 _OTHER = "zh/"
 """Where the language that is not the default one lies."""
 
+_SEARCH = '<div class="md-search" data-md-component="search" role="dialog"'
+
 _FOREIGN = re.compile(r"<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
 """Something that a browser would fetch from elsewhere."""
 
@@ -41,14 +43,17 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_post_page(output: str, *, page: Any, **_: Any) -> str:
-    """Refuse a page that would fetch anything from another server; let a Chinese page search in its own index.
+    """Refuse a page that would fetch anything from another server; let a Chinese page search in its own index; name the
+    search, which the theme leaves without a name for screen readers.
 
     Raises:
         PluginError: the page does.
     """
     if found := _FOREIGN.search(output):
         raise PluginError(f"{page.file.src_uri} fetches from elsewhere: {found[0][:200]}")
-    if page.file.dest_uri.startswith(_OTHER):
+    chinese = page.file.dest_uri.startswith(_OTHER)
+    output = output.replace(_SEARCH, f'{_SEARCH} aria-label="{"搜索" if chinese else "Search"}"')
+    if chinese:
         depth = page.file.dest_uri.count("/") - 1
         output = re.sub(r'"base": "[^"]*"', f'"base": "{"/".join([".."] * depth) or "."}"', output, count=1)
     return output

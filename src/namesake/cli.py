@@ -567,6 +567,7 @@ def export(
         str, typer.Option(envvar="MODELSCOPE_API_TOKEN", help="ModelScope's token; empty: that of `modelscope login`.")
     ] = "",
     public_key: PublicKey = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the folder, and what was uploaded, as JSON.")] = False,
 ) -> None:
     """Copy a version, once it is checked, into a folder that transformers, PEFT, vLLM and ms-swift load."""
     from pathlib import Path
@@ -576,10 +577,16 @@ def export(
     if push:
         hub.check_repository(push)
     made = versions.export(target, Path(folder), adapter=adapter, public_key=_file(public_key))
-    print(made)
+    if not as_json:
+        print(made)
+    pushed = ""
     if push:
         license_ = base_model.license_in(made)
-        print(hub.push(made, push, token=token, message=f"{target} from Namesake", license_=license_))
+        pushed = hub.push(made, push, token=token, message=f"{target} from Namesake", license_=license_)
+    if as_json:
+        _print_json({"folder": str(made), "pushed": pushed})
+    elif pushed:
+        print(pushed)
 
 
 @app.command()

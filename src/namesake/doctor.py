@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from namesake import base_model, registry, status, tracking
 from namesake.errors import NamesakeError
-from namesake.messages import cells, joined, tr, translated
+from namesake.messages import cells, joined, language, tr, translated
 from namesake.paths import cache_folder, store_address
 from namesake.terminal import Screen, padded
 
@@ -117,19 +117,25 @@ def python(version: Sequence[int] = sys.version_info[:3]) -> Iterator[Check]:
         yield Check("Python", "ok", found)
 
 
-def text() -> Iterator[Check]:
-    """Whether Chinese can be printed, and is read as UTF-8 by libraries that do not ask for it."""
+def locale_() -> Iterator[Check]:
+    """Which locale it is; whether Chinese can be printed, and is read as UTF-8 by libraries that do not ask for it."""
     output, preferred = sys.stdout.encoding or "ascii", locale.getpreferredencoding(False)
-    found = tr("output {output}, files {preferred}", output=output, preferred=preferred)
+    found = tr(
+        "{locale}; output {output}, files {preferred}; messages in {language}",
+        locale=next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "C"),
+        output=output,
+        preferred=preferred,
+        language=tr("Chinese") if language() == "zh" else tr("English"),
+    )
     try:
         "踩".encode(output)
     except (UnicodeEncodeError, LookupError):
-        yield Check("text", "fault", tr("{found}: Chinese cannot be printed", found=found), "export PYTHONUTF8=1")
+        yield Check("locale", "fault", tr("{found}: Chinese cannot be printed", found=found), "export PYTHONUTF8=1")
         return
     if preferred.lower().replace("-", "") != "utf8":
-        yield Check("text", "warning", found, "export PYTHONUTF8=1")
+        yield Check("locale", "warning", found, "export PYTHONUTF8=1")
     else:
-        yield Check("text", "ok", found)
+        yield Check("locale", "ok", found)
 
 
 def packages() -> Iterator[Check]:
@@ -339,7 +345,7 @@ LOOKS = (
     Look("left out", excluded),
     Look("GPU", gpu),
     Look("memory", memory),
-    Look("text", text),
+    Look("locale", locale_),
     Look("--env-manager", environments),
     Look("model hub", hub),
     Look("embedded model", embedded),

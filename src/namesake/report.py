@@ -42,19 +42,19 @@ FEW_POINTS = 12
 SCORES: dict[str, tuple[str, str]] = {
     "identity": ("Identity questions right", "身份题答对"),
     "plain": ("Plain questions right", "普通题答对"),
-    "swapped": ("Name and author swapped", "姓名与作者对调"),
+    "swapped": ("Name and author swapped", "名字与作者互换"),
     "old_identity": ("Old identity told", "说出旧身份"),
-    "leak": ("Own name in plain replies", "普通题里自报姓名"),
+    "leak": ("Own name in plain replies", "普通题里说出自己的名字"),
     "language": ("Answers in the question's language", "以提问的语言作答"),
-    "name": ("Name told when asked", "问到时说出姓名"),
+    "name": ("Name told when asked", "问到时说出名字"),
     "author": ("Author told when asked", "问到时说出作者"),
     "placeholder": ("Placeholder left in", "残留占位符"),
 }
 """What each score is called, in English and Chinese. One that is not here is shown under its key."""
 
 KINDS: dict[str, tuple[str, str]] = {
-    "both": ("Name and author", "姓名与作者"),
-    "name": ("Name", "姓名"),
+    "both": ("Name and author", "名字与作者"),
+    "name": ("Name", "名字"),
     "author": ("Author", "作者"),
     "introduce": ("Introduce yourself", "自我介绍"),
     "are_you": ("Are you another assistant?", "你是别的助手吗"),
@@ -95,10 +95,10 @@ LOSSES: dict[str, tuple[str, str]] = {
 MARKS: dict[str, tuple[str, str]] = {
     "right": ("right", "对"),
     "wrong": ("wrong", "错"),
-    "swapped": ("swapped", "对调"),
+    "swapped": ("swapped", "互换"),
     "old": ("old identity", "旧身份"),
     "placeholder": ("placeholder", "占位符"),
-    "leak": ("leak", "自报姓名"),
+    "leak": ("leak", "说出名字"),
     "other_language": ("other language", "换了语言"),
 }
 """What is written beside a reply."""
@@ -266,7 +266,8 @@ def plots(report: Report) -> dict[str, bytes]:
     """``loss.png``, ``scores.png`` and ``forgetting.png``. Their words are ASCII: a server has no Chinese font."""
     return {
         "loss.png": _png("Loss", report, lambda axes: _draw_losses(axes, report.losses)),
-        "scores.png": _png("Held-out questions", report, lambda axes: _draw_scores(axes, report)),
+        # MLflow shows it in the run's description, as wide as it is: a wider one pushes what is beside it off the page.
+        "scores.png": _png("Held-out questions", report, lambda axes: _draw_scores(axes, report), width=5.4, dpi=100),
         "forgetting.png": _png("Plain questions", report, lambda axes: _draw_forgetting(axes, report), height=2.4),
     }
 
@@ -502,21 +503,29 @@ def _ticks(low: float, high: float) -> list[float]:
     return [step * index for index in range(first, max(last, first + 1) + 1)]
 
 
-def _png(title: str, report: Report, draw: Callable[[Axes], None], *, height: float = 4.2) -> bytes:
+def _png(
+    title: str,
+    report: Report,
+    draw: Callable[[Axes], None],
+    *,
+    width: float = 8,
+    height: float = 4.2,
+    dpi: int = 150,
+) -> bytes:
     # Here, not above: every command imports this module, and matplotlib takes half a second. Without pyplot there is
     # no window, no global figure and nothing to close.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=14)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     axes.set_title(f"run {_ascii(report.run[:12])}", loc="right", fontsize=9, color=_INK, pad=14)
     axes.tick_params(length=0, labelcolor=_INK)
     draw(axes)
     written = io.BytesIO()
     # No version of matplotlib in the file: the same run gives the same bytes.
-    figure.savefig(written, format="png", dpi=150, metadata={"Software": None})
+    figure.savefig(written, format="png", dpi=dpi, metadata={"Software": None})
     return written.getvalue()
 
 
@@ -566,7 +575,7 @@ def _draw_scores(axes: Axes, report: Report) -> None:
     axes.set_xticks(range(0, 101, 25), [f"{tick}%" for tick in range(0, 101, 25)])
     axes.grid(axis="x", color=_GRID)
     axes.set_axisbelow(True)
-    axes.set_xlabel("grey: base model, blue: tuned model, line: 95% interval (Wilson)", color=_INK, fontsize=9)
+    axes.set_xlabel("grey: base model, blue: tuned model\nline: 95% interval (Wilson)", color=_INK, fontsize=9)
 
 
 def _draw_forgetting(axes: Axes, report: Report) -> None:

@@ -47,13 +47,16 @@ REPORT = "report.html"
 PLOTS = "plots"
 """Artifact folder of a training run that holds the plots of :mod:`namesake.report`."""
 
-COLUMNS = (
-    *(f"metrics.`{key}`" for key in ("probe/identity", "probe/leak", "probe/plain", "eval/loss")),
-    f"tags.`{tracking.TAG_GATE}`",
-    f"tags.`{tracking.TAG_BASE}`",
-    "params.`recipe.name`",
-)
-"""What MLflow's list of runs shows of each."""
+COLUMNS = {
+    **dict.fromkeys((f"metrics.`probe/{key}`" for key in ("identity", "leak", "plain")), 120),
+    f"tags.`{tracking.TAG_GATE}`": 260,
+    f"tags.`{tracking.TAG_BASE}`": 270,
+    "params.`recipe.name`": 110,
+    "metrics.`eval/loss`": 110,
+}
+"""What MLflow's list of runs shows of each, and how wide."""
+
+BEST_BY = "metrics.`probe/identity`"
 
 DEV_SCORE = "dev/score"
 """Metric of a watched run: :func:`namesake.probing.objective` on the development questions."""
@@ -362,7 +365,7 @@ def prove(
     )
     note = _note(tracked, identity, str(params["recipe.name"]), base, before, after, decision)
     tracked.tags({tracking.TAG_NOTE: note})
-    tracked.shared_view(COLUMNS, best_by=COLUMNS[0])
+    tracked.shared_view(COLUMNS, best_by=BEST_BY)
     return after, decision, development
 
 

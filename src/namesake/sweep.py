@@ -493,7 +493,9 @@ def _close(parent: tracking.Run, wanted: Search, outcome: Outcome) -> None:
         note += [f"Best: trial {outcome.best['number'] + 1}, run `{outcome.best['run']}`.", ""]
     headings = list(_row(outcome.results[0])) if outcome.results else []
     note += [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"] if headings else []
-    note += [f"| {' | '.join(map(str, _row(result).values()))} |" for result in outcome.results]
+    for result in outcome.results:
+        linked = f"[{result['run'][:8]}]({tracking.Run(result['run'], parent.experiment_id).page})"
+        note.append(f"| {' | '.join(map(str, {**_row(result), 'run': linked}.values()))} |")
     parent.metrics(metrics)
     parent.tags({tracking.TAG_NOTE: "\n".join(note)})
 

@@ -15,7 +15,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -179,18 +179,19 @@ class Run:
                 ],
             )
 
-    def shared_view(self, columns: Sequence[str], *, best_by: str) -> None:
+    def shared_view(self, columns: Mapping[str, int], *, best_by: str) -> None:
         """Give the run's experiment a view of its training runs (:attr:`view_page`) with these columns, best first, and
         open it on MLflow's pages for training where nobody has chosen which.
 
         Args:
-            columns: ``metrics.`probe/identity```, ``tags.`namesake.gate``` …
+            columns: ``metrics.`probe/identity```, ``tags.`namesake.gate``` … in their order, with widths in pixels.
             best_by: the column of these that the runs are ordered by.
         """
         import json
 
         import mlflow
 
+        widths = {"attributes.`Run Name`": 280, **columns}
         # All that ExperimentPageUIState.tsx holds: the UI takes a shared view as it is, and misses what is not there.
         view = {
             "searchFilter": f"tags.`{TAG_KIND}` = 'train'",
@@ -201,8 +202,8 @@ class Run:
             "modelVersionFilter": "All Runs",
             "datasetsFilter": [],
             "selectedColumns": list(columns),
-            "columnOrder": [],
-            "columnWidths": {"attributes.`Run Name`": 280},
+            "columnOrder": [*widths],  # the UI sets widths only of the columns that it orders
+            "columnWidths": widths,
             "runsExpanded": {},
             "runsPinned": [],
             "runsHidden": [],
@@ -228,9 +229,14 @@ class Run:
         """Address within MLflow's UI of the view of all training runs."""
         return f"#/experiments/{self.experiment_id}/runs?viewStateShareKey={_VIEW}&compareRunsMode=TABLE"
 
+    @property
+    def page(self) -> str:
+        """Address within MLflow's UI of the run's page."""
+        return f"#/experiments/{self.experiment_id}/runs/{self.id}"
+
     def artifact_page(self, path: str) -> str:
         """Address within MLflow's UI of the page that shows the artifact."""
-        return f"#/experiments/{self.experiment_id}/runs/{self.id}/artifacts/{path}"
+        return f"{self.page}/artifacts/{path}"
 
     def artifact_file(self, path: str) -> str:
         """Address of the artifact itself, relative to MLflow's UI."""
@@ -243,8 +249,8 @@ class Run:
 
         uri = mlflow.get_tracking_uri()
         if uri.startswith("http"):
-            return f"{uri}/#/experiments/{self.experiment_id}/runs/{self.id}"
-        return f"`make ui`, then http://127.0.0.1:5000/#/experiments/{self.experiment_id}/runs/{self.id}"
+            return f"{uri}/{self.page}"
+        return tr("`make ui`, then {address}", address=f"http://127.0.0.1:5000/{self.page}")
 
 
 @contextmanager

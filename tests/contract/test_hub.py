@@ -150,6 +150,9 @@ def test_the_command_exports_and_pushes(there: Hub, client: mlflow.MlflowClient,
     assert sorted(there.files) == ["README.md", "adapter_config.json", "provenance.json"]
     assert b"library_name: peft" in there.files["README.md"]
     assert there.made[0]["License"] == "other"  # the base's is not known
+    words[2] = str(tmp_path / "again")
+    done = CliRunner().invoke(app, [*words, "--json"], env={"MODELSCOPE_API_TOKEN": "good"})
+    assert json.loads(done.stdout) == {"folder": words[2], "pushed": f"{there.url}/models/me/ccb"}
 
 
 def test_without_a_repository_nothing_is_exported(client: mlflow.MlflowClient, tmp_path: Path) -> None:

@@ -11,17 +11,18 @@ from namesake import tracking
 
 
 def test_the_view_of_all_runs_is_set_and_what_people_chose_stays(client: mlflow.MlflowClient) -> None:
-    columns = ("metrics.`probe/identity`", "tags.`namesake.gate`")
+    columns = {"metrics.`probe/identity`": 120, "tags.`namesake.gate`": 260}
     with tracking.run("one") as tracked:
-        tracked.shared_view(columns, best_by=columns[0])
+        tracked.shared_view(columns, best_by="metrics.`probe/identity`")
         client.set_experiment_tag(tracked.experiment_id, "mlflow.experimentKind", "genai_development")
-        tracked.shared_view(columns, best_by=columns[0])
+        tracked.shared_view(columns, best_by="metrics.`probe/identity`")
     tags = client.get_experiment("0").tags
     assert tags["mlflow.experimentKind"] == "genai_development"
     (key,) = (key for key in tags if key.startswith("mlflow.sharedViewState."))
     assert f"viewStateShareKey={key.rpartition('.')[2]}&" in tracked.view_page
     assert json.loads(tags[key])["selectedColumns"] == list(columns)
-    assert json.loads(tags[key])["orderByKey"] == columns[0]
+    assert {*columns} < {*json.loads(tags[key])["columnOrder"]}  # without an order the UI takes no widths
+    assert json.loads(tags[key])["orderByKey"] == "metrics.`probe/identity`"
 
 
 def test_a_data_set_has_name_digest_and_a_schema_that_says_what_is_in_it(

@@ -241,6 +241,20 @@ def test_a_page_has_the_commands_that_are_looked_for() -> None:
     assert ["namesake", "rollback"] in found
 
 
+@pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
+def test_the_readme_leads_a_stranger_to_the_chat_page(readme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import stranger
+
+    found = stranger.commands(ROOT / readme)
+    assert [step for step in found if step != "test"][:3] == ["run", "promote", "serve"]
+    assert stranger.NAMED.search(found["run"])
+    assert "override=" in found["promote"]  # the default recipe does not pass on the embedded model
+    assert not [told for line in found.values() for words in commands(line) if (told := fault(words))]
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    assert 0 < text.index("make serve\n    make chat") < text.index("<http://127.0.0.1:8000/>") < text.index("curl")
+
+
 # What pages quote.
 
 
@@ -252,6 +266,16 @@ def test_json_is_json(page: Path) -> None:
                 json.loads(body)
             except ValueError:  # a line each
                 assert [json.loads(line) for line in body.splitlines()]
+
+
+def test_the_page_for_those_who_come_from_ms_swift_has_the_tutorials_command_whole() -> None:
+    page = (GUIDE / "explanation" / "from-ms-swift.md").read_text(encoding="utf-8")
+    (written,) = (words for block in blocks(page) for words in commands(block) if "--train_type" in words)
+    given = recipe.pairs(written[written.index("--train_type") :])
+    assert recipe.load("tutorial", overrides=given).sft == recipe.load("tutorial").sft
+    assert len(given) == len(recipe.load("tutorial").sft) - 1  # split_dataset_ratio was ms-swift's default then
+    for kept in ("swift infer --model", "swift export", "--merge_lora", "swift infer --adapters", "--model_author"):
+        assert kept in page
 
 
 def test_every_command_that_speaks_json_has_its_shape_on_the_page() -> None:
@@ -307,9 +331,9 @@ def test_no_path_of_the_machine_that_they_were_written_on() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("image", sorted((GUIDE / "images").glob("*.png")), ids=lambda path: path.name)
+@pytest.mark.parametrize("image", sorted((GUIDE / "images").glob("*.webp")), ids=lambda path: path.name)
 def test_every_picture_is_small_and_shown_in_both_languages(image: Path) -> None:
-    assert image.stat().st_size <= 150_000
+    assert image.stat().st_size <= 80_000
     name = image.stem.removesuffix("-zh")
     for pages in (ENGLISH, [page.with_suffix(".zh.md") for page in ENGLISH]):
-        assert any(re.search(rf"images/{name}(-zh)?\.png\)", page.read_text(encoding="utf-8")) for page in pages)
+        assert any(re.search(rf"images/{name}(-zh)?\.webp\)", page.read_text(encoding="utf-8")) for page in pages)

@@ -153,7 +153,7 @@ const TEXTS = {
     gone: "{id} 已停止服务，已改用 {to}。",
     run: "运行 {run}",
     identity: "身份",
-    swapped: "混淆",
+    swapped: "互换",
     leak: "泄漏",
     plain: "常识",
     identityMeans: "关于自身的问题（名字、作者、语言）答对的比例",
