@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from commands import ROOT
@@ -119,20 +119,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--args", default="", help="ARGS of `make run`, which the README does not give")
     parser.add_argument("--readme", default="README.md", help="README.zh.md: the same by the Chinese one")
+    parser.add_argument("--name", default=NAME)
+    parser.add_argument("--author", default=AUTHOR)
+    parser.add_argument("--keep", type=Path, help="do it in this new folder, which stays")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="stranger-") as place:
+    with nullcontext(given.keep) if given.keep else tempfile.TemporaryDirectory(prefix="stranger-") as place:
         folder, home = Path(place, "namesake"), Path(place, "home")
-        home.mkdir()
+        home.mkdir(parents=True)
         env = environment(home)
         clock = Clock()
         subprocess.run(["git", "clone", "-q", ROOT, folder], env=env, check=True)
         found = commands(folder / given.readme)
         clock.tell("git clone")
 
-        run = NAMED.sub(f'NAME="{NAME}" AUTHOR="{AUTHOR}"', found["run"])
+        run = NAMED.sub(f'NAME="{given.name}" AUTHOR="{given.author}"', found["run"])
         with started(run + (f" ARGS={shlex.quote(given.args)}" if given.args else ""), folder, env) as lines:
             for line in lines:
-                if line.startswith("› ") and NAME in line:
+                if given.keep:
+                    with Path(place, "run.log").open("a", encoding="utf-8") as log:
+                        log.write(line)
+                if line.startswith("› ") and given.name in line:
                     clock.tell("setup (the first `make`)")
                 elif "→" in line or line.startswith("! gate"):
                     print(f"    {line.strip()[:110]}", flush=True)
