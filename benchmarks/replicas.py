@@ -3,7 +3,7 @@
     python benchmarks/replicas.py                                  # trains two small versions first, some minutes
     python benchmarks/replicas.py --store FOLDER --rows local 2    # a folder with mlflow.db and two versions of ccb
     python benchmarks/replicas.py --rows 1 2 --pairs 3 --moves 0   # the rows in turn, and the last to the first
-    python benchmarks/replicas.py --instant --rows 1 2 --pairs 3 --moves 0 -- --max-streams 4    # engines not the cores'
+    python benchmarks/replicas.py --instant --rows 1 2 --pairs 3 --moves 0 -- --max-streams 4   # no core bounds it
 
 Rows: `local` is `namesake serve`, a number is `--backend ray --replicas N`. Every client asks again as soon as it is
 answered, streamed. Printed are seconds until the first answer, tokens a second, then for moves under the same load:
