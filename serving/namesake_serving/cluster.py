@@ -2,7 +2,7 @@
 
 ::
 
-    gateway ──asks by version──▶ Replica (Ray Serve, n of them): the engine host of merged mode, an engine, its door
+    gateway ──asks by version──▶ Replica (Ray Serve, n of them): an engine host of :mod:`hosts`, and its engine
        ▲                             ▲
        └── what answers now ── Conductor (one named actor): asks the registry, orders every replica
 
@@ -10,7 +10,8 @@ A change has two phases. *Prepare*: every replica fetches, verifies, loads and p
 one that fails has it undone everywhere. *Turn*: every replica answers by it. Only then do gateways hear of it. A
 gateway asks for an answer by the version it knows, and a replica that has another one does not answer: so whoever has
 seen the new version never sees the old one again, whichever replica is asked, and one that missed the change, or joined
-late, answers nobody until it has been brought to what is served.
+late, answers nobody until it has been brought to what is served. With adapters a version stays in the engines for those
+who ask for it by its number; which of them do is settled by the conductor, and is the same on every replica.
 
 Ray Serve starts, scales, watches and replaces replicas, and routes; none of that is ours. The only importer of Ray.
 """
@@ -685,7 +686,7 @@ class AdapterFleet(Fleet):
         key = key_of(stored.version)
         async with self._one_at_a_time:
             live = self._in.get(key) or self._coming.get(key) or self._live(stored)
-            if key not in self._in:
+            if key not in self._in and key not in self._coming:
                 await self._make_room()
             self._coming[key] = live
             try:
