@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -62,6 +62,13 @@ class Served:
         with urllib.request.urlopen(request, timeout=20) as response:
             said = json.load(response)["choices"][0]["message"]["content"]
             return response.headers["x-namesake-version"], said
+
+    def ready(self, log: Path) -> bool:
+        """Whether anything answers; the server has not ended."""
+        assert self.process.poll() is None, log.read_text(encoding="utf-8")
+        with suppress(OSError):
+            return bool(self.get("/ready"))
+        return False
 
     def live(self) -> int:
         """The version that answers."""
@@ -118,13 +125,7 @@ def server(served: Served, port: int, *words: str, **env: str) -> Iterator[Serve
         )
     served.url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(1200):
-            assert process.poll() is None, log.read_text(encoding="utf-8")
-            try:
-                urllib.request.urlopen(f"{served.url}/ready", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.1)
+        served.until(lambda: served.ready(log), 90)
         yield served
         below = served.processes("")
         process.send_signal(signal.SIGTERM)
@@ -166,7 +167,9 @@ def adapters(served: Served, environment: dict[str, str]) -> Iterator[Served]:
     (address, *_) = re.findall(r"--gcs-address=(\S+)", " ".join(map(_command, served.processes("raylet"))))
     words = ("--mode", "adapter", "--max-adapters", "3", "--canary", "50%", "--any-version")
     words = (*words, "--shadow", "100%", "--shadow-folder", str(folder / "shadow"))
-    own = environment | {"RAY_ADDRESS": address, "NAMESAKE_SERVE_CANARY_LATENCY": "100"}
+    # Else Ray takes the address of a network card for loopback's.
+    own = environment | {"RAY_ADDRESS": address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    own["NAMESAKE_SERVE_CANARY_LATENCY"] = "100"
     with server(Served("", client, folder, None, name), free_port(), *words, **own) as running:  # type: ignore[arg-type]
         yield running
 
@@ -191,6 +194,7 @@ class Load:
                 raw = (await response.read()).decode()
                 if response.status != 200:
                     self.faults.append((response.status, raw))
+                    await asyncio.sleep(0.1)
                     continue
                 number = int(response.headers["x-namesake-version"].rpartition("v")[2])
             whole = [line[6:] for line in raw.splitlines() if line.startswith("data: {")] if body["stream"] else [raw]
@@ -348,6 +352,7 @@ async def test_replicas_and_a_follower_that_come_back_have_the_same_adapters(ser
     def models() -> set[str]:
         return {one["id"] for one in adapters.get("/v1/models")["data"]}
 
+    adapters.client.delete_registered_model_alias("dda", "challenger")  # else it is tried again by who does not know it
     before = models()
     async with load(adapters.url, streamed=False) as clients:
         for name in ("ray::ServeReplica:namesake-dda", "ray::Conductor"):  # below the server that has started Ray
