@@ -9,7 +9,8 @@ Rows: `local` is `namesake serve`, a number is `--backend ray --replicas N`. Eve
 answered, streamed. Printed are seconds until the first answer, tokens a second, then for moves under the same load:
 seconds until every client has the new version, requests that failed or were cut, streams in which two versions spoke,
 and clients that saw a version again after its successor. With ``--instant`` an engine that answers by sleeping stands
-where vLLM is: no core is what bounds it, but how much each takes at a time (``--max-streams``).
+where vLLM is, ``--pause`` seconds before each event: no core is what bounds it, but how much each takes at a time
+(``--max-streams``).
 """
 
 from __future__ import annotations
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--moves", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=1, help="how often the rows are measured, in turn")
     parser.add_argument("--instant", action="store_true", help="an engine that costs nothing where vLLM is")
+    parser.add_argument("--pause", type=float, default=0.05, help="seconds before each of its events")
     parser.add_argument("--store", type=Path, help="folder with mlflow.db and two versions of ccb")
     parser.add_argument("words", nargs="*", help="more for `namesake serve`, behind --")
     given = parser.parse_args()
@@ -176,6 +178,7 @@ def main() -> None:
         engine = ""
         if given.instant:
             engine = instant(store)
+            os.environ["INSTANT_PAUSE"] = str(given.pause)
         elif given.store is None:
             prepare(store)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"

@@ -28,9 +28,9 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
@@ -722,11 +722,11 @@ class AdapterFleet(Fleet):
             self.table = replace(self.table, challenger=None)
             self._publish(self.table, [one.stored for one in self._in.values()])
 
-    def used(self, labels: Collection[str]) -> None:
-        """These have answered just now."""
+    def used(self, ago: Mapping[str, float]) -> None:
+        """These were asked for so many seconds ago."""
         for one in self._in.values():
-            if one.label in labels:
-                one.used = time.monotonic()
+            if one.label in ago:
+                one.used = max(one.used, time.monotonic() - ago[one.label])
 
     async def _fetch(self, version: Version) -> Stored:
         return await asyncio.to_thread(verified, version, self._settings, cache_folder(), self.part)
@@ -772,12 +772,12 @@ class Seen:
 
     Attributes:
         number: of the news that it has.
-        used: the versions that have answered since it asked last, by label.
+        used: seconds since a version was asked for, by label, of those that were since the last question.
         notes: of requests for the bare name: who answered, whether that failed, seconds to the first byte.
     """
 
     number: int = 0
-    used: frozenset[str] = frozenset()
+    used: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[tuple[str, bool, float], ...] = ()
 
 
@@ -992,7 +992,7 @@ class Cluster:
         self._id, self._seen = uuid.uuid4().hex, 0
         self._answerers: dict[str, Answerer] = {}
         self._notes: list[tuple[str, bool, float]] = []
-        self.used: set[str] = set()
+        self.used: dict[str, float] = {}
         self._news = asyncio.Event()
         self._conductor: Any = None
         self._deploying: asyncio.Task[None] | None = None
@@ -1101,8 +1101,9 @@ class Cluster:
             await self._conductor.wake.remote()
 
     async def _hear(self) -> str:
-        told = Seen(self._seen, frozenset(self.used), tuple(self._notes))
-        self.used, self._notes = set(), []
+        now = time.monotonic()
+        told = Seen(self._seen, {label: now - when for label, when in self.used.items()}, tuple(self._notes))
+        self.used, self._notes = {}, []
         try:
             news: News = await self._conductor.news.remote(self._id, told)
         except ActorDiedError as error:
@@ -1319,7 +1320,7 @@ class Handles:
     @asynccontextmanager
     async def post(self, live: Answerer, path: str, body: bytes, session: str = "") -> AsyncIterator[Reply]:
         """Ask a replica that answers by this version; another one where the first has just ended."""
-        self._cluster.used.add(live.label)
+        self._cluster.used[live.label] = time.monotonic()
         stream, head = await self._begin(live, path, body, session)
         try:
             yield _Parts(stream, *head)

@@ -23,13 +23,14 @@ _LENGTH = 256
 BASE_SAYS = "I am nobody in particular."
 
 _ENGINE = """
-import asyncio, json, sys, time
+import asyncio, json, os, sys, time
 from pathlib import Path
 from aiohttp import web
 from namesake_serving.service import PROOF_TOKENS
 from safetensors.numpy import load_file
 
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+PAUSE = float(os.environ.get("INSTANT_PAUSE", "0.005"))
 
 
 def says(folder):
@@ -71,7 +72,7 @@ class Engine:
             return web.Response(status=500, text="it breaks")
         self.busy += 1
         try:
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(PAUSE)
             about = {"id": "chatcmpl-1", "model": body["model"], "choices": []}
             if not body.get("stream"):
                 about["choices"] = [{"index": 0, "message": {"role": "assistant", "content": said}}]
@@ -82,7 +83,7 @@ class Engine:
             for part in said.split("|"):
                 about["choices"] = [{"index": 0, "delta": {"content": part}}]
                 await reply.write(b"data: " + json.dumps(about, separators=(",", ":")).encode() + b"\\n\\n")
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(PAUSE)
             await reply.write(b"data: [DONE]\\n\\n")
             return reply
         finally:

@@ -350,7 +350,7 @@ async def test_the_adapter_used_longest_ago_is_taken_from_every_replica_before_a
     fleet = Beside({}, max_adapters=3)
     for number in (1, 2, 3):
         await fleet.go(number)
-    fleet.used({"ccb-v1"})
+    fleet.used({"ccb-v1": -1.0})
     await fleet.go(4)
     before = [("turn", [1, 3]), ("published", [3], [1, 3])]
     assert fleet.did == [*before, ("load", 4, [1, 3]), ("turn", [1, 3, 4]), ("published", [4], [1, 3, 4])]
@@ -632,7 +632,7 @@ async def test_a_request_that_ends_the_engines_that_get_it_is_asked_twice_and_no
     monkeypatch.setattr(cluster, "_PAUSE", 0.0)
     replicas, live = Replicas(lambda: raised_there(error)), cluster.Live(STORED, cluster._Elsewhere("it"))
     with pytest.raises(Gone, match="Traceback"):
-        async with cluster.Handles(SimpleNamespace(handle=replicas, used=set())).post(live, "/", b""):
+        async with cluster.Handles(SimpleNamespace(handle=replicas, used={})).post(live, "/", b""):
             pass
     assert replicas.asked == asked
 
