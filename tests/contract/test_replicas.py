@@ -353,11 +353,11 @@ async def test_replicas_and_a_follower_that_come_back_have_the_same_adapters(ser
         return {one["id"] for one in adapters.get("/v1/models")["data"]}
 
     adapters.client.delete_registered_model_alias("dda", "challenger")  # else it is tried again by who does not know it
-    before = models()
+    before, number = models(), instant.register_adapter(adapters.client, "dda", adapters.folder)
     async with load(adapters.url, streamed=False) as clients:
         for name in ("ray::ServeReplica:namesake-dda", "ray::Conductor"):  # below the server that has started Ray
             served.processes(name)[-1].kill()
-        await asyncio.to_thread(adapters.move, 3)
-        await asyncio.to_thread(adapters.until_live, 3, 60)
+        await asyncio.to_thread(adapters.move, number)
+        await asyncio.to_thread(adapters.until_live, number, 60)
     assert clients.went_back() == []
-    assert models() == before
+    assert models() == before | {f"dda-v{number}"}
