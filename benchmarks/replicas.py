@@ -2,11 +2,15 @@
 
     python benchmarks/replicas.py                                  # trains two small versions first, some minutes
     python benchmarks/replicas.py --store FOLDER --rows local 2    # a folder with mlflow.db and two versions of ccb
+    python benchmarks/replicas.py --rows 1 2 --pairs 3 --moves 0   # the rows in turn, and the last to the first
+    python benchmarks/replicas.py --instant --rows 1 2 --pairs 3 --moves 0 -- --max-streams 4   # no core bounds it
 
 Rows: `local` is `namesake serve`, a number is `--backend ray --replicas N`. Every client asks again as soon as it is
 answered, streamed. Printed are seconds until the first answer, tokens a second, then for moves under the same load:
 seconds until every client has the new version, requests that failed or were cut, streams in which two versions spoke,
-and clients that saw a version again after its successor.
+and clients that saw a version again after its successor. With ``--instant`` an engine that answers by sleeping stands
+where vLLM is, ``--pause`` seconds before each event: no core is what bounds it, but how much each takes at a time
+(``--max-streams``).
 """
 
 from __future__ import annotations
@@ -79,8 +83,8 @@ class Clients:
             return "cut" if text != b"data: [DONE]" else "one version" if len(spoke) == 1 else "mixed"
 
 
-async def measure(url: str, count: int, most: int, seconds: float, moves: int) -> str:
-    """Throughput, then moves of the alias to and fro under the same load."""
+async def measure(url: str, count: int, most: int, seconds: float, moves: int) -> tuple[float, str]:
+    """Tokens a second, and what is told: that, then moves of the alias to and fro under the same load."""
     sys.path.insert(0, str(ROOT / "src"))
     from namesake import registry
 
@@ -103,12 +107,31 @@ async def measure(url: str, count: int, most: int, seconds: float, moves: int) -
     await asyncio.gather(running, return_exceptions=True)
     back = sum(len(saw) > moves + 1 for saw in clients.saw)  # to and fro, so that going back is one version too many
     middle = f"{statistics.median(took):.2f} s (most {max(took):.2f})" if took else "-"
-    return f"{rate:5.0f} tokens/s; move to last client {middle}; {dict(clients.ended)}; went back: {back}"
+    return rate, f"{rate:5.0f} tokens/s; move to last client {middle}; {dict(clients.ended)}; went back: {back}"
+
+
+def instant(store: Path) -> str:
+    """Two versions and an engine that costs nothing, as the tests have them; what goes on ``PYTHONPATH``."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "serving")]
+    import mlflow
+    from tests.contract import instant as made
+
+    from namesake import registry
+
+    client = mlflow.MlflowClient(f"sqlite:///{store}/mlflow.db")
+    client.create_registered_model(MODEL, tags={registry.TAG_IDENTITY: made.NAME})
+    for alias in ("champion", "challenger"):
+        client.set_registered_model_alias(MODEL, alias, str(made.register(client, store)))
+    return str(made.engine(store / "engine"))
 
 
 @contextmanager
-def serving(row: str, store: Path, *words: str) -> Iterator[tuple[str, float]]:
-    """A server; its address, and the seconds that it took."""
+def serving(row: str, store: Path, engine: str, *words: str) -> Iterator[tuple[str, float]]:
+    """A server; its address, and the seconds that it took.
+
+    Args:
+        engine: folder in which another ``vllm`` lies; empty: the real one.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -116,7 +139,9 @@ def serving(row: str, store: Path, *words: str) -> Iterator[tuple[str, float]]:
     several = [] if row == "local" else ["--backend", "ray", "--replicas", row]
     command = [sys.executable, "-m", "namesake", "serve", f"models:/{MODEL}@champion", "--port", str(port)]
     with tempfile.TemporaryFile() as log:
-        given = {"cwd": store, "env": environment(store), "stdout": log, "stderr": log}
+        env = environment(store)
+        env |= {"PYTHONPATH": f"{engine}:{env['PYTHONPATH']}"} if engine else {}
+        given = {"cwd": store, "env": env, "stdout": log, "stderr": log}
         server = subprocess.Popen([*command, *several, *words], **given)  # type: ignore[call-overload]
         try:
             while True:
@@ -142,21 +167,37 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="length of an answer")
     parser.add_argument("--seconds", type=float, default=20, help="how long throughput is measured")
     parser.add_argument("--moves", type=int, default=10)
+    parser.add_argument("--pairs", type=int, default=1, help="how often the rows are measured, in turn")
+    parser.add_argument("--instant", action="store_true", help="an engine that costs nothing where vLLM is")
+    parser.add_argument("--pause", type=float, default=0.05, help="seconds before each of its events")
     parser.add_argument("--store", type=Path, help="folder with mlflow.db and two versions of ccb")
     parser.add_argument("words", nargs="*", help="more for `namesake serve`, behind --")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         store = (given.store or Path(name)).resolve()
-        if given.store is None:
+        engine = ""
+        if given.instant:
+            engine = instant(store)
+            os.environ["INSTANT_PAUSE"] = str(given.pause)
+        elif given.store is None:
             prepare(store)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
         os.chdir(store)
         print(f"{given.clients} clients, answers of {given.tokens} tokens, {given.moves} moves, {os.cpu_count()} cores")
-        for row in given.rows:
-            with serving(row, store, "--eager", "--poll-seconds", "0.2", *given.words) as (url, ready):
-                told = asyncio.run(measure(url, given.clients, given.tokens, given.seconds, given.moves))
-                print(f"{row:>5}: ready after {ready:.0f} s; {told}")
-                print(f"       fetched and verified -> live: {served_changes(url)}", flush=True)
+        ratios = []
+        for _ in range(given.pairs):
+            rates = []
+            for row in given.rows:
+                with serving(row, store, engine, "--eager", "--poll-seconds", "0.2", *given.words) as (url, ready):
+                    rate, told = asyncio.run(measure(url, given.clients, given.tokens, given.seconds, given.moves))
+                    rates.append(rate)
+                    print(f"{row:>5}: ready after {ready:.0f} s; {told}", flush=True)
+                    if given.moves:
+                        print(f"       fetched and verified -> live: {served_changes(url)}", flush=True)
+            ratios.append(rates[-1] / rates[0])
+        if len(given.rows) > 1:
+            told = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            print(f"{given.rows[-1]} to {given.rows[0]}: {told}; median {statistics.median(ratios):.2f}")
 
 
 if __name__ == "__main__":

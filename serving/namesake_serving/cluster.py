@@ -2,7 +2,7 @@
 
 ::
 
-    gateway ──asks by version──▶ Replica (Ray Serve, n of them): the engine host of merged mode, an engine, its door
+    gateway ──asks by version──▶ Replica (Ray Serve, n of them): an engine host of :mod:`hosts`, and its engine
        ▲                             ▲
        └── what answers now ── Conductor (one named actor): asks the registry, orders every replica
 
@@ -10,7 +10,8 @@ A change has two phases. *Prepare*: every replica fetches, verifies, loads and p
 one that fails has it undone everywhere. *Turn*: every replica answers by it. Only then do gateways hear of it. A
 gateway asks for an answer by the version it knows, and a replica that has another one does not answer: so whoever has
 seen the new version never sees the old one again, whichever replica is asked, and one that missed the change, or joined
-late, answers nobody until it has been brought to what is served.
+late, answers nobody until it has been brought to what is served. With adapters a version stays in the engines for those
+who ask for it by its number; which of them do is settled by the conductor, and is the same on every replica.
 
 Ray Serve starts, scales, watches and replaces replicas, and routes; none of that is ours. The only importer of Ray.
 """
@@ -27,9 +28,9 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
@@ -58,18 +59,18 @@ from ray.serve.schema import ApplicationStatus
 
 from namesake import registry
 from namesake.errors import InputError, NamesakeError, ServingError
-from namesake.manifest import WEIGHTS_FOLDER
+from namesake.manifest import ADAPTER_FOLDER, WEIGHTS_FOLDER
 from namesake.messages import tr
 from namesake.paths import cache_folder
 from namesake.registry import Version
-from namesake_serving import logs
+from namesake_serving import engine, logs, store
 from namesake_serving.engine import Engine
-from namesake_serving.hosts import Engines, Loaded, Merged, Tick, no_tick
+from namesake_serving.hosts import Adapters, Engines, Loaded, Merged, Tick, no_place, no_tick
 from namesake_serving.metrics import Metrics
-from namesake_serving.rollout import State, Step
-from namesake_serving.service import Service, key_of, prove, verified
+from namesake_serving.rollout import State
+from namesake_serving.service import Service, key_of, number_in, prove, verified
 from namesake_serving.settings import Settings, has_gpu
-from namesake_serving.store import Stored
+from namesake_serving.store import Stored, id_of
 from namesake_serving.traffic import Answerer, Live, Routing, Traffic
 from namesake_serving.upstream import Cut, Gone, Moved, Reply, Sockets
 
@@ -89,12 +90,17 @@ _ORDER_SECONDS = 30.0
 _FIGURES_SECONDS = 5.0
 _GONE_SECONDS = 5.0
 _OBJECT_STORE_BYTES = 128 << 20
-_OURS = ("namesake_version_change", "namesake_served", "namesake_alias", "namesake_registry")
+_OURS = (
+    *("namesake_version_change", "namesake_served", "namesake_alias", "namesake_registry"),
+    *("namesake_challenger", "namesake_canary"),
+)
 """Figures that the conductor counts, for every gateway."""
 
 _SHARED = (
     *("public_key", "require_gate", "engine_args", "eager", "max_streams", "max_tokens", "replicas", "ray_options"),
     *("poll_seconds", "hold_seconds", "start_seconds", "shutdown_seconds"),
+    *("mode", "base", "max_adapters", "max_lora_rank", "any_version"),
+    *("challenger", "canary", "canary_errors", "canary_latency", "canary_least", "shadow"),
 )
 """Settings of conductor and replicas, who have them from the first gateway."""
 
@@ -105,25 +111,49 @@ _log = logging.getLogger("namesake.serving")
 
 
 @dataclass(frozen=True)
+class Table:
+    """What answers, as the conductor tells it.
+
+    Attributes:
+        champion: what is served.
+        challenger: what is compared with it; none where nothing is.
+        beside: in adapter mode, every version that is answered to by its number, those two among them.
+        rank: in adapter mode, the rank that every engine makes room for: that of the version served first, not that of
+            whichever an engine happens to be started with.
+        base: in adapter mode, what clients call the base.
+    """
+
+    champion: Version
+    challenger: Version | None = None
+    beside: tuple[Version, ...] = ()
+    rank: int = 0
+    base: str = ""
+
+    def has(self, version: Version) -> bool:
+        """Whether it is answered to by its number."""
+        return key_of(version) in map(key_of, self.beside)
+
+
+@dataclass(frozen=True)
 class Told:
     """What a replica says when it has carried out an order.
 
     Attributes:
-        live: the version that it answers by.
-        turned: when it last turned to another one, in seconds since 1970; 0: never since it was started.
+        served: what it answers by, without versions that it does not have; none: by nothing.
+        turned: when it last turned to another table, in seconds since 1970; 0: never since it was started.
         why: why it could not do what was ordered; empty: it did.
     """
 
-    live: Version | None
+    served: Table | None
     turned: float
     why: str = ""
 
 
 class Replica:
-    """One engine and its door: a deployment of Ray Serve around the engine host of merged mode.
+    """One engine and its door: a deployment of Ray Serve around an engine host of :mod:`hosts`.
 
     Args:
-        follower: name of the conductor, who says which version to begin with.
+        follower: name of the conductor, who says what to begin with.
     """
 
     async def __init__(self, follower: str, settings: Settings) -> None:  # type: ignore[misc]
@@ -131,22 +161,19 @@ class Replica:
         self._settings, self._turned = settings, 0.0
         self._folder = tempfile.TemporaryDirectory(prefix="namesake-replica-")
         self._engines = Engines(settings, Path(self._folder.name))
-        self._traffic = Traffic()
-        self._host = Merged(self._engines, self._traffic, settings)
         self._sockets = Sockets()
         self._one_at_a_time = asyncio.Lock()
-        self._coming: Stored | None = None
-        self._loaded: Loaded | None = None
-        self._retiring: asyncio.Task[None] | None = None
         conductor = ray.get_actor(follower, namespace=NAMESPACE)
         try:
-            version = await conductor.version.remote()
-            await self._fetch(version)
-            await self._load(in_place=False)
-            self._turn()
-            newest = await conductor.version.remote()
-            if key_of(newest) != key_of(version):  # it moved on while the engine started
-                await self._go_to(newest)
+            table: Table = await conductor.table.remote()
+            self._routing = Routing(table.champion.uri)
+            self._traffic = self._routing.champion
+            self._begin(table)
+            if why := await self._settle(table):
+                raise ServingError(why)
+            newest: Table = await conductor.table.remote()
+            if newest != table:  # it moved on while the engine started
+                await self._settle(newest)
         except BaseException as error:
             await self._engines.stop()
             if isinstance(error, NamesakeError):
@@ -154,12 +181,15 @@ class Replica:
             raise
         self._turned = 0.0
 
-    async def answer(self, key: str, path: str, body: bytes) -> AsyncIterator[object]:
-        """A reply by the version of that key: status, content type and its first part (of one that is no stream: all of
-        it), then the others; ``None`` where another version answers here.
+    async def answer(self, wanted: str, path: str, body: bytes) -> AsyncIterator[object]:
+        """A reply by what is wanted: status, content type and its first part (of one that is no stream: all of it),
+        then the others; ``None`` where it is not here.
+
+        Args:
+            wanted: what an alias stands for, as :func:`key_of` names it; else what the engine calls it.
         """
-        async with self._traffic.enter() as live:
-            if key_of(live.version) != key:
+        async with self._enter(wanted) as live:
+            if live is None:
                 yield None
                 return
             async with self._sockets.post(live, path, body) as reply:
@@ -175,9 +205,9 @@ class Replica:
     async def figures(self) -> tuple[str, bytes]:
         """The name of the replica, and vLLM's metrics."""
         name = str(serve.get_replica_context().replica_id.unique_id)
-        live = self._traffic.live
         with suppress(Gone):
-            return name, await self._sockets.figures(live) if live is not None else b""
+            for one in self._answerers():
+                return name, await self._sockets.figures(one)
         return name, b""
 
     async def check_health(self) -> None:
@@ -186,13 +216,75 @@ class Replica:
         Raises:
             ServingError: its engine has ended by itself.
         """
-        live = self._traffic.live
-        if live is not None and not live.engine.alive() and not self._one_at_a_time.locked():
-            raise ServingError(tr("The engine ended by itself.\n{tail}", tail=live.engine.tail(5)))
+        for one in self._answerers():
+            if not one.engine.alive() and not self._one_at_a_time.locked():
+                raise ServingError(tr("The engine ended by itself.\n{tail}", tail=one.engine.tail(5)))
 
     async def state(self) -> Told:
         """What it answers by."""
         return self._told()
+
+    async def turn(self, table: Table) -> Told:
+        """Answer by that, as far as it is loaded."""
+        return await self._carry_out(lambda: self._turn(table))
+
+    async def settle(self, table: Table) -> Told:
+        """Whatever happened to orders before: answer by that."""
+        return await self._carry_out(lambda: self._settle(table))
+
+    async def __del__(self) -> None:
+        """Ray Serve takes it down; its requests have ended."""
+        await self._sockets.close()
+        await self._engines.stop()
+        self._folder.cleanup()
+
+    def _told(self, why: str = "") -> Told:
+        return Told(self._served(), self._turned, why)
+
+    async def _carry_out(self, order: Callable[[], Awaitable[str | None]]) -> Told:
+        async with self._one_at_a_time:
+            try:
+                return self._told(await order() or "")
+            except NamesakeError as error:
+                return self._told(error.message)
+            except Exception as error:  # whatever it is, it has to be undone here and everywhere
+                _log.exception("an order went wrong")
+                return self._told(f"{type(error).__name__}: {error}")
+
+    async def _verified(self, version: Version, part: str) -> Stored:
+        return await asyncio.to_thread(verified, version, self._settings, cache_folder(), part)
+
+    def _answerers(self) -> Sequence[Answerer]:
+        """Whatever its engine answers by."""
+        raise NotImplementedError
+
+    def _begin(self, table: Table) -> None:
+        """Before the first engine is started."""
+        raise NotImplementedError
+
+    def _enter(self, wanted: str) -> AbstractAsyncContextManager[Answerer | None]:
+        """What is wanted, counted as answering one request more; none where it is not here."""
+        raise NotImplementedError
+
+    def _served(self) -> Table | None:
+        raise NotImplementedError
+
+    async def _turn(self, table: Table) -> str | None:
+        raise NotImplementedError
+
+    async def _settle(self, table: Table) -> str | None:
+        raise NotImplementedError
+
+
+class MergedReplica(Replica):
+    """Merged weights, changed in place where that can be."""
+
+    def _begin(self, table: Table) -> None:
+        del table
+        self._host = Merged(self._engines, self._traffic, self._settings)
+        self._coming: Stored | None = None
+        self._loaded: Loaded | None = None
+        self._retiring: asyncio.Task[None] | None = None
 
     async def bring(self, version: Version) -> Told:
         """Get the version's files and check them."""
@@ -210,43 +302,26 @@ class Replica:
         """Load what was brought, unseen by clients, and prove it."""
         return await self._carry_out(lambda: self._load(in_place=in_place))
 
-    async def turn(self) -> Told:
-        """Answer by what was loaded."""
-        return await self._carry_out(self._turned_to)
-
     async def undo(self) -> Told:
         """Forget what was brought: back to what was."""
         return await self._carry_out(self._undo)
 
-    async def settle(self, version: Version) -> Told:
-        """Whatever happened to orders before: answer by this version."""
-        return await self._carry_out(lambda: self._settle(version))
+    def _answerers(self) -> Sequence[Answerer]:
+        return [self._traffic.live] if self._traffic.live is not None else []
 
-    async def __del__(self) -> None:
-        """Ray Serve takes it down; its requests have ended."""
-        await self._sockets.close()
-        await self._engines.stop()
-        self._folder.cleanup()
+    @asynccontextmanager
+    async def _enter(self, wanted: str) -> AsyncIterator[Answerer | None]:
+        async with self._traffic.enter() as live:
+            yield live if key_of(live.version) == wanted else None
 
-    def _told(self, why: str = "") -> Told:
+    def _served(self) -> Table | None:
         live = self._traffic.live
-        return Told(live.version if live is not None else None, self._turned, why)
-
-    async def _carry_out(self, order: Callable[[], Awaitable[str | None]]) -> Told:
-        async with self._one_at_a_time:
-            try:
-                return self._told(await order() or "")
-            except NamesakeError as error:
-                return self._told(error.message)
-            except Exception as error:  # whatever it is, it has to be undone here and everywhere
-                _log.exception("an order went wrong")
-                return self._told(f"{type(error).__name__}: {error}")
+        return Table(live.version) if live is not None else None
 
     async def _fetch(self, version: Version) -> None:
         if self._retiring is not None:  # the engine before the last has to be gone, or there is no room
             await self._retiring
-        cache = cache_folder()
-        self._coming = await asyncio.to_thread(verified, version, self._settings, cache, WEIGHTS_FOLDER)
+        self._coming = await self._verified(version, WEIGHTS_FOLDER)
 
     async def _hold(self) -> str:
         # Where the engine has just died the others need no second one for that.
@@ -273,10 +348,8 @@ class Replica:
         live.proved = True
         return None
 
-    async def _turned_to(self) -> None:
-        self._turn()
-
-    def _turn(self) -> None:
+    async def _turn(self, table: Table) -> None:
+        del table  # there is one version only that it can be
         loaded, old = self._loaded, self._traffic.live
         self._coming = self._loaded = None
         if loaded is None:
@@ -292,20 +365,16 @@ class Replica:
             await self._host.undo(loaded)
         self._traffic.release()
 
-    async def _settle(self, version: Version) -> str | None:
-        coming, loaded, live = self._coming, self._loaded, self._traffic.live
+    async def _settle(self, table: Table) -> str | None:
+        version, coming, loaded, live = table.champion, self._coming, self._loaded, self._traffic.live
         if coming is not None:  # whoever ordered that is gone, or the order to turn got lost
             if loaded is not None and loaded.live.proved and key_of(coming.version) == key_of(version):
-                self._turn()
+                await self._turn(table)
                 return None
             await self._undo()
         if live is not None and key_of(live.version) == key_of(version):
             return None
-        return await self._go_to(version)
-
-    async def _go_to(self, version: Version) -> str | None:
-        """A change for this replica alone."""
-        try:
+        try:  # a change for this replica alone
             await self._fetch(version)
             in_place = not await self._hold()
             why = await self._load(in_place=in_place)
@@ -315,30 +384,144 @@ class Replica:
         if why:
             await self._undo()
             return why
-        self._turn()
+        await self._turn(table)
         return None
+
+
+class AdapterReplica(Replica):
+    """The base, and versions side by side on it, each an adapter under a name that no other version ever has."""
+
+    def _begin(self, table: Table) -> None:
+        given = self._settings.model_copy(update={"max_lora_rank": table.rank})
+        self._host = Adapters(self._engines, self._routing, given, Path(self._folder.name))
+        self._table = replace(table, beside=())
+        self._loaded: dict[str, Loaded] = {}
+
+    async def load(self, version: Version, table: Table) -> Told:
+        """Load a version, unseen by clients, and prove it; what is not in the table makes room."""
+        return await self._carry_out(lambda: self._load(version, table, self._settings.hold_seconds))
+
+    async def undo(self, version: Version) -> Told:
+        """Forget what was loaded."""
+        return await self._carry_out(lambda: self._undo(key_of(version)))
+
+    def _answerers(self) -> Sequence[Answerer]:
+        return list(self._routing.named.values())
+
+    @asynccontextmanager
+    async def _enter(self, wanted: str) -> AsyncIterator[Answerer | None]:
+        aliased = (self._routing.champion.live, self._routing.challenger.live)
+        one: Answerer | None = next((live for live in aliased if live and key_of(live.version) == wanted), None)
+        one = one or next((one for one in self._routing.named.values() if one.model == wanted), None)
+        with one.answering() if one is not None else nullcontext():
+            yield one
+
+    def _find(self, version: Version | None) -> Live | None:
+        for one in self._routing.named.values():
+            if version is not None and isinstance(one, Live) and key_of(one.version) == key_of(version):
+                return one
+        return None
+
+    def _served(self) -> Table | None:
+        if self._find(self._table.champion) is None:
+            return None
+        return replace(self._table, beside=tuple(one for one in self._table.beside if self._find(one)))
+
+    async def _load(self, version: Version, table: Table, seconds: float = 0) -> None:
+        key = key_of(version)
+        if key in self._loaded or self._find(version) is not None:
+            return
+        if not await self._host.keep(_ids(table), seconds):
+            raise no_place(self._settings)
+        stored = await self._verified(version, ADAPTER_FOLDER)
+        self._loaded[key] = loaded = await self._host.start(stored)
+        try:
+            if not loaded.live.proved:
+                await asyncio.to_thread(prove, loaded.live.engine, stored, loaded.live.model)
+                loaded.live.proved = True
+        except BaseException:
+            await self._undo(key)
+            raise
+
+    async def _undo(self, key: str) -> None:
+        if key in self._loaded:
+            await self._host.undo(self._loaded.pop(key))
+
+    async def _turn(self, table: Table) -> None:
+        # Nothing is waited for from here on: a request finds the table before, or this one.
+        for one in table.beside:
+            if key_of(one) in self._loaded:
+                await self._host.turned(self._loaded.pop(key_of(one)), [])
+        self._host.answer_to(_ids(table))
+        self._routing.champion.live = self._find(table.champion)
+        self._routing.challenger.live = self._find(table.challenger)
+        if table != self._table:
+            self._table, self._turned = table, time.time()
+
+    async def _settle(self, table: Table) -> str | None:
+        why = ""
+        for one in table.beside:
+            try:
+                await self._load(one, table)
+            except NamesakeError as error:
+                _log.error("%s", error.message)
+                if one in (table.champion, table.challenger):
+                    why = error.message
+        await self._turn(table)
+        for key in list(self._loaded):  # whoever ordered that is gone
+            await self._undo(key)
+        await self._host.keep(_ids(table))
+        return why
+
+
+def _ids(table: Table) -> set[str]:
+    return {id_of(one) for one in table.beside}
 
 
 # ----------------------------------------------------------------------------------------------------- the follower
 
 
 class _Elsewhere:
-    """Stands for the engines of all replicas, which Ray Serve watches."""
+    """Stands for the engines of all replicas, which Ray Serve watches.
+
+    Attributes:
+        wanted: what a replica is asked by, as :meth:`Replica.answer` takes it.
+    """
+
+    def __init__(self, wanted: str = "") -> None:
+        self.wanted = wanted
 
     def alive(self) -> bool:
         """For as long as there is Ray."""
         return True
 
 
+Publish = Callable[[Table, Sequence[Stored]], None]
+"""Told a table that all replicas have turned to, and the versions in it."""
+
+
 class Fleet:
-    """Every replica as one host: a version is in all of their engines, or in none."""
+    """Every replica as one host: a version is in all of their engines, or in none.
+
+    Attributes:
+        table: what was published last; none before.
+    """
 
     part = WEIGHTS_FOLDER
     changing = False
 
-    def __init__(self, app: str, settings: Settings, publish: Callable[[Stored], None]) -> None:
+    def __init__(self, app: str, settings: Settings, publish: Publish) -> None:
         self._app, self._settings, self._publish = app, settings, publish
         self._one_at_a_time = asyncio.Lock()
+        self.table: Table | None = None
+
+    async def first(self, version: Version) -> Table:
+        """What the first replicas begin with.
+
+        Raises:
+            NamesakeError: they cannot.
+        """
+        return Table(version)
 
     async def start(self, stored: Stored, tick: Tick = no_tick) -> Loaded:
         """Every replica answers by it; most do already.
@@ -348,8 +531,8 @@ class Fleet:
         """
         del tick
         async with self._one_at_a_time:
-            await self._all_must("settle", stored.version, seconds=self._settings.start_seconds)
-        return self._loaded(stored, "second engine")
+            await self._all_must("settle", Table(stored.version), seconds=self._settings.start_seconds)
+        return _loaded(stored, "second engine")
 
     async def load(self, stored: Stored) -> Loaded:
         """Into all, the doors held; where one cannot be changed in place, into a second engine beside each.
@@ -369,17 +552,12 @@ class Fleet:
             except BaseException:
                 await self._all("undo", seconds=self._settings.start_seconds)
                 raise
-        return self._loaded(stored, "second engine" if why else "in place")
+        return _loaded(stored, "second engine" if why else "in place")
 
     async def turned(self, loaded: Loaded, _old: Sequence[Live]) -> None:
         """All answer by it; then the gateways hear of it."""
         async with self._one_at_a_time:
-            try:
-                await self._all("turn")
-            except ServingError as error:  # who missed it answers nobody until it is at what is served
-                _log.error("%s", error.message)
-            finally:
-                self._publish(loaded.live.stored)
+            await self._turn(Table(loaded.live.version), [loaded.live.stored])
 
     async def undo(self, _loaded: Loaded) -> None:
         """All go back."""
@@ -392,28 +570,35 @@ class Fleet:
     async def lost(self, _dead: Engine) -> None:
         """Ray Serve replaces replicas."""
 
-    async def served(self) -> Version | None:
-        """What the replicas answer by: the version that was turned to last; none where there is no replica."""
-        told = [one for one in await self._all("state") if one.live is not None]
-        return max(told, key=lambda one: one.turned).live if told else None
+    async def served(self) -> Table | None:
+        """What the replicas turned to last; none where there is no replica."""
+        told = [one for one in await self._all("state") if one.served is not None]
+        return max(told, key=lambda one: one.turned).served if told else None
 
-    async def settle(self, served: Callable[[], Version], at_rest: Callable[[], bool]) -> int:
+    async def settle(self, at_rest: Callable[[], bool]) -> int:
         """Bring those to what is served that are not at it, unless a change is under way; how many are at it."""
         async with self._one_at_a_time:
-            version = served()  # not before: the change that this waited for has made it another one
+            table = self.table  # not before: the change that this waited for has made it another one
+            if table is None:
+                return 0
             if at_rest():
-                told = await self._all("settle", version, seconds=self._settings.start_seconds)
+                told = await self._all("settle", table, seconds=self._settings.start_seconds)
             else:
                 told = await self._all("state")
             for one in told:
                 if one.why:
-                    _log.error("a replica does not come to %s: %s", version.uri, one.why)
-            return sum(one.live is not None and key_of(one.live) == key_of(version) for one in told)
+                    _log.error("a replica does not come to %s: %s", table.champion.uri, one.why)
+            there = [one.served for one in told if one.served is not None]
+            return sum(key_of(one.champion) == key_of(table.champion) for one in there)
 
-    def _loaded(self, stored: Stored, way: str) -> Loaded:
-        live = Live(stored, cast(Engine, _Elsewhere()))
-        live.proved = True  # by each replica, of its own engine
-        return Loaded(live, way)
+    async def _turn(self, table: Table, stored: Sequence[Stored]) -> None:
+        try:
+            await self._all("turn", table)
+        except ServingError as error:  # who missed it answers nobody until it is at what is served
+            _log.error("%s", error.message)
+        finally:
+            self.table = table
+            self._publish(table, stored)
 
     async def _all_must(self, order: str, *words: object, seconds: float = _ORDER_SECONDS) -> None:
         told = await self._all(order, *words, seconds=seconds)
@@ -440,15 +625,172 @@ class Fleet:
         return [one for one in said if isinstance(one, Told)]
 
 
+def _loaded(stored: Stored, way: str, model: str = engine.MODEL) -> Loaded:
+    live = Live(stored, cast(Engine, _Elsewhere()), model)
+    live.proved = True  # by each replica, of its own engine
+    return Loaded(live, way)
+
+
+class AdapterFleet(Fleet):
+    """The same of adapters side by side. Which of them stay is settled here, so that all replicas have the same.
+
+    Args:
+        routing: what the aliases stand for, once all replicas have it.
+    """
+
+    part = ADAPTER_FOLDER
+
+    def __init__(self, app: str, settings: Settings, routing: Routing, publish: Publish) -> None:
+        super().__init__(app, settings, publish)
+        self._routing, self._rank, self._base = routing, 0, ""
+        self._in: dict[str, Live] = {}
+        self._coming: dict[str, Live] = {}
+
+    async def first(self, version: Version) -> Table:
+        """What the first replicas begin with; settles what rank they make room for.
+
+        Raises:
+            NamesakeError: they cannot.
+        """
+        if not self._rank:
+            stored = await self._fetch(version)
+            rank = await asyncio.to_thread(store.rank, stored)
+            self._base = store.base_name(stored.manifest)
+            self._rank = engine.room_for(self._settings.max_lora_rank or rank)
+        return Table(version, None, (version,), self._rank, self._base)
+
+    async def start(self, stored: Stored, tick: Tick = no_tick) -> Loaded:
+        """Every replica answers by it; most do already, and by more.
+
+        Raises:
+            ServingError: one cannot.
+        """
+        del tick
+        async with self._one_at_a_time:
+            table = await self.served() or await self.first(stored.version)
+            self._rank, self._base = table.rank, table.base
+            for version in table.beside:
+                with suppress(NamesakeError):
+                    self._in[key_of(version)] = self._live(await self._fetch(version))
+            live = self._in.setdefault(key_of(stored.version), self._live(stored))
+            # The challenger's alias is asked for in a moment; what it stands for stays in the engines until then.
+            await self._all_must("settle", self._table(stored.version, None), seconds=self._settings.start_seconds)
+        return Loaded(live, "adapter")
+
+    async def load(self, stored: Stored) -> Loaded:
+        """Into all, beside the others.
+
+        Raises:
+            ServingError: one replica failed; it is in none.
+        """
+        key = key_of(stored.version)
+        async with self._one_at_a_time:
+            live = self._in.get(key) or self._coming.get(key) or self._live(stored)
+            if key not in self._in and key not in self._coming:
+                await self._make_room()
+            self._coming[key] = live
+            try:
+                seconds = self._settings.start_seconds
+                await self._all_must("load", stored.version, self.table, seconds=seconds)
+            except BaseException:
+                await self._forget(live)
+                raise
+        return Loaded(live, "adapter")
+
+    async def turned(self, loaded: Loaded, _old: Sequence[Live]) -> None:
+        """All answer by it; then the gateways hear of it."""
+        key = key_of(loaded.live.version)
+        async with self._one_at_a_time:
+            self._in[key] = self._coming.pop(key, loaded.live)
+            await self._tell()
+
+    async def undo(self, loaded: Loaded) -> None:
+        """It is in none."""
+        async with self._one_at_a_time:
+            await self._forget(loaded.live)
+
+    async def retire(self, old: Live) -> None:
+        """A challenger that was withdrawn is answered to by nothing."""
+        async with self._one_at_a_time:
+            if old is not self._routing.champion.live:
+                self._in.pop(key_of(old.version), None)
+            await self._tell()
+
+    def withdraw(self) -> None:
+        """The challenger answers no more, at once; replicas are told when it is retired."""
+        if self.table is not None:
+            self.table = replace(self.table, challenger=None)
+            self._publish(self.table, [one.stored for one in self._in.values()])
+
+    def used(self, ago: Mapping[str, float]) -> None:
+        """These were asked for so many seconds ago."""
+        for one in self._in.values():
+            if one.label in ago:
+                one.used = max(one.used, time.monotonic() - ago[one.label])
+
+    async def _fetch(self, version: Version) -> Stored:
+        return await asyncio.to_thread(verified, version, self._settings, cache_folder(), self.part)
+
+    def _live(self, stored: Stored) -> Live:
+        return _loaded(stored, "", stored.id).live
+
+    def _table(self, champion: Version, challenger: Version | None) -> Table:
+        beside = tuple(one.version for one in self._in.values())
+        return Table(champion, challenger, beside, self._rank, self._base)
+
+    async def _tell(self) -> None:
+        champion, challenger = self._routing.champion.live, self._routing.challenger.live
+        if champion is None:
+            return
+        # The alias's next version may be in all engines, with this turn the first to come after that.
+        for live in (champion, challenger):
+            if live is not None:
+                self._in.setdefault(key_of(live.version), live)
+        table = self._table(champion.version, challenger.version if challenger is not None else None)
+        await self._turn(table, [one.stored for one in self._in.values()])
+
+    async def _make_room(self) -> None:
+        pinned = [self._routing.champion.live, self._routing.challenger.live, *self._coming.values()]
+        if len({*self._in, *self._coming}) < self._settings.max_adapters:
+            return
+        free = [one for one in self._in.values() if one not in pinned]
+        if not free:
+            raise no_place(self._settings)
+        del self._in[key_of(min(free, key=lambda one: one.used).version)]
+        await self._tell()
+
+    async def _forget(self, live: Live) -> None:
+        key = key_of(live.version)
+        self._coming.pop(key, None)
+        if key not in self._in:
+            await self._all("undo", live.version, seconds=self._settings.start_seconds)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a gateway tells with its question.
+
+    Attributes:
+        number: of the news that it has.
+        used: seconds since a version was asked for, by label, of those that were since the last question.
+        notes: of requests for the bare name: who answered, whether that failed, seconds to the first byte.
+    """
+
+    number: int = 0
+    used: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[tuple[str, bool, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class News:
     """What gateways are told.
 
     Attributes:
-        number: rises with each version that goes live.
+        number: rises with each table.
         uri: what is followed.
-        live: what answers, files left out; none at the start.
-        since: since when, in seconds since 1970.
+        table: what answers; none at the start.
+        stored: the versions in it, files left out.
+        since: since when the champion answers, in seconds since 1970.
         replicas: how many answer; none: nobody can be answered.
         state: what is going on.
         figures: the conductor's metrics.
@@ -457,7 +799,8 @@ class News:
 
     number: int
     uri: str
-    live: Stored | None
+    table: Table | None
+    stored: Sequence[Stored]
     since: float
     replicas: int
     state: State
@@ -475,18 +818,28 @@ class Conductor:
     def __init__(self, uri: str, first: Version, settings: Settings, app: str) -> None:
         _log_to_stderr(settings)
         self._first, self._trouble, self._failed = first, "", ""
-        self._live: Stored | None = None
+        self._published: tuple[Table | None, Sequence[Stored]] = (None, ())
         self._since, self._number, self._replicas = 0.0, 0, 1
-        self._fleet = Fleet(app, settings, self._publish)
         self._settings, self._metrics = settings, Metrics()
-        self._service = Service(uri, settings, cache_folder(), Path(), self._metrics, self._fleet)
+
+        def fleet(routing: Routing) -> Fleet:
+            if settings.mode == "adapter":
+                return AdapterFleet(app, settings, routing, self._publish)
+            return Fleet(app, settings, self._publish)
+
+        self._service = Service(uri, settings, cache_folder(), Path(), self._metrics, fleet)
+        self._fleet = cast(Fleet, self._service.champion.host)
         self._turned = asyncio.Event()
         self._working: asyncio.Task[None] | None = None
         self._gateways: dict[str, float] = {}
 
-    async def version(self) -> Version:
-        """What a new replica is to begin with."""
-        return self._served()
+    async def table(self) -> Table:
+        """What a new replica is to begin with.
+
+        Raises:
+            NamesakeError: it cannot be.
+        """
+        return self._fleet.table or await self._fleet.first(self._first)
 
     async def settings(self) -> Settings:
         """What it was started with, as the replicas were."""
@@ -501,17 +854,23 @@ class Conductor:
         """A gateway is there, if only coming up: whoever leaves meanwhile is not the last one."""
         self._gateways[gateway] = time.monotonic()
 
-    async def news(self, gateway: str, seen: int) -> News:
+    async def news(self, gateway: str, seen: Seen) -> News:
         """What answers, at once when that is new to the gateway, else after a while."""
         await self.join(gateway)
         if self._working is None:  # with the first question, also after a restart: then there are replicas
             self._working = asyncio.create_task(self._work())
-        if self._number <= seen:
+        self._take(seen)
+        if self._number <= seen.number:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_NEWS_SECONDS):
                     await self._turned.wait()
         state, text, uri = self._service.state, self._metrics.text(), self._service.uri
-        return News(self._number, uri, self._live, self._since, self._replicas, state, text, self._failed)
+        return News(self._number, uri, *self._published, self._since, self._replicas, state, text, self._failed)
+
+    async def summon(self, model: str) -> int:
+        """Bring in a version that a client has asked for, where it can be; the number of the news that tell of it."""
+        await self._service.summon(model)
+        return self._number
 
     async def wake(self) -> None:
         """Ask the registry now."""
@@ -522,27 +881,37 @@ class Conductor:
         self._gateways.pop(gateway, None)
         return all(time.monotonic() - seen > _GONE_SECONDS for seen in self._gateways.values())
 
-    def _publish(self, stored: Stored) -> None:
-        self._live, self._since, self._number = stored, time.time(), time.time_ns()  # rises over restarts, too
+    def _take(self, seen: Seen) -> None:
+        if not isinstance(self._fleet, AdapterFleet):
+            return
+        self._fleet.used(seen.used)
+        routing = self._service.routing
+        for label, failed, seconds in seen.notes:
+            for live in (routing.champion.live, routing.challenger.live):
+                if live is not None and live.label == label:
+                    self._service.note(live, failed, seconds)
+        table = self._fleet.table
+        if table is not None and table.challenger is not None and routing.challenger.live is None:
+            self._fleet.withdraw()
+
+    def _publish(self, table: Table, stored: Sequence[Stored]) -> None:
+        before = self._published[0]
+        if before is None or key_of(before.champion) != key_of(table.champion):
+            self._since = time.time()
+        self._published, self._number = (table, stored), time.time_ns()  # rises over restarts, too
         self._turned.set()
         self._turned = asyncio.Event()
-
-    def _served(self) -> Version:
-        return self._live.version if self._live is not None else self._first
-
-    def _at_rest(self) -> bool:
-        return self._service.state.step is Step.REST
 
     async def _what_to_begin_with(self) -> Version:
         served = await self._fleet.served()
         if served is None:  # started again when no replica is left: the alias may have moved since the first start
             with suppress(NamesakeError):
                 self._first = await asyncio.to_thread(registry.resolve, self._service.uri)
-        return served or self._first
+        return served.champion if served is not None else self._first
 
     async def _work(self) -> None:
         try:
-            while self._live is None:
+            while self._published[0] is None:
                 try:
                     await self._service.start(await self._what_to_begin_with(), no_tick)
                 except NamesakeError as error:
@@ -561,7 +930,7 @@ class Conductor:
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
             with suppress(ServingError):
-                self._replicas = await self._fleet.settle(self._served, self._at_rest)
+                self._replicas = await self._fleet.settle(self._service.at_rest)
 
 
 # ------------------------------------------------------------------------------------------------------- the gateway
@@ -615,11 +984,15 @@ class Cluster:
 
     def __init__(self, uri: str, settings: Settings) -> None:
         self.uri, self.settings, self._figures = uri, settings, _Figures()
-        self.routing, self.state = Routing(uri), State()
+        compared = bool(settings.canary or settings.shadow)
+        self.routing = Routing(uri, settings.challenger if compared else "", settings.canary)
+        self.state = State()
         self.app = f"namesake-{self.routing.name}"
         self.upstream = Handles(self)
         self._id, self._seen = uuid.uuid4().hex, 0
-        self._live: Live | None = None
+        self._answerers: dict[str, Answerer] = {}
+        self._notes: list[tuple[str, bool, float]] = []
+        self.used: dict[str, float] = {}
         self._news = asyncio.Event()
         self._conductor: Any = None
         self._deploying: asyncio.Task[None] | None = None
@@ -698,46 +1071,85 @@ class Cluster:
         task.add_done_callback(self._background.discard)
 
     def note(self, answerer: Answerer, failed: bool, seconds: float) -> None:
-        """There is no challenger."""
+        """A request for the bare name was answered; the conductor hears of it with the next question."""
+        if self.settings.canary and self.routing.challenger.live is not None:
+            self._notes.append((answerer.label, failed, seconds))
 
     async def summon(self, model: object) -> None:
-        """Versions that no alias points to are for adapter mode."""
+        """Have a version brought in that a client asks for by its number, where that is allowed."""
+        if number_in(model, self.settings, self.routing) is None:
+            return
+        with suppress(RayError, TimeoutError):
+            number = await self._conductor.summon.remote(model)
+            async with asyncio.timeout(_ORDER_SECONDS):
+                while self._seen < number:
+                    await self._news.wait()
 
     async def leaves(self, live: Answerer, seconds: float) -> bool:
-        """Wait for another version to go live; whether one did within the time."""
-        if self.traffic.live is live:
+        """Wait for news by which this answers no more; whether there were any within the time."""
+        if self._answers(live):
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await self._news.wait()
-        return self.traffic.live is not live
+        return not self._answers(live)
+
+    def _answers(self, live: Answerer) -> bool:
+        return any(one is live for one in self._answerers.values())
 
     async def _wake(self) -> None:
         with suppress(RayError):
             await self._conductor.wake.remote()
 
     async def _hear(self) -> str:
+        now = time.monotonic()
+        told = Seen(self._seen, {label: now - when for label, when in self.used.items()}, tuple(self._notes))
+        self.used, self._notes = {}, []
         try:
-            news: News = await self._conductor.news.remote(self._id, self._seen)
+            news: News = await self._conductor.news.remote(self._id, told)
         except ActorDiedError as error:
             raise _taken_down() from error
         self.state, self._figures.conductor = news.state, news.figures
-        if news.live is None:
+        if news.table is None:
             return news.failed
         if news.uri != self.uri:
             raise ServingError(
                 tr("This cluster serves {uri} under the name {name} already.", uri=news.uri, name=self.routing.name),
                 mend="Serve the same, or stop that first.",
             )
-        if news.number != self._seen:
-            self._live, self._seen = Live(news.live, cast(Engine, _Elsewhere())), news.number
-            self._live.since = news.since
-            _log.info("%s is live", news.live.version.uri)
-        answers = self._live if news.replicas else None
-        if answers is not self.traffic.live:
-            self.traffic.live = answers
-            self._news.set()
-            self._news = asyncio.Event()
+        if news.number != self._seen or bool(news.replicas) is not bool(self._answerers):
+            self._take(news, news.table)
         return ""
+
+    def _take(self, news: News, table: Table) -> None:
+        """From now on requests are answered by that, as far as anything answers."""
+        stored = {key_of(one.version): one for one in news.stored} if news.replicas else {}
+        before, self._answerers, self._seen = self._answerers, {}, news.number
+
+        def answerer(wanted: str, made: Answerer) -> Answerer:
+            self._answerers[wanted] = before.get(wanted, made)
+            return self._answerers[wanted]
+
+        def aliased(version: Version | None) -> Live | None:
+            found = stored.get(key_of(version)) if version is not None else None
+            return cast(Live, answerer(key_of(found.version), self._live(found))) if found is not None else None
+
+        champion, old = aliased(table.champion), self.traffic.live
+        if champion is not None:
+            champion.since = news.since
+        self.traffic.live, self.routing.challenger.live = champion, aliased(table.challenger)
+        # By its number a version is asked for as what the engine calls it: it answers, whatever aliases stand for.
+        named: list[Answerer] = [self._live(one, by_number=True) for one in stored.values() if table.has(one.version)]
+        named += [_there(engine.MODEL, engine.MODEL, table.base)] if named and table.base else []
+        self.routing.named = {one.label: answerer(one.model, one) for one in named}
+        if champion is not None and champion is not old:
+            _log.info("%s is live", champion.version.uri)
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _live(self, stored: Stored, *, by_number: bool = False) -> Live:
+        model = stored.id if self.settings.mode == "adapter" else engine.MODEL
+        wanted = model if by_number else key_of(stored.version)
+        return Live(stored, cast(Engine, _Elsewhere(wanted)), model)
 
     def _deploy(self, first: Version) -> None:
         _join(self.settings)
@@ -758,7 +1170,7 @@ class Cluster:
             return
         if self._leaving.is_set():
             return
-        application = serve.deployment(Replica).options(**deployment(self.settings)).bind(name, theirs)
+        application = serve.deployment(_kind(theirs)).options(**deployment(self.settings)).bind(name, theirs)
         target = serve.RunTarget(application, name=self.app, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)  # that would wait for a GPU and say nothing
         if not self._is_deployed() and not self._leaving.is_set():
@@ -791,6 +1203,10 @@ class Cluster:
         ray.shutdown()
 
 
+def _there(wanted: str, model: str, label: str) -> Answerer:
+    return Answerer(cast(Engine, _Elsewhere(wanted)), model, label)
+
+
 def _taken_down() -> ServingError:
     return ServingError(
         "Conductor and replicas have been taken down.",
@@ -818,21 +1234,24 @@ def check(settings: Settings) -> None:
     Raises:
         InputError: it was asked for.
     """
-    for name, wanted in (
-        ("mode", settings.mode == "adapter"),
-        ("canary", settings.canary),
-        ("shadow", settings.shadow),
-    ):
-        if wanted:
+    for name in ("canary", "shadow"):
+        if getattr(settings, name) and settings.mode != "adapter":
             raise InputError(
-                name, getattr(settings, name), "does not go with the backend ray", mend="Leave it out, or --backend."
+                name,
+                getattr(settings, name),
+                "goes with the backend ray in adapter mode only",
+                mend="Give --mode adapter, or leave it out.",
             )
     try:
-        serve.deployment(Replica).options(**deployment(settings))
+        serve.deployment(_kind(settings)).options(**deployment(settings))
     except (TypeError, ValueError) as error:
         raise InputError(
             "ray_options", settings.ray_options, _in_a_line(error), mend="Ray Serve's documentation has them all."
         ) from error
+
+
+def _kind(settings: Settings) -> type[Replica]:
+    return AdapterReplica if settings.mode == "adapter" else MergedReplica
 
 
 def _in_a_line(error: Exception) -> str:
@@ -901,7 +1320,7 @@ class Handles:
     @asynccontextmanager
     async def post(self, live: Answerer, path: str, body: bytes, session: str = "") -> AsyncIterator[Reply]:
         """Ask a replica that answers by this version; another one where the first has just ended."""
-        assert isinstance(live, Live)
+        self._cluster.used[live.label] = time.monotonic()
         stream, head = await self._begin(live, path, body, session)
         try:
             yield _Parts(stream, *head)
@@ -910,11 +1329,11 @@ class Handles:
         finally:
             stream.cancel()  # of no effect where it has ended
 
-    async def _begin(self, live: Live, path: str, body: bytes, session: str) -> tuple[Any, tuple[int, str, bytes]]:
-        key, why, cuts = key_of(live.version), "no replica has this version", 0
+    async def _begin(self, live: Answerer, path: str, body: bytes, session: str) -> tuple[Any, tuple[int, str, bytes]]:
+        wanted, why, cuts = cast(_Elsewhere, live.engine).wanted, "no replica has this version", 0
         for _ in range(_TRIES):  # not by the clock: it may have waited at a door that is held
             asked = self._cluster.handle.options(method_name="answer", stream=True, session_id=session)
-            stream = asked.remote(key, path, body)
+            stream = asked.remote(wanted, path, body)
             try:
                 head = await anext(stream)
             except (RayError, RayServeException) as error:  # it has just ended, its engine has, or it has none yet

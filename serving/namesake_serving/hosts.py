@@ -283,13 +283,7 @@ class Adapters:
         while len(self._in) >= self._settings.max_adapters:
             free = [one for one in self._in.values() if not one.running and one not in self._pinned()]
             if not free:
-                raise ServingError(
-                    tr(
-                        "All {count} places for adapters are taken by versions that are answering.",
-                        count=self._settings.max_adapters,
-                    ),
-                    mend="Serve with a greater --max-adapters.",
-                )
+                raise no_place(self._settings)
             await self._put_out(min(free, key=lambda one: one.used))
         folder = self._folder / "adapters" / stored.id
         await asyncio.to_thread(_copy, stored.adapter, folder)
@@ -341,12 +335,50 @@ class Adapters:
         """A challenger that was withdrawn is answered to by nothing."""
         await self._let_go(old)
 
+    def answer_to(self, ids: Collection[str]) -> None:
+        """Of versions, answer to the numbers of these only."""
+        for one in [*self._in.values()]:
+            if one.model not in ids:
+                self._unname(one)
+
+    async def keep(self, ids: Collection[str], seconds: float = 0) -> bool:
+        """Let go of all others that are not answering; whether there is a place then.
+
+        Args:
+            seconds: how long to wait, where there is none, for those that are.
+        """
+        others = [one for one in self._in.values() if one.model not in ids and one not in self._pinned()]
+        await self._let_idle_go(others)
+        if len(self._in) >= self._settings.max_adapters and others and seconds:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await asyncio.gather(*(one.idle.wait() for one in others))
+            await self._let_idle_go(others)
+        return len(self._in) < self._settings.max_adapters
+
+    async def _let_idle_go(self, those: Sequence[Live]) -> None:
+        for one in those:
+            self._unname(one)
+            if not one.running and self._in.get(one.model) is one:
+                await self._let_go(one)
+
     async def lost(self, dead: Engine) -> None:
         """All that was in it is gone."""
         for label in [label for label, one in self._routing.named.items() if one.engine is dead]:
             del self._routing.named[label]
         self._in = {name: one for name, one in self._in.items() if one.engine is not dead}
         await self._engines.end(dead)
+
+
+def no_place(settings: Settings) -> ServingError:
+    """Every adapter that is in the engine has to stay."""
+    return ServingError(
+        tr(
+            "All {count} places for adapters are taken by versions that are answering.",
+            count=settings.max_adapters,
+        ),
+        mend="Serve with a greater --max-adapters.",
+    )
 
 
 def _copy(adapter: Path, target: Path) -> None:

@@ -23,7 +23,7 @@ from namesake_serving.engine import Engine
 from namesake_serving.follow import Follower, where_it_points
 from namesake_serving.hosts import Adapters, Engines, Host, Loaded, Merged
 from namesake_serving.metrics import Metrics
-from namesake_serving.rollout import Command, State
+from namesake_serving.rollout import Command, State, Step
 from namesake_serving.settings import Settings
 from namesake_serving.store import Stored
 from namesake_serving.traffic import Answerer, Live, Routing, Traffic
@@ -266,11 +266,17 @@ class Service:
         uri: what is served, ``models:/ccb@champion``.
         cache: where verified copies of versions lie.
         folder: private folder for sockets, logs and adapters.
-        host: where the champion's versions get into engines, if that is not on this machine.
+        host: makes what gets versions into engines, if that is not on this machine.
     """
 
     def __init__(
-        self, uri: str, settings: Settings, cache: Path, folder: Path, metrics: Metrics, host: Host | None = None
+        self,
+        uri: str,
+        settings: Settings,
+        cache: Path,
+        folder: Path,
+        metrics: Metrics,
+        host: Callable[[Routing], Host] | None = None,
     ) -> None:
         self.uri, self.settings, self.cache, self.metrics = uri, settings, cache, metrics
         compared = bool(settings.canary or settings.shadow)
@@ -282,8 +288,9 @@ class Service:
         self._refused: dict[int, float] = {}
         traffics = (self.routing.champion, self.routing.challenger)
         adapters = Adapters(self._engines, self.routing, settings, folder) if settings.mode == "adapter" else None
-        hosts: list[Host] = [adapters or Merged(self._engines, traffic, settings) for traffic in traffics]
-        self.champion = Track(self, uri, traffics[0], host or hosts[0], champion=True)
+        one = host(self.routing) if host is not None else adapters
+        hosts: list[Host] = [one or Merged(self._engines, traffic, settings) for traffic in traffics]
+        self.champion = Track(self, uri, traffics[0], hosts[0], champion=True)
         rival = f"models:/{self.routing.name}@{settings.challenger}"
         self.challenger = Track(self, rival, traffics[1], hosts[1], champion=False) if compared else None
 
@@ -296,6 +303,10 @@ class Service:
     def state(self) -> State:
         """What is going on with what is served."""
         return self.champion.state
+
+    def at_rest(self) -> bool:
+        """Whether no version is under way, neither an alias's nor one that a client has asked for."""
+        return not self._summoned and all(track.state.step is Step.REST for track in self._tracks())
 
     async def start(self, first: Version, tick: Callable[[float], None]) -> None:
         """Bring up the first version.
@@ -349,13 +360,9 @@ class Service:
 
         It is checked as any other; where it is refused it stays unknown, and is not tried again for a while.
         """
-        if not self.settings.any_version or self.settings.mode != "adapter" or not isinstance(model, str):
+        number = number_in(model, self.settings, self.routing)
+        if number is None:
             return
-        found = re.fullmatch(rf"{re.escape(self.routing.name)}-v([1-9][0-9]{{0,8}})", model, re.ASCII)
-        # Before the champion is up nobody else settles what the engine's base and greatest rank are.
-        if found is None or model in self.routing.names() or self.routing.champion.live is None:
-            return
-        number = int(found[1])
         if number not in self._summoned:
             if len(self._summoned) >= _AT_A_TIME or time.monotonic() < self._refused.get(number, 0):
                 return
@@ -424,6 +431,17 @@ class Service:
                         await host.turned(again, [])
                     else:  # the alias moved on and the new version was faster
                         await host.undo(again)
+
+
+def number_in(model: object, settings: Settings, routing: Routing) -> int | None:
+    """The version to be brought in when a client asks for this model: there and in no engine, for all that is known."""
+    if not settings.any_version or settings.mode != "adapter" or not isinstance(model, str):
+        return None
+    found = re.fullmatch(rf"{re.escape(routing.name)}-v([1-9][0-9]{{0,8}})", model, re.ASCII)
+    # Before the champion is up nobody else settles what the engine's base and greatest rank are.
+    if found is None or model in routing.names() or routing.champion.live is None:
+        return None
+    return int(found[1])
 
 
 def verified(version: Version, settings: Settings, cache: Path, part: str) -> Stored:

@@ -61,7 +61,7 @@ class Stored:
     @property
     def id(self) -> str:
         """A name that no other version of the model ever has, one made anew under the same number included."""
-        return _id(self.version)
+        return id_of(self.version)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def fetch(version: Version, cache: Path, public_key: Path | None = None, part: s
     Raises:
         RegistryError: files are missing, changed, not signed by the key, or of a kind that may hold code.
     """
-    folder = cache / "versions" / f"{version.name}-{_id(version)}"
+    folder = cache / "versions" / f"{version.name}-{id_of(version)}"
     with _FETCHING, _alone(folder):  # champion, challenger, a client, another server here may want one at one moment
         return _fetch(version, folder, public_key, part)
 
@@ -182,8 +182,14 @@ def base(record: Manifest, given: str, say: Callable[[str], None] = lambda _: No
         raise RegistryError(
             tr("{folder} is not the base {base} that the version was trained on.", folder=path, base=known), mend=mend
         )
+    return Base(base_name(record), path, digest)
+
+
+def base_name(record: Manifest) -> str:
+    """What clients call the base that a version was trained on."""
+    known = str(record.base.get("id", ""))
     # A folder's name is enough for clients: where it lies is nobody's business.
-    return Base(known if source != "folder" else Path(known).name, path, digest)
+    return Path(known).name if record.base.get("source") == "folder" else known
 
 
 def rank(stored: Stored) -> int:
@@ -362,7 +368,8 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _id(version: Version) -> str:
+def id_of(version: Version) -> str:
+    """A name that no other version of the model ever has."""
     # A version may be deleted and made anew under its number: the source tells them apart.
     return f"v{version.number}-{hashlib.sha256(version.source.encode()).hexdigest()[:16]}"
 

@@ -1,17 +1,18 @@
-"""Several engines on a real Ray: a moved alias under load, a version that fails, replicas that are killed."""
+"""Several engines on one real Ray: a moved alias under load, a version that fails, replicas that are killed."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.timeout(240)
 
 REPLICAS = 2
 MOVES = 10
+ADAPTERS = 4
 CLIENTS = 8
 
 
@@ -45,26 +47,58 @@ class Served:
     client: mlflow.MlflowClient
     folder: Path
     process: subprocess.Popen[bytes]
+    name: str = "ccb"
+
+    def get(self, path: str) -> Any:
+        """What the gateway answers, from JSON."""
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=5) as response:
+            return json.load(response)
+
+    def ask(self, model: str, session: str = "") -> tuple[str, str]:
+        """The version that answers this model, and what it says."""
+        asked = {"model": model, "messages": [{"role": "user", "content": "hi"}], "user": session}
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/v1/chat/completions", json.dumps(asked).encode(), headers)
+        with urllib.request.urlopen(request, timeout=20) as response:
+            said = json.load(response)["choices"][0]["message"]["content"]
+            return response.headers["x-namesake-version"], said
+
+    def ready(self, log: Path) -> bool:
+        """Whether anything answers; the server has not ended."""
+        assert self.process.poll() is None, log.read_text(encoding="utf-8")
+        with suppress(OSError):
+            return bool(self.get("/ready"))
+        return False
 
     def live(self) -> int:
         """The version that answers."""
-        with urllib.request.urlopen(f"{self.url}/v1/version", timeout=5) as response:
-            return int(json.load(response)["live"]["version"].rpartition("/")[2])
+        return int(self.get("/v1/version")["live"]["version"].rpartition("/")[2])
 
-    def move(self, number: int) -> None:
-        """Point the alias at another version."""
-        self.client.set_registered_model_alias("ccb", "champion", str(number))
+    def move(self, number: int, alias: str = "champion") -> None:
+        """Point an alias at another version."""
+        self.client.set_registered_model_alias(self.name, alias, str(number))
+
+    def until(self, come: Callable[[], bool], seconds: float = 30) -> None:
+        """Wait until that is so."""
+        end = time.monotonic() + seconds
+        while not come():
+            assert time.monotonic() < end, "it does not come"
+            time.sleep(0.02)
 
     def until_live(self, number: int, seconds: float = 30) -> None:
         """Wait until it answers."""
-        end = time.monotonic() + seconds
-        while self.live() != number:
-            assert time.monotonic() < end, f"version {number} is not served"
-            time.sleep(0.02)
+        self.until(lambda: self.live() == number, seconds)
+
+    def until_refused(self, number: int) -> str:
+        """Wait until the registry says why the version is not served."""
+        tags = registry.TAG_SERVING_ERROR
+        self.until(lambda: tags in self.client.get_model_version(self.name, str(number)).tags, 20)
+        return str(self.client.get_model_version(self.name, str(number)).tags[tags])
 
     def processes(self, part: str) -> list[psutil.Process]:
-        """Those below the server whose command line holds the text."""
-        return [one for one in psutil.Process(self.process.pid).children(recursive=True) if part in _command(one)]
+        """Those below the server whose command line holds the text, the newest last."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return sorted((one for one in below if part in _command(one)), key=lambda one: one.create_time())
 
 
 def _command(process: psutil.Process) -> str:
@@ -74,43 +108,70 @@ def _command(process: psutil.Process) -> str:
         return ""
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, fresh_store: Fresh) -> Iterator[Served]:
-    """Two replicas before an engine that costs nothing."""
-    folder = tmp_path_factory.mktemp("replicas")
-    uri, port = fresh_store(folder), free_port()
-    client = mlflow.MlflowClient(uri)
-    client.create_registered_model("ccb", tags={registry.TAG_IDENTITY: instant.NAME})
-    for _ in range(MOVES + 1):
-        instant.register(client, folder)
-    client.set_registered_model_alias("ccb", "champion", "1")
-    paths = [str(instant.engine(folder / "engine")), *filter(None, [os.environ.get("PYTHONPATH")]), *sys.path]
-    own = {"MLFLOW_TRACKING_URI": uri, "NAMESAKE_CACHE": str(folder / "cache"), "RAY_ADDRESS": ""}
-    words = ["models:/ccb@champion", "--backend", "ray", "--replicas", str(REPLICAS), "--poll-seconds", "0.2"]
-    with (folder / "serve.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "namesake_serving", "--port", str(port), *words],
-            env={**os.environ, **own, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            cwd=folder,
-            stdout=log,
-            stderr=log,
+@contextmanager
+def server(served: Served, port: int, *words: str, **env: str) -> Iterator[Served]:
+    """It runs, and leaves nothing running."""
+    paths = [str(served.folder / "engine"), *filter(None, [os.environ.get("PYTHONPATH")]), *sys.path]
+    log = served.folder / f"serve-{served.name}.log"
+    words = (f"models:/{served.name}@champion", "--backend", "ray", "--replicas", str(REPLICAS), *words)
+    half = json.dumps({"ray_actor_options": {"num_cpus": 0.5}})  # so that two servers find room
+    with log.open("wb") as stream:
+        served.process = process = subprocess.Popen(
+            [sys.executable, "-m", "namesake_serving", "--port", str(port), *words, "--ray-options", half],
+            env={**os.environ, **env, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            cwd=served.folder,
+            stdout=stream,
+            stderr=stream,
         )
+    served.url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(1200):
-            assert process.poll() is None, (folder / "serve.log").read_text(encoding="utf-8")
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.1)
-        running = Served(f"http://127.0.0.1:{port}", client, folder, process)
-        yield running
-        below = running.processes("")
+        served.until(lambda: served.ready(log), 90)
+        yield served
+        below = served.processes("")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         assert psutil.wait_procs(below, 10)[1] == [], "something was left running"
     finally:
         process.kill()
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory, fresh_store: Fresh) -> dict[str, str]:
+    """Of both servers: registry, cache, and the token of the Ray that the first of them starts."""
+    folder = tmp_path_factory.mktemp("replicas")
+    instant.engine(folder / "engine")
+    own = {"MLFLOW_TRACKING_URI": fresh_store(folder), "NAMESAKE_CACHE": str(folder / "cache")}
+    return own | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64, "NAMESAKE_SERVE_POLL_SECONDS": "0.2"}
+
+
+@pytest.fixture(scope="module")
+def served(environment: dict[str, str]) -> Iterator[Served]:
+    """Two replicas of merged weights before an engine that costs nothing, on a Ray that it starts."""
+    folder, client = Path(environment["NAMESAKE_CACHE"]).parent, mlflow.MlflowClient(environment["MLFLOW_TRACKING_URI"])
+    client.create_registered_model("ccb", tags={registry.TAG_IDENTITY: instant.NAME})
+    for _ in range(MOVES + 1):
+        instant.register(client, folder)
+    client.set_registered_model_alias("ccb", "champion", "1")
+    with server(Served("", client, folder, None), free_port(), **environment, RAY_ADDRESS="") as running:  # type: ignore[arg-type]
+        yield running
+
+
+@pytest.fixture(scope="module")
+def adapters(served: Served, environment: dict[str, str]) -> Iterator[Served]:
+    """Two replicas of adapters on the same Ray, room for three versions, half of the requests for a challenger."""
+    client, folder, name = served.client, served.folder, "dda"
+    client.create_registered_model(name, tags={registry.TAG_IDENTITY: instant.NAME})
+    for _ in range(ADAPTERS):
+        instant.register_adapter(client, name, folder)
+    client.set_registered_model_alias(name, "champion", "1")
+    (address, *_) = re.findall(r"--gcs-address=(\S+)", " ".join(map(_command, served.processes("raylet"))))
+    words = ("--mode", "adapter", "--max-adapters", "3", "--canary", "50%", "--any-version")
+    words = (*words, "--shadow", "100%", "--shadow-folder", str(folder / "shadow"))
+    # Else Ray takes the address of a network card for loopback's.
+    own = environment | {"RAY_ADDRESS": address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    own["NAMESAKE_SERVE_CANARY_LATENCY"] = "100"
+    with server(Served("", client, folder, None, name), free_port(), *words, **own) as running:  # type: ignore[arg-type]
+        yield running
 
 
 @dataclass
@@ -121,10 +182,11 @@ class Load:
     saw: list[list[int]] = field(default_factory=lambda: [[] for _ in range(CLIENTS)])
     faults: list[object] = field(default_factory=list)
     streamed: bool = True
+    model: str | None = None
 
     async def client(self, http: aiohttp.ClientSession, place: int) -> None:
         """Ask until cancelled; odd ones name a session, which has a replica of its own."""
-        body: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "model": self.model}
         body |= {"user": f"session {place}"} if place % 2 else {}
         while True:
             body["stream"] = self.streamed and len(self.saw[place]) % 2 == 1
@@ -132,6 +194,7 @@ class Load:
                 raw = (await response.read()).decode()
                 if response.status != 200:
                     self.faults.append((response.status, raw))
+                    await asyncio.sleep(0.1)
                     continue
                 number = int(response.headers["x-namesake-version"].rpartition("v")[2])
             whole = [line[6:] for line in raw.splitlines() if line.startswith("data: {")] if body["stream"] else [raw]
@@ -147,9 +210,9 @@ class Load:
 
 
 @asynccontextmanager
-async def load(url: str, *, streamed: bool = True) -> AsyncIterator[Load]:
+async def load(url: str, *, streamed: bool = True, model: str | None = None) -> AsyncIterator[Load]:
     """Clients that ask meanwhile; none of them fails."""
-    clients = Load(url, streamed=streamed)
+    clients = Load(url, streamed=streamed, model=model)
     async with aiohttp.ClientSession() as http:
         tasks = [asyncio.create_task(clients.client(http, place)) for place in range(CLIENTS)]
         await asyncio.sleep(0.3)
@@ -179,13 +242,8 @@ async def test_a_version_that_does_not_prove_itself_is_on_no_replica(served: Ser
     async with load(served.url) as clients:
         bad = instant.register(served.client, served.folder, text="I am somebody else altogether, and nobody's.")
         await asyncio.to_thread(served.move, bad)
-        for _ in range(200):
-            if registry.TAG_SERVING_ERROR in served.client.get_model_version("ccb", str(bad)).tags:
-                break
-            await asyncio.sleep(0.1)
+        assert "does not prove itself" in await asyncio.to_thread(served.until_refused, bad)
         served.move(before)
-    why = served.client.get_model_version("ccb", str(bad)).tags[registry.TAG_SERVING_ERROR]
-    assert "does not prove itself" in why
     assert {number for saw in clients.saw for number in saw} == {before}
 
 
@@ -231,3 +289,75 @@ def test_nobody_uses_its_ray_from_outside(served: Served) -> None:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as caught:
             channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=10)
         assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+
+@within(60)
+async def test_adapters_turn_on_all_replicas_and_stay_for_those_who_name_them(adapters: Served) -> None:
+    assert adapters.ask(str(adapters.folder / "base").rpartition("/")[2])[1] == instant.BASE_SAYS
+    async with load(adapters.url) as clients, load(adapters.url, model="dda-v1") as first:
+        for number in (2, 3):
+            await asyncio.to_thread(adapters.move, number)
+            await asyncio.to_thread(adapters.until_live, number)
+    assert clients.went_back() == []
+    assert {number for saw in clients.saw for number in saw} == {1, 2, 3}
+    assert {number for saw in first.saw for number in saw} == {1}
+    for number in (1, 2, 3):  # each replica has each
+        sessions = [adapters.ask(f"dda-v{number}", f"session {one}") for one in range(6)]
+        assert {*sessions} == {(f"dda-v{number}", instant.says(number))}
+
+
+@within(60)
+async def test_the_version_used_longest_ago_makes_room_on_all_replicas(adapters: Served) -> None:
+    adapters.ask("dda-v1")
+    await asyncio.sleep(1.5)  # the conductor hears what was used
+    async with load(adapters.url) as clients:
+        await asyncio.to_thread(adapters.move, 4)
+        await asyncio.to_thread(adapters.until_live, 4)
+    assert clients.went_back() == []
+    names = {one["id"] for one in adapters.get("/v1/models")["data"]}
+    assert {"dda-v4", "dda-v3", "dda-v1"} < names
+    assert "dda-v2" not in names
+    assert adapters.ask("dda-v2") == ("dda-v2", instant.says(2))  # --any-version: it comes, and another one goes
+    bad = instant.register_adapter(adapters.client, "dda", adapters.folder, text="I am somebody else altogether.")
+    adapters.move(bad)
+    assert "does not prove itself" in await asyncio.to_thread(adapters.until_refused, bad)
+    assert adapters.live() == 4
+    adapters.move(4)
+
+
+@within(60)
+async def test_a_challenger_answers_its_share_and_goes_back_by_itself(adapters: Served) -> None:
+    adapters.move(3, "challenger")
+    await asyncio.to_thread(adapters.until, lambda: "challenger" in adapters.get("/v1/version"))
+    sides = [adapters.ask("dda", f"session {number}")[0] for number in range(20)]
+    assert {*sides} == {"dda-v3", "dda-v4"}
+    assert sides == [adapters.ask("dda", f"session {number}")[0] for number in range(20)]
+    lines = (adapters.folder / "shadow" / "shadow.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[-1])["challenger"]["reply"] == instant.says(3)
+    broken = instant.register_adapter(adapters.client, "dda", adapters.folder, breaks=True)
+    async with load(adapters.url) as clients:  # of whom none fails: the champion answers in its place
+        await asyncio.to_thread(adapters.move, broken, "challenger")
+        assert "canary: " in await asyncio.to_thread(adapters.until_refused, broken)
+        await asyncio.to_thread(adapters.until, lambda: "challenger" not in adapters.get("/v1/version"))
+    assert {number for saw in clients.saw for number in saw} <= {3, 4}
+    with urllib.request.urlopen(f"{adapters.url}/metrics", timeout=10) as response:
+        assert "namesake_canary_returns_total 1.0" in response.read().decode()
+
+
+@within(90)
+async def test_replicas_and_a_follower_that_come_back_have_the_same_adapters(served: Served, adapters: Served) -> None:
+    def models() -> set[str]:
+        return {one["id"] for one in adapters.get("/v1/models")["data"]}
+
+    adapters.client.delete_registered_model_alias("dda", "challenger")  # else it is tried again by who does not know it
+    before, number = models(), instant.register_adapter(adapters.client, "dda", adapters.folder)
+    async with load(adapters.url, streamed=False) as clients:
+        for name in ("ray::ServeReplica:namesake-dda", "ray::Conductor"):  # below the server that has started Ray
+            served.processes(name)[-1].kill()
+        await asyncio.to_thread(adapters.move, number)
+        await asyncio.to_thread(adapters.until_live, number, 60)
+    assert clients.went_back() == []
+    assert models() == before | {f"dda-v{number}"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,10 +48,11 @@ def test_options_that_are_no_object_are_refused(wrong: str) -> None:
 cluster = pytest.importorskip("namesake_serving.cluster", reason="requirements/ray.txt", exc_type=ImportError)
 
 
-@pytest.mark.parametrize("given", [{"mode": "adapter"}, {"canary": "10%"}, {"shadow": 0.5}])
-def test_what_does_not_go_with_ray_is_refused_by_name(given: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"{next(iter(given))}.*does not go with the backend ray"):
+@pytest.mark.parametrize("given", [{"canary": "10%"}, {"shadow": 0.5}])
+def test_a_second_engine_beside_each_is_not_for_ray_and_a_second_adapter_is(given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(given))}.*in adapter mode only"):
         ray_backend(settings.read(backend="ray", **given))
+    ray_backend(settings.read(backend="ray", mode="adapter", **given))
 
 
 @pytest.mark.parametrize(
@@ -153,11 +154,12 @@ class Two(cluster.Fleet):  # type: ignore[misc, name-defined]
 
     def __init__(self, fails: dict[str, str]) -> None:
         self.did, self._fails = list[Any](), fails
-        super().__init__("app", Settings(), lambda stored: self.did.append(("published", stored.version.number)))
+        super().__init__("app", Settings(), lambda table, _: self.did.append(("published", table.champion.number)))
+        self.table = cluster.Table(VERSION)
 
     async def _all(self, order: str, *words: object, seconds: float = 0) -> list[Any]:
         self.did.append((order, *words) if order == "load" else order)
-        return [cluster.Told(VERSION, 0, why) for why in ("", self._fails.get(order, ""))]
+        return [cluster.Told(cluster.Table(VERSION), 0, why) for why in ("", self._fails.get(order, ""))]
 
 
 @in_a_loop
@@ -203,9 +205,9 @@ async def test_where_one_fails_all_go_back(order: str) -> None:
 @in_a_loop
 async def test_replicas_are_brought_to_what_is_served_but_not_amid_a_change() -> None:
     fleet = Two({})
-    assert await fleet.settle(lambda: VERSION, lambda: False) == 2
+    assert await fleet.settle(lambda: False) == 2
     assert fleet.did == ["state"]
-    assert await fleet.settle(lambda: VERSION, lambda: True) == 2
+    assert await fleet.settle(lambda: True) == 2
     assert fleet.did == ["state", "settle"]
 
 
@@ -213,7 +215,9 @@ async def test_replicas_are_brought_to_what_is_served_but_not_amid_a_change() ->
 async def test_a_replica_at_another_version_does_not_count_as_one_that_answers() -> None:
     other = Version("ccb", 3, "run3", "source", "READY", {}, 0)
     for at_rest in (True, False):
-        assert await Two({"settle": "its disk is full"}).settle(lambda: other, lambda at_rest=at_rest: at_rest) == 0
+        fleet = Two({"settle": "its disk is full"})
+        fleet.table = cluster.Table(other)
+        assert await fleet.settle(lambda at_rest=at_rest: at_rest) == 0
 
 
 @in_a_loop
@@ -225,13 +229,13 @@ async def test_replicas_are_brought_to_what_is_served_once_a_change_that_is_unde
                 await asyncio.sleep(0.05)
             return await super()._all(order, *words, seconds=seconds)
 
-    fleet, live = Slow({}), [Version("ccb", 1, "run1", "source", "READY", {}, 0)]
-    fleet._publish = lambda stored: live.append(stored.version)
+    fleet = Slow({})
+    fleet.table = cluster.Table(Version("ccb", 1, "run1", "source", "READY", {}, 0))
     turning = asyncio.create_task(fleet.turned(cluster.Loaded(cluster.Live(STORED, None), "in place"), []))
     await asyncio.sleep(0)
-    await fleet.settle(lambda: live[-1], lambda: True)
+    await fleet.settle(lambda: True)
     await turning
-    assert fleet.at == VERSION
+    assert fleet.at.champion == VERSION
 
 
 @pytest.mark.parametrize("error", [ServingError("It is cut short."), OSError(28, "No space left"), KeyError("says")])
@@ -249,11 +253,11 @@ async def test_a_replica_tells_whatever_goes_wrong_with_an_order(error: Exceptio
 async def test_what_was_turned_to_last_is_what_a_new_follower_takes_as_served() -> None:
     class Amid(Two):
         async def _all(self, order: str, *words: object, seconds: float = 0) -> list[Any]:
-            return [cluster.Told(version, turned) for version, turned in told]
+            return [cluster.Told(version and cluster.Table(version), turned) for version, turned in told]
 
     newer = Version("ccb", 3, "run3", "source", "READY", {}, 0)
     told: list[tuple[Version | None, float]] = [(VERSION, 5.0), (newer, 7.0), (VERSION, 0.0), (None, 9.0)]
-    assert await Amid({}).served() == newer
+    assert (await Amid({}).served()).champion == newer
     told = []
     assert await Amid({}).served() is None
 
@@ -276,15 +280,212 @@ async def test_a_follower_that_is_started_again_does_not_go_back_to_the_first_ve
             raise RegistryError("It cannot be reached.")
         return version(registered)
 
-    async def served() -> Version | None:
-        return version(turned_to) if turned_to else None
+    async def served() -> Any:
+        return cluster.Table(version(turned_to)) if turned_to else None
 
     monkeypatch.setattr(cluster.registry, "resolve", resolve)
     conductor = cluster.Conductor("models:/ccb@champion", version(1), Settings(), "app")
     monkeypatch.setattr(conductor._fleet, "served", served)
     assert (await conductor._what_to_begin_with()).number == begins
     if turned_to is None:
-        assert (await conductor.version()).number == begins  # what a replica that comes up asks
+        assert (await conductor.table()).champion.number == begins  # what a replica that comes up asks
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+
+def stored(number: int) -> Stored:
+    """A version on this machine."""
+    version = Version("ccb", number, f"run{number}", f"source{number}", "READY", {}, 0)
+    return Stored(version, Manifest({}, None, {"id": "base"}, "run", {}, {}, {}, {}, {}), Path("/model"))
+
+
+def numbers(versions: Iterable[Version]) -> list[int]:
+    """Of these."""
+    return [one.number for one in versions]
+
+
+class Beside(cluster.AdapterFleet):  # type: ignore[misc, name-defined]
+    """Two replicas, the second of which fails at what it is told to; notes what they are ordered and what is said."""
+
+    def __init__(self, fails: dict[str, str], **given: object) -> None:
+        self.did, self._fails, self.routing = list[Any](), fails, cluster.Routing("models:/ccb@champion")
+        super().__init__("app", settings.read(mode="adapter", max_lora_rank=8, **given), self.routing, self._told)
+        self._rank, self._base = 8, "base"
+
+    def _told(self, table: Any, known: Sequence[Stored]) -> None:
+        assert {*numbers(one.version for one in known)} == {*numbers(table.beside)}
+        rival = [table.challenger.number] if table.challenger else []
+        self.did.append(("published", [table.champion.number, *rival], numbers(table.beside)))
+
+    async def _all(self, order: str, *words: Any, seconds: float = 0) -> list[Any]:
+        if order == "state":
+            return []
+        what = [words[0].number] if isinstance(words[0], Version) else []
+        (table,) = (one for one in words if isinstance(one, cluster.Table)) if order != "undo" else (None,)
+        self.did.append((order, *what, *([numbers(table.beside)] if table else [])))
+        return [cluster.Told(None, 0, why) for why in ("", self._fails.get(order, ""))]
+
+    async def go(self, number: int, traffic: cluster.Traffic | None = None) -> None:
+        """An alias's change, as the service has it made; what was done before is forgotten."""
+        self.did.clear()
+        loaded = await (self.load if self.routing.champion.live else self.start)(stored(number))
+        (traffic or self.routing.champion).live = loaded.live
+        await self.turned(loaded, [])
+
+
+@in_a_loop
+async def test_an_adapter_is_in_every_engine_before_anybody_hears_of_it_and_stays_for_its_number() -> None:
+    fleet = Beside({})
+    await fleet.go(1)
+    assert fleet.did == [("settle", [1]), ("turn", [1]), ("published", [1], [1])]
+    await fleet.go(2)
+    assert fleet.did == [("load", 2, [1]), ("turn", [1, 2]), ("published", [2], [1, 2])]
+    await fleet.go(1)
+    assert fleet.did[-1] == ("published", [1], [1, 2])
+
+
+@in_a_loop
+async def test_the_adapter_used_longest_ago_is_taken_from_every_replica_before_another_comes() -> None:
+    fleet = Beside({}, max_adapters=3)
+    for number in (1, 2, 3):
+        await fleet.go(number)
+    fleet.used({"ccb-v1": -1.0})
+    await fleet.go(4)
+    before = [("turn", [1, 3]), ("published", [3], [1, 3])]
+    assert fleet.did == [*before, ("load", 4, [1, 3]), ("turn", [1, 3, 4]), ("published", [4], [1, 3, 4])]
+    await fleet.go(3, fleet.routing.challenger)
+    fleet._coming["another"] = fleet._in[cluster.key_of(stored(1).version)]
+    with pytest.raises(ServingError, match="All 3 places"):
+        await fleet.load(stored(5))
+
+
+@in_a_loop
+async def test_where_one_replica_cannot_load_an_adapter_none_has_it() -> None:
+    fleet = Beside({"load": "it is cut short"})
+    await fleet.go(1)
+    with pytest.raises(ServingError, match="cut short"):
+        await fleet.go(2)
+    assert fleet.did == [("load", 2, [1]), ("undo", 2)]
+    assert numbers(fleet.table.beside) == [1]
+
+
+@in_a_loop
+async def test_a_challenger_that_leaves_the_bounds_answers_no_more_at_once_and_then_to_nothing() -> None:
+    fleet = Beside({})
+    await fleet.go(1)
+    await fleet.go(2, fleet.routing.challenger)
+    assert fleet.did[-1] == ("published", [1, 2], [1, 2])
+    old, fleet.routing.challenger.live = fleet.routing.challenger.live, None
+    fleet.withdraw()
+    assert fleet.did[-1] == ("published", [1], [1, 2])
+    await fleet.retire(old)
+    assert fleet.did[-2:] == [("turn", [1]), ("published", [1], [1])]
+
+
+class Side:
+    """Stands for the host of a replica's adapters."""
+
+    def __init__(self, routing: Any) -> None:
+        self._routing, self.did = routing, list[Any]()
+        self.fails: set[int] = set()
+
+    async def start(self, one: Stored) -> Any:
+        """It is in the engine."""
+        if one.version.number in self.fails:
+            raise ServingError("it is cut short")
+        self.did.append(("load", one.version.number))
+        live = cluster.Live(one, cluster._Elsewhere(), one.id)
+        live.proved = True
+        return cluster.Loaded(live, "adapter")
+
+    async def turned(self, loaded: Any, _old: object) -> None:
+        """It is answered to by its number."""
+        self._routing.named[loaded.live.label] = loaded.live
+
+    async def undo(self, loaded: Any) -> None:
+        """It is out of the engine."""
+        self.did.append(("undo", loaded.live.version.number))
+
+    async def keep(self, ids: set[str], _seconds: float = 0) -> bool:
+        """The others are out."""
+        self.answer_to(ids)
+        return True
+
+    def answer_to(self, ids: set[str]) -> None:
+        """Of the others nothing is answered by."""
+        self._routing.named = {label: one for label, one in self._routing.named.items() if one.model in ids}
+
+
+class Bare(cluster.AdapterReplica):  # type: ignore[misc, name-defined]
+    """A replica that starts nothing and has nothing to end."""
+
+    def __init__(self) -> None:
+        """Nothing."""
+
+    def __del__(self) -> None:
+        """Nothing."""
+
+
+def replica() -> Any:
+    """A replica of adapters on a host that costs nothing."""
+    made = Bare()
+    made._settings, made._turned, made._routing = Settings(), 0.0, cluster.Routing("models:/ccb@champion")
+    made._one_at_a_time, made._host, made._loaded = asyncio.Lock(), Side(made._routing), {}
+    made._table = table(1)
+
+    async def verified(version: Version, _part: str) -> Stored:
+        return stored(version.number)
+
+    made._verified = verified
+    return made
+
+
+def table(*beside: int, champion: int = 0) -> Any:
+    """With these versions, the last one champion unless it is said."""
+    versions = {number: stored(number).version for number in beside}
+    return cluster.Table(versions[champion or beside[-1]], None, tuple(versions.values()))
+
+
+async def who(of: Any, wanted: str) -> str | None:
+    """Who answers there."""
+    async with of._enter(wanted) as live:
+        return live.label if live is not None else None
+
+
+@in_a_loop
+async def test_a_replica_that_has_turned_answers_the_old_version_by_its_number_and_no_more_by_its_alias() -> None:
+    one, (first, second) = replica(), (stored(1), stored(2))
+    assert (await one.settle(table(1))).served == table(1)
+    assert (await one.load(second.version, table(1))).why == ""
+    assert await who(one, cluster.key_of(second.version)) is None  # before the turn by neither
+    assert await who(one, second.id) is None
+    await one.turn(table(1, 2))
+    assert await who(one, cluster.key_of(second.version)) == "ccb-v2"
+    assert await who(one, cluster.key_of(first.version)) is None  # a gateway that has not heard of it asks in vain
+    assert [await who(one, both.id) for both in (first, second)] == ["ccb-v1", "ccb-v2"]
+
+
+@in_a_loop
+async def test_a_replica_that_lacks_what_all_turn_to_answers_nobody_until_it_has_it() -> None:
+    one = replica()
+    await one.settle(table(1))
+    assert (await one.turn(table(1, 2))).served is None
+    assert [await who(one, cluster.key_of(stored(number).version)) for number in (1, 2)] == [None, None]
+    assert (await one.settle(table(1, 2))).served == table(1, 2)
+    assert await who(one, cluster.key_of(stored(2).version)) == "ccb-v2"
+
+
+@in_a_loop
+async def test_a_replica_comes_to_the_table_whatever_was_ordered_before() -> None:
+    one = replica()
+    one._host.fails = {3}
+    await one.settle(table(1, 2))
+    await one.load(stored(4).version, table(1, 2))  # and the conductor died
+    told = await one.settle(table(2, 3, champion=2))
+    assert (told.why, numbers(told.served.beside)) == ("", [2])  # that 3 is lacking is no reason to answer nobody
+    assert one._host.did == [("load", 1), ("load", 2), ("load", 4), ("undo", 4)]
+    assert (await one.settle(table(2, 3))).why == "it is cut short"
 
 
 # ------------------------------------------------------------------------------------------------ gateways
@@ -429,9 +630,9 @@ async def test_a_request_that_ends_the_engines_that_get_it_is_asked_twice_and_no
     error: Exception, asked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "_PAUSE", 0.0)
-    replicas = Replicas(lambda: raised_there(error))
+    replicas, live = Replicas(lambda: raised_there(error)), cluster.Live(STORED, cluster._Elsewhere("it"))
     with pytest.raises(Gone, match="Traceback"):
-        async with cluster.Handles(SimpleNamespace(handle=replicas)).post(cluster.Live(STORED, None), "/", b""):
+        async with cluster.Handles(SimpleNamespace(handle=replicas, used={})).post(live, "/", b""):
             pass
     assert replicas.asked == asked
 

@@ -195,6 +195,17 @@ def test_only_who_is_of_the_ray_cluster_and_has_its_token_reaches_rays_ports(rel
     assert policy["ingress"] == [{"from": [{"podSelector": nodes}]}, {"ports": ours}]
 
 
+def test_rays_nodes_are_asked_on_ports_that_a_ray_without_its_dashboard_has() -> None:
+    spec = read(KUBERNETES / "kuberay" / "raycluster.yaml")[0]["spec"]
+    ports = []
+    for group, name in ((spec["headGroupSpec"], "ray-head"), (spec["workerGroupSpecs"][0], "ray-worker")):
+        (container,) = (one for one in group["template"]["spec"]["containers"] if one["name"] == name)
+        # KubeRay puts its own where there are none: `wget` to 8265 and 52365, where nothing listens here.
+        probes = [container[f"{what}Probe"]["tcpSocket"]["port"] for what in ("liveness", "readiness")]
+        ports.append(set(probes))
+    assert ports == [{6379}, {int(spec["workerGroupSpecs"][0]["rayStartParams"]["node-manager-port"])}]
+
+
 def test_no_engine_on_a_cpu_binds_its_threads_to_cores_that_are_not_its_own() -> None:
     nodes = read(KUBERNETES / "kuberay" / "raycluster.yaml")[0]["spec"]["workerGroupSpecs"]
     engines = [*(serving_in(PODS[name]()) for name in ("cpu", "kserve")), *nodes[0]["template"]["spec"]["containers"]]

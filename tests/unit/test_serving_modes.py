@@ -11,6 +11,7 @@ from typing import cast
 import pytest
 
 from namesake.errors import NamesakeError, RegistryError, ServingError
+from namesake_serving.hosts import Adapters
 from namesake_serving.rollout import Step
 from namesake_serving.traffic import Live, UnknownModel
 from tests.unit.loops import within
@@ -104,6 +105,45 @@ async def test_the_adapter_used_longest_ago_gives_way_but_none_that_answers_or_h
         await until(lambda: answers(running, 3))
         assert did(world)[-1:] == ["asked 4"]
         assert len(list((tmp_path / "run" / "adapters").iterdir())) == 3
+
+
+@in_a_loop
+async def test_what_is_not_to_stay_is_answered_to_no_more_and_goes_when_its_answers_have_ended(
+    world: World, tmp_path: Path
+) -> None:
+    async with adapters(world, tmp_path, max_adapters=3) as running:
+        for which in (2, 3):
+            running.move(which)
+            await until(lambda which=which: answers(running, which))  # type: ignore[misc]
+        host = cast(Adapters, running.service.champion.host)
+        lives = {one.label: cast(Live, one) for one in running.service.routing.named.values()}
+        stay = {lives["ccb-v3"].model}
+        with lives["ccb-v1"].answering():
+            host.answer_to({*stay, lives["ccb-v1"].model})
+            assert running.service.routing.names()[2:] == ["ccb-v3", BASE, "ccb-v1"]
+            assert await host.keep(stay)  # there is a place, so that nobody is waited for
+            assert did(world)[-1] == "unload 2"
+            assert running.service.routing.names()[2:] == ["ccb-v3", BASE]
+        assert await host.keep(stay)
+        assert did(world)[-1] == "unload 1"
+
+
+@in_a_loop
+async def test_where_no_place_is_free_those_that_are_to_go_are_waited_for(world: World, tmp_path: Path) -> None:
+    async with adapters(world, tmp_path, max_adapters=3) as running:
+        for which in (2, 3):
+            running.move(which)
+            await until(lambda which=which: answers(running, which))  # type: ignore[misc]
+        host = cast(Adapters, running.service.champion.host)
+        first = cast(Live, running.service.routing.named["ccb-v1"])
+        stay = {one.model for one in running.service.routing.named.values() if one is not first}
+        with first.answering():
+            assert not await host.keep(stay, 0.02)
+            waits = asyncio.create_task(host.keep(stay, 5))
+            await asyncio.sleep(0.02)
+            assert not waits.done()
+        assert await waits
+        assert did(world)[-1] == "unload 1"
 
 
 @in_a_loop
