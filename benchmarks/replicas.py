@@ -15,22 +15,16 @@ import argparse
 import asyncio
 import json
 import os
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
-from commands import ROOT, environment
-from follow import MODEL, prepare, served_changes
+from follow import prepare, told_changes
+
+from servers import MODEL, namesake_serve
 
 
 class Clients:
@@ -81,7 +75,6 @@ class Clients:
 
 async def measure(url: str, count: int, most: int, seconds: float, moves: int) -> str:
     """Throughput, then moves of the alias to and fro under the same load."""
-    sys.path.insert(0, str(ROOT / "src"))
     from namesake import registry
 
     numbers = [registry.resolve(f"models:/{MODEL}@{alias}").number for alias in ("champion", "challenger")]
@@ -106,34 +99,6 @@ async def measure(url: str, count: int, most: int, seconds: float, moves: int) -
     return f"{rate:5.0f} tokens/s; move to last client {middle}; {dict(clients.ended)}; went back: {back}"
 
 
-@contextmanager
-def serving(row: str, store: Path, *words: str) -> Iterator[tuple[str, float]]:
-    """A server; its address, and the seconds that it took."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url, begun = f"http://127.0.0.1:{port}", time.monotonic()
-    several = [] if row == "local" else ["--backend", "ray", "--replicas", row]
-    command = [sys.executable, "-m", "namesake", "serve", f"models:/{MODEL}@champion", "--port", str(port)]
-    with tempfile.TemporaryFile() as log:
-        given = {"cwd": store, "env": environment(store), "stdout": log, "stderr": log}
-        server = subprocess.Popen([*command, *several, *words], **given)  # type: ignore[call-overload]
-        try:
-            while True:
-                try:
-                    urllib.request.urlopen(f"{url}/ready", timeout=2)
-                    break
-                except OSError:
-                    if server.poll() is not None:
-                        log.seek(0)
-                        raise SystemExit(log.read().decode()[-3000:]) from None
-                    time.sleep(0.2)
-            yield url, time.monotonic() - begun
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(120)
-
-
 def main() -> None:
     """Print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,10 +118,11 @@ def main() -> None:
         os.chdir(store)
         print(f"{given.clients} clients, answers of {given.tokens} tokens, {given.moves} moves, {os.cpu_count()} cores")
         for row in given.rows:
-            with serving(row, store, "--eager", "--poll-seconds", "0.2", *given.words) as (url, ready):
-                told = asyncio.run(measure(url, given.clients, given.tokens, given.seconds, given.moves))
-                print(f"{row:>5}: ready after {ready:.0f} s; {told}")
-                print(f"       fetched and verified -> live: {served_changes(url)}", flush=True)
+            several = [] if row == "local" else ["--backend", "ray", "--replicas", row]
+            with namesake_serve(store, "--eager", "--poll-seconds", "0.2", *several, *given.words) as made:
+                told = asyncio.run(measure(made.url, given.clients, given.tokens, given.seconds, given.moves))
+                print(f"{row:>5}: ready after {made.seconds:.0f} s; {told}")
+                print(f"       fetched and verified -> live: {told_changes(made.url)}", flush=True)
 
 
 if __name__ == "__main__":
