@@ -76,13 +76,13 @@ class Given:
     Attributes:
         pairs: samples of each line that has no smaller number of its own.
         scale: of the time that a sample takes; 1 is usual.
-        store: a folder with mlflow.db and two versions of ccb, of a line that serves.
+        store: a folder with mlflow.db and two versions of ccb, for a line with ``serves``.
         folder: for the line's own files; empty, and gone after it.
     """
 
     pairs: int
     scale: float
-    store: Callable[[], Path]
+    store: Path
     folder: Path
 
     def of(self, usual: float, least: int = 1) -> int:
@@ -98,6 +98,7 @@ class Measure:
         key: its name on the command line.
         minutes: about how long it takes on two quiet cores, by pairs: a part that does not depend on them, and each.
         most: pairs that are never exceeded, since each takes too long.
+        serves: whether it needs the two versions.
         scales: whether a pair's length goes by the scale; a start or a copy takes as long as it takes.
     """
 
@@ -106,6 +107,7 @@ class Measure:
     run: Callable[[Given], Iterator[Sample]]
     minutes: tuple[float, float]
     most: int | None = None
+    serves: bool = False
     scales: bool = True
 
     def pairs(self, asked: int) -> int:
