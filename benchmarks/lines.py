@@ -277,7 +277,7 @@ def second(given: Given) -> Iterator[Sample]:
     from follow import changed_since, served_changes
 
     from namesake import registry
-    from servers import MODEL, bare_vllm, namesake_serve
+    from servers import MODEL, bare_vllm, namesake_serve, resting
 
     store = given.store
     numbers = (_version(store, "champion").number, _other_config(store, given.folder))
@@ -296,7 +296,7 @@ def second(given: Given) -> Iterator[Sample]:
                 return seconds
 
             def bare() -> float:
-                with bare_vllm(weights, ours=True) as alone:
+                with resting(made), bare_vllm(weights, ours=True) as alone:
                     return alone.seconds
 
             for number, forwards in turns(given.pairs):
@@ -334,7 +334,7 @@ def peers(given: Given) -> Iterator[Sample]:
     """
     from load import Load
 
-    from servers import mlflow_serve, namesake_serve, swift_deploy
+    from servers import mlflow_serve, namesake_serve, resting, swift_deploy
 
     store = given.store
     weights, number = _weights(store), _version(store, "champion").number
@@ -348,15 +348,19 @@ def peers(given: Given) -> Iterator[Sample]:
         few, many = given.of(16, 16), given.of(128, 16)
 
         def rate(made: Served, requests: int) -> float:
-            where = {"requests": requests, "tokens": 32, "streams": 16}
-            return load.run(made.url, **where)["output_throughput"]  # type: ignore[arg-type]
+            with resting(*(one for one in (ours, by_mlflow, by_swift, by_batches) if one is not made)):
+                return load.run(made.url, streams=16, requests=requests, tokens=32)["output_throughput"]
 
-        whole(ours.url, "/v1/chat/completions", 16, 16)  # warm
+        def by_hand(made: Served, path: str, requests: int) -> float:
+            with resting(*(one for one in (ours, by_mlflow, by_swift, by_batches) if one is not made)):
+                return whole(made.url, path, 16, requests)
+
+        by_hand(ours, "/v1/chat/completions", 16)  # warm
         for _, forwards in turns(given.pairs):
             yield {
                 "mlflow": pair(
-                    lambda: whole(ours.url, "/v1/chat/completions", 16, many),
-                    lambda: whole(by_mlflow.url, "/invocations", 16, few),
+                    lambda: by_hand(ours, "/v1/chat/completions", many),
+                    lambda: by_hand(by_mlflow, "/invocations", few),
                     forwards,
                 ),
                 "swift": pair(lambda: rate(ours, many), lambda: rate(by_swift, few), forwards),
@@ -384,7 +388,7 @@ def adapters(given: Given) -> Iterator[Sample]:
     """16 streams: merged, by one adapter, and by several in turn on one base."""
     from load import Load
 
-    from servers import MODEL, namesake_serve
+    from servers import MODEL, namesake_serve, resting
 
     store = given.store
     numbers = _copies(store, max(ADAPTERS))
@@ -397,7 +401,8 @@ def adapters(given: Given) -> Iterator[Sample]:
         requests = given.of(_REQUESTS[16], 16)
 
         def rate(made: Served, models: Sequence[str]) -> float:
-            found = load.run(made.url, streams=16, requests=requests, tokens=TOKENS, models=models)
+            with resting(several if made is merged else merged):
+                found = load.run(made.url, streams=16, requests=requests, tokens=TOKENS, models=models)
             return found["output_throughput"]
 
         names = [f"{MODEL}-v{number}" for number in numbers]
@@ -439,7 +444,7 @@ def defaults(given: Given) -> Iterator[Sample]:
     """`namesake serve` as it is, and vLLM as it is, on the same weights."""
     from load import Load
 
-    from servers import bare_vllm, namesake_serve
+    from servers import bare_vllm, namesake_serve, resting
 
     store = given.store
     weights = _weights(store)
@@ -451,7 +456,8 @@ def defaults(given: Given) -> Iterator[Sample]:
 
         def rate(made: Served, streams: int) -> float:
             requests = given.of(_REQUESTS[streams], streams)
-            return load.run(made.url, streams=streams, requests=requests, tokens=TOKENS)["output_throughput"]
+            with resting(theirs if made is ours else ours):
+                return load.run(made.url, streams=streams, requests=requests, tokens=TOKENS)["output_throughput"]
 
         for made in (ours, theirs):
             rate(made, 32)  # warm

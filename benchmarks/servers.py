@@ -49,6 +49,24 @@ class Served:
         raise SystemExit("the gateway has no engine")
 
 
+@contextmanager
+def resting(*others: Served) -> Iterator[None]:
+    """The other side's processes stand still: what spins while it waits would take a core from the one measured."""
+    still: list[psutil.Process] = []
+    try:
+        for made in others:
+            front = psutil.Process(made.process.pid)
+            for one in (front, *front.children(recursive=True)):
+                with suppress(psutil.Error):
+                    one.suspend()
+                    still.append(one)
+        yield
+    finally:
+        for one in reversed(still):
+            with suppress(psutil.Error):
+                one.resume()
+
+
 def ask(url: str, body: Mapping[str, object], path: str = "/v1/chat/completions", timeout: float = 300) -> object:
     """Post a JSON body; the JSON of the answer. Anything but an answer raises ``OSError``."""
     request = urllib.request.Request(url + path, json.dumps(body).encode(), {"content-type": "application/json"})
