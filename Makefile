@@ -94,8 +94,8 @@ docs: $(STAMP) $(DOCS_VENV)/.installed ## the guide into site/; its reference pa
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict 2> >(grep -v '^INFO' >&2)
 	@echo "› the guide is site/index.html; with its search: python -m http.server -d site"
 
-bench: setup ## benchmarks/, in short; each script alone takes arguments
-	@python benchmarks/training.py --pairs 1 --steps 20 && python benchmarks/follow.py && python benchmarks/quality.py --rows default tutorial
+bench: $(DEV_STAMP) ## the benchmark table, more than an hour: make bench ARGS="--list"
+	@python benchmarks/table.py $(ARGS)
 
 screenshots: $(DEV_STAMP) ## the guide's pictures, of your newest model; needs chromium
 	@PYTHONPATH=. python docs/screenshots.py $(ARGS)

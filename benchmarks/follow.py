@@ -15,22 +15,19 @@ import asyncio
 import json
 import os
 import re
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import aiohttp
-from commands import ROOT, environment, namesake, run_id
+from commands import namesake, run_id
+from measure import quantile
 
-MODEL = "ccb"
+from servers import MODEL, namesake_serve
 
 
 def prepare(store: Path) -> None:
@@ -92,9 +89,15 @@ class Load:
         raise SystemExit(f"{version} did not answer within {seconds:.0f} s: {self.ended}")
 
 
-async def measure(url: str, clients: int, moves: int, tokens: int) -> tuple[list[float], Counter[str]]:
-    """Move the alias to and fro under load."""
-    sys.path.insert(0, str(ROOT / "src"))
+async def measure(
+    url: str, clients: int, moves: int, tokens: int
+) -> tuple[list[float], list[tuple[str, float]], Counter[str]]:
+    """Move the alias to and fro under load.
+
+    Returns:
+        Seconds from each move to the first answer begun by the new version; for each change the way and the server's
+        own seconds from fetched and verified to live; how requests ended.
+    """
     from namesake import registry
 
     numbers = [
@@ -105,36 +108,48 @@ async def measure(url: str, clients: int, moves: int, tokens: int) -> tuple[list
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300)) as session:
         running = asyncio.create_task(load.run(session))
         await asyncio.sleep(5)
-        seconds = []
+        seconds, changes = [], []
         for move in range(moves):
+            before = await asyncio.to_thread(served_changes, url)
             number = numbers[(move + 1) % 2]
             moved = time.monotonic()
             await asyncio.to_thread(registry.point, MODEL, "champion", number)
             seconds.append(await load.first(f"{MODEL}-v{number}", moved))
+            changes.append(await asyncio.to_thread(changed_since, before, url))
             await asyncio.sleep(2)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-    return seconds, load.ended
+    return seconds, changes, load.ended
 
 
-def served_changes(url: str) -> str:
-    """The server's own seconds from fetched and verified to live, on average, by way."""
+def served_changes(url: str) -> dict[str, tuple[float, float]]:
+    """How often the server changed its version and the seconds in all, fetched and verified to live, by way."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
         text = response.read().decode()
     found = {
         (kind, way): float(value)
         for kind, way, value in re.findall(r'namesake_version_change_seconds_(sum|count){way="([^"]+)"} (\S+)', text)
     }
-    ways = sorted({way for _, way in found})
+    return {way: (found["count", way], found["sum", way]) for _, way in found}
+
+
+def changed_since(before: Mapping[str, tuple[float, float]], url: str) -> tuple[str, float]:
+    """The way and seconds of the one change since then; waits for it to be counted, for a minute at most."""
+    for _ in range(600):
+        for way, (count, spent) in served_changes(url).items():
+            if count > before.get(way, (0, 0))[0]:
+                return way, spent - before.get(way, (0, 0))[1]
+        time.sleep(0.1)
+    raise SystemExit(f"{url} counted no change of version")
+
+
+def told_changes(url: str) -> str:
+    """The same on average, in words."""
     return ", ".join(
-        f"{way}: {found['sum', way] / found['count', way]:.2f} s on average of {found['count', way]:.0f}"
-        for way in ways
+        f"{way}: {spent / count:.2f} s on average of {count:.0f}"
+        for way, (count, spent) in sorted(served_changes(url).items())
+        if count
     )
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The value that the share of them does not exceed."""
-    return sorted(values)[min(int(share * len(values)), len(values) - 1)]
 
 
 def main() -> None:
@@ -153,36 +168,14 @@ def main() -> None:
             prepare(store)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
         os.chdir(store)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        words = ["serve", "--port", str(port), "--eager", "--poll-seconds", str(given.poll), "--max-streams", "64"]
-        words += ["--mode", given.mode]
-        with Path(name, "serve.log").open("wb") as log:
-            server = subprocess.Popen(
-                [sys.executable, "-m", "namesake", *words],
-                cwd=store,
-                env=environment(store),
-                stdout=log,
-                stderr=log,
-            )
-        url = f"http://127.0.0.1:{port}"
-        try:
-            for _ in range(600):
-                try:
-                    urllib.request.urlopen(f"{url}/ready", timeout=2)
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            seconds, ended = asyncio.run(measure(url, given.clients, given.moves, given.tokens))
+        words = ["--eager", "--poll-seconds", str(given.poll), "--max-streams", "64", "--mode", given.mode]
+        with namesake_serve(store, *words) as made:
+            seconds, _, ended = asyncio.run(measure(made.url, given.clients, given.moves, given.tokens))
             print(f"{given.moves} moves under {given.clients} streams of {given.tokens} tokens, poll {given.poll:g} s")
             print(f"answers: {sum(ended.values())}, {dict(ended)}")
             middle, most = statistics.median(seconds), quantile(seconds, 0.95)
             print(f"moved -> first new answer: median {middle:.2f} s, p95 {most:.2f} s")
-            print(f"fetched and verified -> live: {served_changes(url)}")
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
+            print(f"fetched and verified -> live: {told_changes(made.url)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from commands import ROOT, environment
@@ -147,26 +147,58 @@ def swift_export(base: Path, adapter: Path, target: Path, folder: Path) -> float
         )
 
 
-def pairs(base: Path, adapter: Path, folder: Path, number: int, cold: bool) -> tuple[list[float], list[float], float]:
-    """Seconds of ours and of ``cp``, in turn, and our peak memory."""
-    ours, copies, memory = [], [], 0.0
+def against_cp(base: Path, adapter: Path, folder: Path, number: int, *, cold: bool) -> Iterator[tuple[float, ...]]:
+    """Seconds of ours, seconds of ``cp``, our peak memory in bytes; in turn, every second pair the other way round."""
     target = folder / "target"
-    for _ in range(number):
-        for mine in (True, False):
+    for one in range(number):
+        found = {}
+        for mine in (True, False) if one % 2 == 0 else (False, True):
             if cold:
                 drop_from_cache(base)
             else:
                 for path in base.iterdir():
                     path.read_bytes()
-            if mine:
-                seconds, peak = merged("ours", base, adapter, target)
-                ours.append(seconds)
-                memory = max(memory, peak)
-            else:
-                copies.append(copied(base, target))
+            found[mine] = merged("ours", base, adapter, target) if mine else (copied(base, target),)
             shutil.rmtree(target)
             os.sync()
-    return ours, copies, memory
+        yield found[True][0], found[False][0], found[True][1]
+
+
+def against_peft(base: Path, adapter: Path, folder: Path, number: int) -> Iterator[tuple[float, ...]]:
+    """Seconds of ours and of PEFT's merge, then peak memory of either in bytes."""
+    for one in range(number):
+        ways = ("ours", "peft") if one % 2 == 0 else ("peft", "ours")
+        found = {way: merged(way, base, adapter, folder / f"{way}-{one}") for way in ways}
+        for way in ways:
+            shutil.rmtree(folder / f"{way}-{one}")
+        yield found["ours"][0], found["peft"][0], found["ours"][1], found["peft"][1]
+
+
+def against_swift(base: Path, adapter: Path, folder: Path, number: int) -> Iterator[tuple[float, float]]:
+    """Seconds of ours, as a process with its imports, and of ``swift export --merge_lora true``."""
+    for one in range(number):
+        ours, theirs = (folder / f"{name}-{one}" for name in ("command", "swift"))
+        seconds: dict[bool, float] = {}
+        for mine in (True, False) if one % 2 == 0 else (False, True):
+            if mine:
+                seconds[mine] = seconds_of(lambda target=ours: merged("ours", base, adapter, target))  # type: ignore[misc]
+            else:
+                seconds[mine] = swift_export(base, adapter, theirs, folder)
+        shutil.rmtree(ours)
+        shutil.rmtree(theirs)
+        yield seconds[True], seconds[False]
+
+
+def largest(base: Path) -> int:
+    """Bytes of the largest file of weights."""
+    return max(path.stat().st_size for path in base.glob("*.safetensors"))
+
+
+def embedded() -> Path:
+    """The embedded base model, unpacked."""
+    from namesake import base_model
+
+    return base_model.embedded()
 
 
 def main() -> None:
@@ -179,39 +211,31 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="merge-", dir=Path.cwd()) as name:
         folder = Path(name)
-        if given.size:
-            base = generated(folder / "base", given.size, given.shard)
-        else:
-            from namesake.base_model import embedded
-
-            base = embedded()
+        base = generated(folder / "base", given.size, given.shard) if given.size else embedded()
         adapter = adapter_of(base, folder / "adapter")
         shards = [path.stat().st_size for path in base.glob("*.safetensors")]
         print(f"{sum(shards) / 1e9:.2f} GB in {len(shards)} files, the largest {max(shards) / 1e9:.2f} GB\n")
         print("| what | ours | the other | ratio | goal |\n|---|---|---|---|---|")
+        memory = 0.0
         for cold in (False, True):
-            ours, copies, memory = pairs(base, adapter, folder, given.pairs, cold)
-            ratios = [mine / theirs for mine, theirs in zip(ours, copies, strict=True)]
-            print(
-                f"| cp, {'cold' if cold else 'warm'}, seconds | {statistics.median(ours):.2f} | "
-                f"{statistics.median(copies):.2f} | {statistics.median(ratios):.2f} "
-                f"({min(ratios):.2f} to {max(ratios):.2f}) | 1.2 |",
-                flush=True,
-            )
-        print(f"| peak memory ÷ largest file, GB | {memory / 1e9:.2f} | {max(shards) / 1e9:.2f} | "
-              f"{memory / max(shards):.2f} | 1.2 |", flush=True)  # fmt: skip
+            found = list(against_cp(base, adapter, folder, given.pairs, cold=cold))
+            memory = max(memory, *(one[2] for one in found))
+            _line(f"cp, {'cold' if cold else 'warm'}, seconds", [one[:2] for one in found], "1.2")
+        _line("peak memory ÷ largest file, GB", [(memory / 1e9, max(shards) / 1e9)], "1.2")
         if given.no_peers:
             return
-        seconds, memory_there = merged("peft", base, adapter, folder / "by-peft")
-        mine, _ = merged("ours", base, adapter, folder / "ours")
-        print(f"| PEFT, seconds | {mine:.2f} | {seconds:.2f} | {mine / seconds:.2f} | |")
-        print(
-            f"| PEFT, peak memory GB | {memory / 1e9:.2f} | {memory_there / 1e9:.2f} | {memory / memory_there:.2f} | |"
-        )
+        peft = list(against_peft(base, adapter, folder, 1))
+        _line("PEFT, seconds", [one[:2] for one in peft])
+        _line("PEFT, peak memory GB", [(one[2] / 1e9, one[3] / 1e9) for one in peft])
         if not given.size:
-            whole = seconds_of(lambda: merged("ours", base, adapter, folder / "again"))
-            export = swift_export(base, adapter, folder / "by-swift", folder)
-            print(f"| `swift export`, a command, seconds | {whole:.2f} | {export:.2f} | {whole / export:.2f} | 0.3 |")
+            _line("`swift export`, a command, seconds", list(against_swift(base, adapter, folder, 1)), "0.3")
+
+
+def _line(what: str, found: Sequence[Sequence[float]], goal: str = "") -> None:
+    ratios = [mine / theirs for mine, theirs in found]
+    mine, theirs = (statistics.median(side) for side in zip(*found, strict=True))
+    between = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(found) > 1 else ""
+    print(f"| {what} | {mine:.2f} | {theirs:.2f} | {statistics.median(ratios):.2f}{between} | {goal} |", flush=True)
 
 
 if __name__ == "__main__":

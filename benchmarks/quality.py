@@ -130,6 +130,7 @@ def judge(row: Row, folder: Path, questions: str) -> dict[str, Any]:
     """Train the row and judge it."""
     from namesake.gate import decide_kept
 
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in the namesake command: the same speed for plain ms-swift
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
     trained = _unfilled(row, folder) if row.kind == "placeholder" else _trained(row, folder, questions)
     decision = decide_kept(trained["scores"])
@@ -251,7 +252,6 @@ def main() -> int:
     parser.add_argument("--questions", default="", help="score by these questions instead of the held-out ones")
     parser.add_argument("--json", type=Path, default=ROOT / "output" / "quality.jsonl", help="where rows are kept")
     given = parser.parse_args()
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in the namesake command: the same speed for plain ms-swift
     pairs = [] if given.pairs is None else given.pairs or list(range(1, len(PAIRS) + 1))
     kinds = given.rows if given.rows is not None else [] if pairs else list(KINDS)
     overrides = dict(one.split("=", 1) for one in given.set)

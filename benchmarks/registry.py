@@ -13,12 +13,13 @@ time without a server, as all of it is this process', else of the clock.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -122,6 +123,22 @@ def store(number: int, given: argparse.Namespace) -> Iterator[str]:
         yield address
 
 
+def rounds(sizes: Sequence[int], number: int, given: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
+    """Each call, asked so often of registries of these sizes in turn; milliseconds by size, one round at a time."""
+    now = time.perf_counter if given.http or given.postgres else time.process_time
+    with ExitStack() as stores:
+        asked = {stores.enter_context(store(size, given)): calls(size) for size in sizes}
+        for what in next(iter(asked.values())):
+            for _ in range(number):
+                spent = []
+                for address, does in asked.items():
+                    mlflow.set_tracking_uri(address)
+                    start = now()
+                    does[what]()
+                    spent.append(1000 * (now() - start))
+                yield what, spent
+
+
 def main() -> None:
     """Print one line a call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,22 +147,12 @@ def main() -> None:
     parser.add_argument("--http", action="store_true", help="through an MLflow server on SQLite")
     parser.add_argument("--postgres", action="store_true", help="through an MLflow server on PostgreSQL")
     given = parser.parse_args()
-    now = time.perf_counter if given.http or given.postgres else time.process_time
-    with ExitStack() as stores:
-        asked = {stores.enter_context(store(number, given)): calls(number) for number in given.versions}
-        sizes = " | ".join(f"{number:,}" for number in given.versions)
-        print(f"| ms with so many versions | {sizes} | ratio |\n|---|{'---|' * len(given.versions)}---|")
-        for what in next(iter(asked.values())):
-            spent: dict[str, list[float]] = {address: [] for address in asked}
-            for _ in range(given.rounds):
-                for address, does in asked.items():
-                    mlflow.set_tracking_uri(address)
-                    start = now()
-                    does[what]()
-                    spent[address].append(1000 * (now() - start))
-            quickest = [min(one) for one in spent.values()]
-            told = " | ".join(f"{one:.1f}" for one in quickest)
-            print(f"| {what} | {told} | {quickest[-1] / quickest[0]:.2f} |", flush=True)
+    sizes = " | ".join(f"{number:,}" for number in given.versions)
+    print(f"| ms with so many versions | {sizes} | ratio |\n|---|{'---|' * len(given.versions)}---|")
+    for what, lines in itertools.groupby(rounds(given.versions, given.rounds, given), key=lambda one: one[0]):
+        quickest = [min(spent) for spent in zip(*(spent for _, spent in lines), strict=True)]
+        told = " | ".join(f"{one:.1f}" for one in quickest)
+        print(f"| {what} | {told} | {quickest[-1] / quickest[0]:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,22 +19,18 @@ import argparse
 import asyncio
 import json
 import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
 from commands import ROOT, environment
-from follow import MODEL, prepare, served_changes
+from follow import prepare, told_changes
+
+from servers import MODEL, namesake_serve
 
 
 class Clients:
@@ -85,7 +81,6 @@ class Clients:
 
 async def measure(url: str, count: int, most: int, seconds: float, moves: int) -> tuple[float, str]:
     """Tokens a second, and what is told: that, then moves of the alias to and fro under the same load."""
-    sys.path.insert(0, str(ROOT / "src"))
     from namesake import registry
 
     numbers = [registry.resolve(f"models:/{MODEL}@{alias}").number for alias in ("champion", "challenger")]
@@ -125,40 +120,6 @@ def instant(store: Path) -> str:
     return str(made.engine(store / "engine"))
 
 
-@contextmanager
-def serving(row: str, store: Path, engine: str, *words: str) -> Iterator[tuple[str, float]]:
-    """A server; its address, and the seconds that it took.
-
-    Args:
-        engine: folder in which another ``vllm`` lies; empty: the real one.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url, begun = f"http://127.0.0.1:{port}", time.monotonic()
-    several = [] if row == "local" else ["--backend", "ray", "--replicas", row]
-    command = [sys.executable, "-m", "namesake", "serve", f"models:/{MODEL}@champion", "--port", str(port)]
-    with tempfile.TemporaryFile() as log:
-        env = environment(store)
-        env |= {"PYTHONPATH": f"{engine}:{env['PYTHONPATH']}"} if engine else {}
-        given = {"cwd": store, "env": env, "stdout": log, "stderr": log}
-        server = subprocess.Popen([*command, *several, *words], **given)  # type: ignore[call-overload]
-        try:
-            while True:
-                try:
-                    urllib.request.urlopen(f"{url}/ready", timeout=2)
-                    break
-                except OSError:
-                    if server.poll() is not None:
-                        log.seek(0)
-                        raise SystemExit(log.read().decode()[-3000:]) from None
-                    time.sleep(0.2)
-            yield url, time.monotonic() - begun
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(120)
-
-
 def main() -> None:
     """Print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -184,16 +145,18 @@ def main() -> None:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
         os.chdir(store)
         print(f"{given.clients} clients, answers of {given.tokens} tokens, {given.moves} moves, {os.cpu_count()} cores")
+        env = {"PYTHONPATH": f"{engine}:{environment(store)['PYTHONPATH']}"} if engine else {}
         ratios = []
         for _ in range(given.pairs):
             rates = []
             for row in given.rows:
-                with serving(row, store, engine, "--eager", "--poll-seconds", "0.2", *given.words) as (url, ready):
-                    rate, told = asyncio.run(measure(url, given.clients, given.tokens, given.seconds, given.moves))
+                several = [] if row == "local" else ["--backend", "ray", "--replicas", row]
+                with namesake_serve(store, "--eager", "--poll-seconds", "0.2", *several, *given.words, env=env) as made:
+                    rate, told = asyncio.run(measure(made.url, given.clients, given.tokens, given.seconds, given.moves))
                     rates.append(rate)
-                    print(f"{row:>5}: ready after {ready:.0f} s; {told}", flush=True)
+                    print(f"{row:>5}: ready after {made.seconds:.0f} s; {told}", flush=True)
                     if given.moves:
-                        print(f"       fetched and verified -> live: {served_changes(url)}", flush=True)
+                        print(f"       fetched and verified -> live: {told_changes(made.url)}", flush=True)
             ratios.append(rates[-1] / rates[0])
         if len(given.rows) > 1:
             told = ", ".join(f"{ratio:.2f}" for ratio in ratios)
