@@ -62,7 +62,9 @@ def test_importing_loads_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "command"), [(api.train, "run"), (api.probe, "probe"), (api.promote, "promote")], ids=lambda x: str(x)
+    ("function", "command"),
+    [(api.train, "run"), (api.probe, "probe"), (api.promote, "promote")],
+    ids=["train", "probe", "promote"],
 )
 def test_keywords_are_the_commands_options(function: Any, command: str) -> None:
     group: Any = typer.main.get_command(cli.app)
