@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from namesake import helptext, registry
+from namesake import helptext, registry, tracking
 from namesake.errors import InputError, NamesakeError, RegistryError, ServingError
 from namesake.messages import tr, translated
 from namesake.paths import cache_folder
@@ -179,7 +179,10 @@ def serve(
         )
     logs.begin(given.log_format)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix="namesake-serve-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="namesake-serve-") as folder,
+        tracking.project_run(f"{first.name} · serve", {tracking.TAG_KIND: "serve"}),
+    ):
         asyncio.run(_serve(uri, first, given, certificate, listening, Path(folder), cluster))
 
 

@@ -298,7 +298,7 @@ def run(name: str, *, parent: str = "", resume: str = "", system_metrics: bool =
             mlflow.end_run("KILLED")
         with suppress(Exception):
             if given:
-                _stay_killed(given)
+                _stay(given, "KILLED")
         raise
     except Stopped as stopped:
         with suppress(Exception):
@@ -316,23 +316,44 @@ def run(name: str, *, parent: str = "", resume: str = "", system_metrics: bool =
         mlflow.end_run("FINISHED")
 
 
-def _stay_killed(run_id: str) -> None:
+@contextmanager
+def project_run(name: str, tags: Mapping[str, str]) -> Iterator[None]:
+    """The run that ``mlflow run`` started for something that is no run, a server: it gets a name, and is FINISHED when
+    that ended by itself or by Ctrl-C. Nothing where there is none; a store that is down is in nobody's way.
+    """
+    given = os.environ.get("MLFLOW_RUN_ID")
+    if given:
+        with suppress(Exception):
+            import mlflow
+
+            client = mlflow.MlflowClient()
+            client.update_run(given, name=name)
+            for key, value in tags.items():
+                client.set_tag(given, key, value)
+    yield
+    if given:
+        with suppress(Exception):
+            _stay(given, "FINISHED")
+
+
+def _stay(run_id: str, status: str) -> None:
     """``mlflow run`` writes FAILED over KILLED when its entry point has ended (``mlflow/projects/__init__.py`` compares
-    the status' name with numbers). A process of its own waits until it is gone and puts KILLED back.
+    the status' name with numbers), and on Ctrl-C whatever came of it. A process of its own waits until it is gone and
+    writes the status.
     """
     import mlflow
 
     code = (
         "import os, sys, time\n"
-        "run, uri, parent = sys.argv[1], sys.argv[2], int(sys.argv[3])\n"
+        "run, uri, parent, status = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]\n"
         "from mlflow import MlflowClient\n"
         f"end = time.monotonic() + {_WAIT_FOR_PARENT}\n"
         "while os.path.exists(f'/proc/{parent}') and time.monotonic() < end:\n"
         "    time.sleep(0.05)\n"
-        "MlflowClient(uri).set_terminated(run, 'KILLED')\n"
+        "MlflowClient(uri).set_terminated(run, status)\n"
     )
     subprocess.Popen(
-        [sys.executable, "-c", code, run_id, mlflow.get_tracking_uri(), str(os.getppid())],
+        [sys.executable, "-c", code, run_id, mlflow.get_tracking_uri(), str(os.getppid()), status],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import mlflow
@@ -42,3 +46,21 @@ def test_a_data_set_has_name_digest_and_a_schema_that_says_what_is_in_it(
         "mlflow.data.context": "training",
         "namesake.source": "own#3",
     }
+
+
+def test_the_run_of_a_server_has_a_name_and_is_finished_whatever_mlflow_run_writes(client: mlflow.MlflowClient) -> None:
+    run = client.create_run("0", run_name="luminous-cat-599").info.run_id
+    server = "from namesake import tracking\nwith tracking.project_run('ccb · serve', {'namesake.kind': 'serve'}): pass"
+    as_mlflow_does = (
+        "import subprocess, sys\nfrom mlflow import MlflowClient\n"
+        "subprocess.run([sys.executable, '-c', sys.argv[2]], check=True)\n"
+        "MlflowClient().set_terminated(sys.argv[1], 'FAILED')\n"
+    )
+    given = {**os.environ, "MLFLOW_RUN_ID": run, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+    subprocess.run([sys.executable, "-c", as_mlflow_does, run, server], env=given, check=True)
+    for _ in range(120):
+        if (found := client.get_run(run)).info.status == "FINISHED":
+            break
+        time.sleep(0.25)
+    assert (found.info.run_name, found.info.status) == ("ccb · serve", "FINISHED")
+    assert found.data.tags["namesake.kind"] == "serve"
