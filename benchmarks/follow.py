@@ -27,7 +27,7 @@ import aiohttp
 from commands import namesake, run_id
 from measure import quantile
 
-from servers import MODEL, namesake_serve
+from servers import MODEL, both_versions, namesake_serve
 
 
 def prepare(store: Path) -> None:
@@ -100,9 +100,7 @@ async def measure(
     """
     from namesake import registry
 
-    numbers = [
-        version.number for version in (registry.resolve(f"models:/{MODEL}@{a}") for a in ("champion", "challenger"))
-    ]
+    numbers = both_versions()
     load = Load(url, clients, tokens)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300)) as session:

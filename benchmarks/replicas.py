@@ -30,7 +30,7 @@ import aiohttp
 from commands import ROOT, environment
 from follow import prepare, told_changes
 
-from servers import MODEL, namesake_serve
+from servers import MODEL, both_versions, namesake_serve
 
 
 class Clients:
@@ -83,7 +83,7 @@ async def measure(url: str, count: int, most: int, seconds: float, moves: int) -
     """Tokens a second, and what is told: that, then moves of the alias to and fro under the same load."""
     from namesake import registry
 
-    numbers = [registry.resolve(f"models:/{MODEL}@{alias}").number for alias in ("champion", "challenger")]
+    numbers = both_versions()
     clients = Clients(url, count, most)
     running = asyncio.create_task(clients.run())
     await asyncio.sleep(5)

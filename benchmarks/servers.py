@@ -28,6 +28,13 @@ MODEL = "ccb"
 _LONGEST = 600
 
 
+def both_versions() -> list[int]:
+    """The numbers that the aliases ``champion`` and ``challenger`` stand for, which the moves go between."""
+    from namesake import registry
+
+    return [registry.resolve(f"models:/{MODEL}@{alias}").number for alias in ("champion", "challenger")]
+
+
 @dataclass(frozen=True)
 class Served:
     """A server that answers.

@@ -16,22 +16,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
 import numpy as np
+import psutil
 from commands import ROOT, environment
-from follow import MODEL, Load, prepare
+from follow import Load, prepare
+
+from servers import MODEL, Served, both_versions, free_port, hello, namesake_serve, started
 
 SAMPLED_EVERY = 5.0
 """Seconds."""
@@ -47,34 +47,15 @@ class Course:
     moves: int = 0
 
 
-def taken(pids: Sequence[int]) -> tuple[float, int]:
+def taken(*processes: psutil.Process) -> tuple[float, int]:
     """Resident memory in MiB and open descriptors of the processes; those that are gone count nothing."""
     memory, descriptors = 0.0, 0
-    for pid in pids:
-        try:
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            descriptors += sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
-        except OSError:
-            continue
-        memory += pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    for one in processes:
+        with suppress(psutil.Error), one.oneshot():
+            resident, open_ = one.memory_info().rss, one.num_fds()
+            memory += resident / 2**20
+            descriptors += open_
     return memory, descriptors
-
-
-def below(parent: int) -> list[int]:
-    """Every living descendant."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = path.read_text()
-        except OSError:
-            continue
-        children.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
-    found, open_ = [], [parent]
-    while open_:
-        some = children.get(open_.pop(), [])
-        found += some
-        open_ += some
-    return found
 
 
 class Patient(Load):
@@ -95,16 +76,12 @@ class Patient(Load):
         return came
 
 
-async def soak(url: str, gateway: int, given: argparse.Namespace) -> tuple[Course, Counter[str]]:
+async def soak(served: Served, given: argparse.Namespace) -> tuple[Course, Counter[str]]:
     """Load, moves and kills for the time."""
-    sys.path.insert(0, str(ROOT / "src"))
     from namesake import registry
 
-    numbers = [
-        version.number for version in (registry.resolve(f"models:/{MODEL}@{a}") for a in ("champion", "challenger"))
-    ]
-    course = Course()
-    load = Patient(url, course, given)
+    numbers, gateway, course = both_versions(), psutil.Process(served.process.pid), Course()
+    load = Patient(served.url, course, given)
     start = time.monotonic()
     end = start + given.minutes * 60
 
@@ -119,17 +96,18 @@ async def soak(url: str, gateway: int, given: argparse.Namespace) -> tuple[Cours
             await asyncio.sleep(given.kill_every)
             if time.monotonic() > end - given.grace:
                 return  # there is to be somebody who answers at the end
-            engines = below(gateway)
+            engines = gateway.children(recursive=True)
             course.kills.append(time.monotonic())
-            for pid in engines:
-                os.kill(pid, signal.SIGKILL)
+            for one in engines:
+                with suppress(psutil.Error):
+                    one.kill()
 
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
         tasks = [asyncio.create_task(one) for one in (load.run(session), move(), kill())]
         while time.monotonic() < end:
             now = time.monotonic() - start
-            course.gateway.append((now, *taken([gateway])))
-            course.engine.append((now, *taken(below(gateway))))
+            course.gateway.append((now, *taken(gateway)))
+            course.engine.append((now, *taken(*gateway.children(recursive=True))))
             await asyncio.sleep(SAMPLED_EVERY)
         for task in tasks:
             task.cancel()
@@ -147,7 +125,7 @@ def slope(samples: Sequence[tuple[float, float, int]], column: int) -> tuple[flo
 
 def publish_two(folder: Path) -> None:
     """Two versions whose weights are a text."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "serving")]
+    sys.path.insert(0, str(ROOT))
     import mlflow
     from tests.gateways import publish
 
@@ -158,6 +136,15 @@ def publish_two(folder: Path) -> None:
     for number, alias in ((1, "champion"), (2, "challenger")):
         publish(client, MODEL, folder, number)
         client.set_registered_model_alias(MODEL, alias, str(number))
+
+
+def cheap_serve(store: Path, *words: str) -> AbstractContextManager[Served]:
+    """`namesake serve` with a server that answers at once in vLLM's place."""
+    port = free_port()
+    gateway = [str(ROOT / "benchmarks" / "scale.py"), "--part", "gateway", f"models:/{MODEL}@champion"]
+    command = [sys.executable, *gateway, "--port", str(port), *words]
+    url = f"http://127.0.0.1:{port}"
+    return started(command, store, environment(store), url, hello(), "/v1/chat/completions")
 
 
 def main() -> None:
@@ -178,32 +165,16 @@ def main() -> None:
         store = (given.store or Path(name)).resolve()
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
         os.chdir(store)
-        words = ["-m", "namesake", "serve"]
+        words = ["--eager", "--poll-seconds", str(given.poll)]
         if given.cheap:
             publish_two(store)
-            words = [str(ROOT / "benchmarks" / "scale.py"), "--part", "gateway", f"models:/{MODEL}@champion"]
-        elif given.store is None:
-            prepare(store)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        with Path(name, "serve.log").open("wb") as log:
-            server = subprocess.Popen(
-                [sys.executable, *words, "--port", str(port), "--eager", "--poll-seconds", str(given.poll)],
-                cwd=store,
-                env=environment(store),
-                stdout=log,
-                stderr=log,
-            )
-        url = f"http://127.0.0.1:{port}"
-        try:
-            for _ in range(600):
-                try:
-                    urllib.request.urlopen(f"{url}/ready", timeout=2)
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            course, ended = asyncio.run(soak(url, server.pid, given))
+            serving = cheap_serve(store, *words)
+        else:
+            if given.store is None:
+                prepare(store)
+            serving = namesake_serve(store, *words)
+        with serving as served:
+            course, ended = asyncio.run(soak(served, given))
             steady = course.gateway[len(course.gateway) // 4 :]
             print(
                 f"{given.minutes:g} minutes, {given.clients} clients, {course.moves} moves, {len(course.kills)} kills"
@@ -218,9 +189,6 @@ def main() -> None:
                 )
             most = max(sample[1] for sample in course.engine)
             print(f"engine: {most:.0f} MiB at most; killed {len(course.kills)} times")
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
 
 
 if __name__ == "__main__":

@@ -133,11 +133,10 @@ def main() -> None:
         clock.tell("git clone")
 
         run = NAMED.sub(f'NAME="{given.name}" AUTHOR="{given.author}"', found["run"])
-        with started(run + (f" ARGS={shlex.quote(given.args)}" if given.args else ""), folder, env) as lines:
+        run += f" ARGS={shlex.quote(given.args)}" if given.args else ""
+        with Path(place, "run.log").open("w", encoding="utf-8") as log, started(run, folder, env) as lines:
             for line in lines:
-                if given.keep:
-                    with Path(place, "run.log").open("a", encoding="utf-8") as log:
-                        log.write(line)
+                log.write(line)
                 if line.startswith("› ") and given.name in line:
                     clock.tell("setup (the first `make`)")
                 elif "→" in line or line.startswith("! gate"):

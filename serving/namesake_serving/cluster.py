@@ -68,7 +68,7 @@ from namesake_serving.engine import Engine
 from namesake_serving.hosts import Adapters, Engines, Loaded, Merged, Tick, no_place, no_tick
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import State
-from namesake_serving.service import Service, key_of, number_in, prove, verified
+from namesake_serving.service import Service, key_of, number_in, prove_once, verified
 from namesake_serving.settings import Settings, has_gpu
 from namesake_serving.store import Stored, id_of
 from namesake_serving.traffic import Answerer, Live, Routing, Traffic
@@ -343,9 +343,7 @@ class MergedReplica(Replica):
                 return why
         else:
             self._loaded = await self._host.start(self._coming)
-        live = self._loaded.live
-        await asyncio.to_thread(prove, live.engine, self._coming)
-        live.proved = True
+        await prove_once(self._loaded.live)
         return None
 
     async def _turn(self, table: Table) -> None:
@@ -436,9 +434,7 @@ class AdapterReplica(Replica):
         stored = await self._verified(version, ADAPTER_FOLDER)
         self._loaded[key] = loaded = await self._host.start(stored)
         try:
-            if not loaded.live.proved:
-                await asyncio.to_thread(prove, loaded.live.engine, stored, loaded.live.model)
-                loaded.live.proved = True
+            await prove_once(loaded.live)
         except BaseException:
             await self._undo(key)
             raise

@@ -90,14 +90,13 @@ class Track:
         loaded = await self.host.start(stored, tick)
         live = loaded.live
         try:
-            if not live.proved:
-                await asyncio.to_thread(prove, live.engine, stored, live.model)
+            await prove_once(live)
         except ServingError:
             await asyncio.to_thread(live.engine.kill)
             raise
         key = self._key(first)
         self.state = State(wanted=key, live=key)
-        self.traffic.live, live.proved = live, True
+        self.traffic.live = live
         await self.host.turned(loaded, [])
         self.metrics.served(first)
         await asyncio.to_thread(store.remember, self._service.cache, self.uri, first)
@@ -209,11 +208,7 @@ class Track:
     async def _prove(self) -> None:
         assert self._coming is not None
         assert self._coming.loaded is not None
-        live = self._coming.loaded.live
-        # Else it is still in the engine from before, under a name that nothing else ever has, or did so elsewhere.
-        if not live.proved:
-            await asyncio.to_thread(prove, live.engine, live.stored, live.model)
-            live.proved = True
+        await prove_once(self._coming.loaded.live)
 
     async def _turn(self) -> None:
         coming, old = self._coming, self.traffic.live
@@ -376,9 +371,7 @@ class Service:
             stored = await asyncio.to_thread(self.champion.fetch, await asyncio.to_thread(registry.resolve, uri))
             loaded = await host.load(stored)
             try:
-                if not loaded.live.proved:
-                    await asyncio.to_thread(prove, loaded.live.engine, stored, loaded.live.model)
-                    loaded.live.proved = True
+                await prove_once(loaded.live)
             except BaseException:
                 await host.undo(loaded)
                 raise
@@ -465,6 +458,15 @@ def key_of(version: Version) -> str:
 
 def _told(error: Exception) -> str:
     return error.message if isinstance(error, NamesakeError) else f"{type(error).__name__}: {error}"
+
+
+async def prove_once(live: Live) -> None:
+    """:func:`prove`, unless it has: it is still in the engine from before, under a name that nothing else ever has, or
+    did so elsewhere.
+    """
+    if not live.proved:
+        await asyncio.to_thread(prove, live.engine, live.stored, live.model)
+        live.proved = True
 
 
 def prove(running: Engine, stored: Stored, model: str = engine.MODEL) -> None:

@@ -46,6 +46,13 @@ def answers(running: Running, which: int) -> bool:
     return live is not None and live.version.number == which and running.service.state.step is Step.REST
 
 
+async def moved(running: Running, *numbers: int) -> None:
+    """The alias has moved to each of them, one after the other."""
+    for which in numbers:
+        running.move(which)
+        await until(lambda which=which: answers(running, which))  # type: ignore[misc]
+
+
 async def label(running: Running, model: str | None, session: str = "") -> str:
     """Who answers this model."""
     async with asyncio.timeout(2), running.service.routing.enter(model, session) as (one, _):
@@ -93,9 +100,7 @@ async def test_the_adapter_used_longest_ago_gives_way_but_none_that_answers_or_h
     world: World, tmp_path: Path
 ) -> None:
     async with adapters(world, tmp_path, max_adapters=3) as running:
-        for which in (2, 3):
-            running.move(which)
-            await until(lambda which=which: answers(running, which))  # type: ignore[misc]
+        await moved(running, 2, 3)
         async with running.service.routing.enter("ccb-v1"):  # it answers: 2 has to go
             running.move(4)
             await until(lambda: answers(running, 4))
@@ -112,9 +117,7 @@ async def test_what_is_not_to_stay_is_answered_to_no_more_and_goes_when_its_answ
     world: World, tmp_path: Path
 ) -> None:
     async with adapters(world, tmp_path, max_adapters=3) as running:
-        for which in (2, 3):
-            running.move(which)
-            await until(lambda which=which: answers(running, which))  # type: ignore[misc]
+        await moved(running, 2, 3)
         host = cast(Adapters, running.service.champion.host)
         lives = {one.label: cast(Live, one) for one in running.service.routing.named.values()}
         stay = {lives["ccb-v3"].model}
@@ -131,9 +134,7 @@ async def test_what_is_not_to_stay_is_answered_to_no_more_and_goes_when_its_answ
 @in_a_loop
 async def test_where_no_place_is_free_those_that_are_to_go_are_waited_for(world: World, tmp_path: Path) -> None:
     async with adapters(world, tmp_path, max_adapters=3) as running:
-        for which in (2, 3):
-            running.move(which)
-            await until(lambda which=which: answers(running, which))  # type: ignore[misc]
+        await moved(running, 2, 3)
         host = cast(Adapters, running.service.champion.host)
         first = cast(Live, running.service.routing.named["ccb-v1"])
         stay = {one.model for one in running.service.routing.named.values() if one is not first}
@@ -149,9 +150,7 @@ async def test_where_no_place_is_free_those_that_are_to_go_are_waited_for(world:
 @in_a_loop
 async def test_where_every_place_is_taken_the_version_waits(world: World, tmp_path: Path) -> None:
     async with adapters(world, tmp_path, max_adapters=3) as running:
-        for which in (2, 3):
-            running.move(which)
-            await until(lambda which=which: answers(running, which))  # type: ignore[misc]
+        await moved(running, 2, 3)
         routing = running.service.routing
         async with routing.enter("ccb-v1"), routing.enter("ccb-v2"):
             running.move(4)
