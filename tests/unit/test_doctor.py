@@ -264,6 +264,7 @@ def test_a_store_that_is_not_there_yet_is_fine_and_not_asked_further(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(doctor.tracking, "store", lambda: Store("sqlite", False, "", ""))
     monkeypatch.setattr(doctor.registry, "models", lambda: pytest.fail("the registry was asked"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _place: SimpleNamespace(free=20 * 2**30))
     assert {check.name: check.state for check in doctor.store()} == {"tracking store": "ok", "disk, artifacts": "ok"}
 
 
