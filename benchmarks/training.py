@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import statistics
 import subprocess
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from commands import environment
+
+from namesake.paths import cache_folder
 
 TUTORIAL = {
     "per_device_train_batch_size": "1",
@@ -52,11 +55,25 @@ def _told(output: Path) -> bool:
     return any('"train_runtime"' in path.read_text(encoding="utf-8") for path in output.rglob("logging.jsonl"))
 
 
+def without_readings(folder: Path) -> Path:
+    """A cache with what the user's has, but for what the base says to the replay rows.
+
+    A run would take that from an earlier one, where ``swift sft`` reads it anew: no cost of the tracking.
+    """
+    shutil.rmtree(folder / "teacher", ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    for path in cache_folder().glob("*"):
+        if path.name != "teacher" and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
 def tracked(folder: Path, steps: int) -> tuple[dict[str, Any], list[str]]:
     """What a tracked run logged, and its command line for ``swift sft``."""
     words = [sys.executable, "-m", "namesake", "run", "--max_steps", str(steps), "--output_dir", str(folder / "a")]
+    told = environment(folder) | {"NAMESAKE_CACHE": str(without_readings(folder.parent / "cache"))}
     with (folder / "run.log").open("w+", encoding="utf-8") as log:
-        run = subprocess.Popen(words, cwd=folder, env=environment(folder), stdout=log, stderr=log)
+        run = subprocess.Popen(words, cwd=folder, env=told, stdout=log, stderr=log)
         try:
             # The probe that follows is not measured: the run is told to stop when ms-swift has told its seconds.
             while run.poll() is None and not _told(folder / "a"):
