@@ -155,10 +155,12 @@ def promotion(given: Given) -> Iterator[Sample]:
 
 
 def _version(store: Path, alias: str) -> Any:
+    import mlflow
+
     from namesake import registry
     from servers import MODEL
 
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
+    mlflow.set_tracking_uri(f"sqlite:///{store}/mlflow.db")  # a line before may have named another
     return registry.resolve(f"models:/{MODEL}@{alias}")
 
 
