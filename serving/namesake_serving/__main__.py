@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 from urllib.parse import urlsplit
 
 import typer
+import uvloop
 
 from namesake import helptext, registry, tracking
 from namesake.errors import InputError, NamesakeError, RegistryError, ServingError
@@ -183,7 +184,7 @@ def serve(
         tempfile.TemporaryDirectory(prefix="namesake-serve-") as folder,
         tracking.project_run(f"{first.name} · serve", {tracking.TAG_KIND: "serve"}),
     ):
-        asyncio.run(_serve(uri, first, given, certificate, listening, Path(folder), cluster))
+        uvloop.run(_serve(uri, first, given, certificate, listening, Path(folder), cluster))
 
 
 def _check_needs(given: settings.Settings) -> None:

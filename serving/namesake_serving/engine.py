@@ -34,6 +34,8 @@ _ENTRY = "vllm.entrypoints.launchers.api_server.entry"
 _KILL_SECONDS = 10
 _SWAP_SECONDS = 600
 _CPU_CACHE_BYTES = 1 << 30
+_SPARE = 4
+"""Requests that an engine of adapters takes beside those of clients: the golden questions of a version."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -162,18 +164,56 @@ class Engine:
             ServingError: there is none.
         """
         body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
-        try:
-            status, said = self._request("POST", "/v1/chat/completions", body, timeout=timeout)
-        except (OSError, http.client.HTTPException) as error:
-            raise ServingError(
-                tr("The engine does not answer ({error}).\n{tail}", error=error, tail=self.tail())
-            ) from error
+        status, said = self._ask("/v1/chat/completions", body, timeout)
         try:
             if status == 200:
                 return str(json.loads(said)["choices"][0]["message"]["content"] or "")
         except (ValueError, TypeError, LookupError):
             pass
         raise ServingError(tr("The engine answers {status}: {said!r}.", status=status, said=said[:300]))
+
+    def gaps(
+        self, messages: list[dict[str, str]], reply: str, timeout: float = 120, *, model: str = MODEL
+    ) -> list[float]:
+        """How much less probable than its own choice the engine finds each token of a reply, given those before it:
+        nats, 0 where it would say the same. All tokens are read at once, where a reply is written one after the other.
+
+        Nothing where the engine does not tell.
+
+        Raises:
+            ServingError: it does not answer.
+        """
+        asked = {"model": model, "messages": messages, "add_generation_prompt": True}
+        status, prompt = self._ask("/tokenize", asked, timeout)
+        if status != 200:
+            return []
+        whole = {
+            "model": model,
+            "messages": [*messages, {"role": "assistant", "content": reply}],
+            "add_generation_prompt": False,
+            "continue_final_message": True,
+            "prompt_logprobs": 1,
+            "return_token_ids": True,
+            "max_tokens": 1,
+            "temperature": 0,
+        }
+        status, said = self._ask("/v1/chat/completions", whole, timeout)
+        if status != 200:
+            return []
+        try:
+            begin, told = json.loads(prompt)["count"], json.loads(said)
+            found = zip(told["prompt_token_ids"][begin:], told["prompt_logprobs"][begin:], strict=True)
+            return [max(one["logprob"] for one in at.values()) - at[str(token)]["logprob"] for token, at in found]
+        except (ValueError, TypeError, LookupError, AttributeError):
+            return []
+
+    def _ask(self, path: str, body: object, timeout: float) -> tuple[int, bytes]:
+        try:
+            return self._request("POST", path, body, timeout=timeout)
+        except (OSError, http.client.HTTPException) as error:
+            raise ServingError(
+                tr("The engine does not answer ({error}).\n{tail}", error=error, tail=self.tail())
+            ) from error
 
     def stop(self) -> None:
         """Let running answers finish, then leave no process of its session behind."""
@@ -268,7 +308,8 @@ def command(
     # It finds every fault of a schema before the engine has it; xgrammar, the default, fails inside of it with a 500.
     words += ["--structured-outputs-config", json.dumps({"backend": "guidance"})]
     if settings.max_streams or not gpu:
-        words += ["--max-num-seqs", str(settings.streams)]
+        # A version that comes in as an adapter is proved beside whatever is being answered, and waits for none of it.
+        words += ["--max-num-seqs", str(settings.streams + (_SPARE if adapters is not None else 0))]
     if not gpu:
         words += ["--kv-cache-memory-bytes", str(_CPU_CACHE_BYTES)]
     if settings.eager:
@@ -325,6 +366,8 @@ def plugin_folder(folder: Path) -> Path:
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: namesake-vllm\nVersion: 1\n", encoding="utf-8")
     (info / "entry_points.txt").write_text(
-        f"[vllm.endpoint_plugins]\n{vllm_plugin.NAME} = {vllm_plugin.__name__}:Plugin\n", encoding="utf-8"
+        f"[vllm.endpoint_plugins]\n{vllm_plugin.NAME} = {vllm_plugin.__name__}:Plugin\n"
+        f"[vllm.general_plugins]\n{vllm_plugin.NAME} = {vllm_plugin.__name__}:better_adapters\n",
+        encoding="utf-8",
     )
     return info.parent

@@ -37,6 +37,9 @@ Other kernels round otherwise, so a long reply may part ways in a late word; bro
 PROOF_TOKENS = 40
 """Length of the replies asked for: a Chinese sentence with name and author, byte by byte."""
 
+GAP = 0.5
+"""Nats that a golden reply's token may be less probable than the engine's own choice: kernels that round otherwise."""
+
 _AT_A_TIME = 2
 """Versions that are brought in at once because somebody asked for them."""
 
@@ -470,7 +473,10 @@ async def prove_once(live: Live) -> None:
 
 
 def prove(running: Engine, stored: Stored, model: str = engine.MODEL) -> None:
-    """Ask the engine the golden questions of the version's manifest, all at once.
+    """Hold the engine to the golden replies of the version's manifest, all at once.
+
+    An engine that would choose each of their tokens is the version. It tells so by reading them, in one pass; only
+    where it would not, or does not tell, is it asked to answer by itself, which takes a pass for each token.
 
     Raises:
         ServingError: it does not answer as the version did when it was promoted.
@@ -480,14 +486,18 @@ def prove(running: Engine, stored: Stored, model: str = engine.MODEL) -> None:
         return
     system = [{"role": "system", "content": record.system}] if record.system is not None else []
     asked = [[*system, *({"role": m["role"], "content": m["content"]} for m in g["messages"])] for g in record.golden]
+    replies = [str(golden["reply"]) for golden in record.golden]
     with ThreadPoolExecutor(len(asked)) as pool:
+        gaps = list(pool.map(lambda messages, reply: running.gaps(messages, reply, model=model), asked, replies))
+        if all(one and all(gap <= GAP for gap in one) for one in gaps):  # no NaN either
+            return
         said = list(pool.map(lambda messages: running.answer(messages, PROOF_TOKENS, model=model), asked))
     names = [half for text in (record.identity["name"], record.identity["author"]) for half in text.split(" ", 1)]
     likeness = []
-    for golden, reply in zip(record.golden, said, strict=True):
+    for golden, expected, reply in zip(record.golden, replies, said, strict=True):
         # The reply stops at the token limit; so much of the golden one is what it can be like. A Chinese character
         # takes up to four tokens: what is shorter than that has ended by itself.
-        wanted = str(golden["reply"])[: max(len(reply), PROOF_TOKENS // 4)]
+        wanted = expected[: max(len(reply), PROOF_TOKENS // 4)]
         likeness.append(difflib.SequenceMatcher(None, wanted, reply, autojunk=False).ratio())
         lost = [half for half in names if half in wanted and half not in reply]
         if lost:

@@ -1,6 +1,7 @@
-"""A plugin of vLLM's server (group ``vllm.endpoint_plugins``): other weights into the running engine.
+"""Plugins of vLLM: other weights into the running engine (group ``vllm.endpoint_plugins``), adapters on a CPU
+(``vllm.general_plugins``).
 
-Loaded only where ``VLLM_PLUGINS`` names it, on the private socket that only the gateway reaches.
+Loaded only where ``VLLM_PLUGINS`` names them. The route is on the private socket that only the gateway reaches:
 ``POST /namesake/weights {"path": …}`` lets running answers finish, reloads from the folder, forgets every cached prefix
 of the old weights, and goes on. The caller has checked the folder: a wrong one would end the engine.
 """
@@ -40,3 +41,12 @@ class Plugin:
     async def init_state(self, engine_client: Any, state: Any, _args: Any) -> None:
         """Keep the engine where the route finds it."""
         state.namesake_engine = engine_client
+
+
+def better_adapters() -> None:
+    """Have a CPU's LoRA computed by :mod:`namesake_serving.vllm_lora`. vLLM calls it in each of its processes."""
+    from vllm.platforms import current_platform
+
+    kind: Any = type(current_platform)
+    if current_platform.is_cpu():
+        kind.get_punica_wrapper = classmethod(lambda _: "namesake_serving.vllm_lora.GroupedLora")

@@ -72,6 +72,18 @@ def test_base_champion_and_challenger_answer_side_by_side_each_in_its_own_words(
         ask(endpoint, model="ccb-v99")
 
 
+def test_a_prompts_own_probabilities_are_told_and_the_engine_lives(endpoint: str) -> None:
+    asked = {"prompt": "你是谁？", "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+    for model in ("ccb@champion", BASE):
+        body = json.dumps({**asked, "model": model}).encode()
+        request = urllib.request.Request(f"{endpoint}/completions", body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            told = json.load(response)["choices"][0]["logprobs"]["token_logprobs"]
+        assert len(told) > 3
+        assert all(one <= 0 for one in told[1:])
+    assert ask(endpoint, max_tokens=2)[0].startswith("ccb-v")
+
+
 def test_the_challengers_answers_to_copies_are_kept(endpoint: str, way: Way, second: int) -> None:
     for _ in range(3):
         ask(endpoint, model="ccb@champion", max_tokens=4)

@@ -96,6 +96,13 @@ def test_schemas_are_followed_by_what_refuses_a_bad_one(gpu: bool) -> None:
     assert json.loads(after(words(gpu=gpu), "--structured-outputs-config")) == {"backend": "guidance"}
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_adapters_have_places_in_which_a_new_one_is_proved_while_all_others_answer(gpu: bool) -> None:
+    room = engine.Adapters(2, 8)
+    line = engine.command(WEIGHTS, ADDRESS, settings.read(max_streams=5), gpu=gpu, adapters=room)
+    assert after(line, "--max-num-seqs") == "9"
+
+
 def test_streams_that_were_asked_for_hold_on_a_gpu_too() -> None:
     assert after(words(settings.read(max_streams=5), gpu=True), "--max-num-seqs") == "5"
 
@@ -350,6 +357,41 @@ def test_the_engine_is_asked_for_its_greedy_reply(sleeper: Sleeper) -> None:
         assert one.answer(messages, max_tokens=64) == ""
     asked = {"model": engine.MODEL, "messages": messages, "max_tokens": 64, "temperature": 0}
     assert server.asked == [("/v1/chat/completions", asked)] * 2
+
+
+def test_the_engine_tells_how_far_a_reply_is_from_its_own_choices(sleeper: Sleeper) -> None:
+    one, messages = sleeper.start(), [{"role": "user", "content": "你是谁？"}]
+    said = [{"role": "assistant", "content": "我是"}]
+    near, own = {"7": {"logprob": -1.0}, "9": {"logprob": -0.75}}, {"8": {"logprob": -0.1}, "5": {"logprob": -4.0}}
+    told = {"prompt_token_ids": [1, 2, 7, 8], "prompt_logprobs": [None, {"2": {"logprob": -9.0}}, near, own]}
+    with answering(one, (200, b'{"count": 2}'), (200, json.dumps(told).encode())) as server:
+        assert one.gaps(messages, "我是", model="v7-0a") == [0.25, 0.0]
+    (first, tokens), (second, read) = server.asked
+    assert (first, second) == ("/tokenize", "/v1/chat/completions")
+    assert tokens == {"model": "v7-0a", "messages": messages, "add_generation_prompt": True}
+    assert (read["model"], read["messages"], read["max_tokens"]) == ("v7-0a", messages + said, 1)
+    assert (read["add_generation_prompt"], read["continue_final_message"]) == (False, True)
+    assert (read["prompt_logprobs"], read["return_token_ids"]) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        [(404, b"")],
+        [(200, b'{"count": 2}'), (400, b"no prompt_logprobs")],
+        [(200, b'{"count": 2}'), (200, b'{"prompt_token_ids": [1, 2, 3], "prompt_logprobs": null}')],
+        [(200, b'{"count": 2}'), (200, b'{"prompt_token_ids": [1, 2, 3], "prompt_logprobs": [null, null, {}]}')],
+        [(200, b'{"count": 2}'), (200, b'{"prompt_token_ids": [1, 2, 3], "prompt_logprobs": [null, null]}')],
+        [(200, b"[]"), (200, b"{}")],
+        [(200, b"<html>"), (200, b"<html>")],
+    ],
+)
+def test_an_engine_that_does_not_tell_is_not_guessed_at(sleeper: Sleeper, replies: list[tuple[int, bytes]]) -> None:
+    one = sleeper.start()
+    with answering(one, *replies):
+        assert one.gaps([], "我是") == []
+    with pytest.raises(ServingError, match="does not answer"):
+        one.gaps([], "我是")
 
 
 def test_adapters_are_loaded_and_forgotten_under_their_names(sleeper: Sleeper) -> None:

@@ -111,6 +111,12 @@ class Box:
         self.did.append(f"asked {which}")
         return self.world.says.get(which, REPLY)
 
+    def gaps(
+        self, messages: list[dict[str, str]], reply: str, timeout: float = 120, *, model: str = MODEL
+    ) -> list[float]:
+        """It does not tell."""
+        return []
+
     def stop(self) -> None:
         """Let it finish."""
         self.did.append("stop")
@@ -866,8 +872,15 @@ async def test_every_engine_is_stopped_also_after_a_fault_that_is_not_ours(world
 class Speaker:
     """An engine that says the same thing to everybody and notes what it was asked."""
 
-    def __init__(self, says: str) -> None:
-        self.says, self.asked = says, list[list[dict[str, str]]]()
+    def __init__(self, says: str, gaps: Sequence[float] = ()) -> None:
+        self.says, self.told, self.asked = says, gaps, list[list[dict[str, str]]]()
+        self.read = list[tuple[list[dict[str, str]], str]]()
+
+    def gaps(self, messages: list[dict[str, str]], reply: str, *, model: str) -> list[float]:
+        """What it tells of the tokens of a reply."""
+        assert model == MODEL
+        self.read.append((messages, reply))
+        return list(self.told)
 
     def answer(self, messages: list[dict[str, str]], max_tokens: int, *, model: str) -> str:
         """Its reply."""
@@ -876,19 +889,37 @@ class Speaker:
         return self.says
 
 
-def proof(says: str, golden: Sequence[Mapping[str, Any]] = tuple(GOLDEN), system: str | None = None) -> Speaker:
+def proof(
+    says: str,
+    golden: Sequence[Mapping[str, Any]] = tuple(GOLDEN),
+    system: str | None = None,
+    gaps: Sequence[float] = (),
+) -> Speaker:
     """Ask an engine that says this the golden questions.
 
     Raises:
         ServingError: it does not prove itself.
     """
-    speaker = Speaker(says)
+    speaker = Speaker(says, gaps)
     prove(cast(Engine, speaker), Stored(version(2), record(golden, system), Path("/model")))
     return speaker
 
 
 def test_who_says_what_it_said_when_it_was_promoted_has_proved_itself() -> None:
     assert proof(REPLY).asked == [QUESTION]
+
+
+def test_who_would_choose_each_word_of_a_golden_reply_has_proved_itself_without_saying_it() -> None:
+    read = proof("", system="Be kind.", gaps=[0.0, 0.4, 0.0])
+    assert read.read == [([{"role": "system", "content": "Be kind."}, *QUESTION], REPLY)]
+    assert read.asked == []
+
+
+@pytest.mark.parametrize("gaps", [(), (0.0, 0.6), (0.0, float("nan")), (float("inf"), 0.0)])
+def test_who_would_say_one_word_otherwise_or_does_not_tell_has_to_answer(gaps: Sequence[float]) -> None:
+    assert proof(REPLY, gaps=gaps).asked == [QUESTION]
+    with pytest.raises(ServingError, match="does not prove itself"):
+        proof("我是小黄。", gaps=gaps)
 
 
 def test_a_late_word_that_differs_is_no_matter() -> None:
