@@ -179,7 +179,10 @@ class Gateway:
         )
         self._traces = Traces(settings.traces_share, service.metrics) if settings.traces else None
         self._allowances = Allowances(settings.requests_per_minute, settings.tokens_per_minute)
-        self._turns = Turns(settings.streams, settings.most_requests)
+        # A few more than the engine works on, so that it has the next one at hand when one ends. An engine of adapters
+        # keeps places of its own for versions that come in: there nobody waits inside.
+        ahead = 0 if settings.mode == "adapter" else settings.streams // 8
+        self._turns = Turns(settings.streams + ahead, settings.most_requests)
         self._summoning = 0
         self.draining = False
         self._hosts = {
