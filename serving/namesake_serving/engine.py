@@ -355,9 +355,6 @@ def environment(inherited: os._Environ[str] | dict[str, str], plugin: Path, *, g
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_USE_AOT_COMPILE": "0",
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-            # A thread that waits for the other goes to sleep after microseconds, not milliseconds: beside one busy
-            # process an engine of two threads fell from 50 tokens/s to 1, now to 8, and loses nothing when alone.
-            "GOMP_SPINCOUNT": "10000",
         }
     paths = [str(plugin), str(Path(__file__).parents[1]), *filter(None, [inherited.get("PYTHONPATH")])]
     return {**ours, **inherited, "VLLM_PLUGINS": ",".join(plugins), "PYTHONPATH": os.pathsep.join(paths)}
