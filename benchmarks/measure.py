@@ -232,6 +232,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "stated": {"machine": "machine: ", "versions": "versions: ", "commit": "commit: "},
         "ran": "{key}: {begun} UTC, {minutes} minutes, load average {first} at the start, {last} at the end",
         "broken": "broken off",
+        "short": "; samples {scale:g} of the usual length",
     },
     "zh": {
         "head": ("项目", "结果", "区间", "A", "B", "对数", "目标", "达到"),
@@ -243,6 +244,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "stated": {"machine": "机器：", "versions": "版本：", "commit": "提交："},
         "ran": "{key}：{begun} UTC，{minutes} 分钟，平均负载开始时 {first}、结束时 {last}",
         "broken": "中断",
+        "short": "；样本长度为通常的 {scale:g}",
     },
 }
 
@@ -303,7 +305,9 @@ def stated(results: Results, language: str = "en") -> str:
         said = line["stated"]
         first, *last = said["load"]
         at = {"begun": said["begun"], "minutes": said.get("minutes", "?"), "first": first}
-        lines.append("- " + words["ran"].format(key=key, last=last[0] if last else words["broken"], **at))
+        told = words["ran"].format(key=key, last=last[0] if last else words["broken"], **at)
+        short = said.get("scale", 1)  # a --quick run is told as such
+        lines.append(f"- {told}{words['short'].format(scale=short) if short != 1 else ''}")
     return "\n".join(lines)
 
 
