@@ -124,6 +124,12 @@ def started(
             process.wait()
 
 
+PATIENT = {"GOMP_SPINCOUNT": "20000"}
+"""For a CPU, as `namesake` has it for itself. Without it two threads that wait for each other spin, and whatever answers
+by them falls to a token a second as soon as the load generator wants a core: no comparison.
+"""
+
+
 @contextmanager
 def namesake_serve(store: Path, *words: str, env: Mapping[str, str] | None = None) -> Iterator[Served]:
     """`namesake serve` of what the alias ``champion`` points to."""
@@ -147,7 +153,7 @@ def bare_vllm(weights: Path, *, ours: bool, env: Mapping[str, str] | None = None
         command = engine.command(weights, Path(address), settings.read(), gpu=settings.has_gpu())
         with tempfile.TemporaryDirectory() as nowhere:
             wanted = engine.environment({}, Path(nowhere), gpu=settings.has_gpu())
-        given = {**wanted, **given}
+        given = {**PATIENT, **wanted, **given}
         del given["PYTHONPATH"]
         at = command.index(address)
         del command[at : at + 2]
@@ -170,7 +176,7 @@ def mlflow_serve(store: Path, number: int) -> Iterator[Served]:
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{MODEL}/{number}"]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
-    env = {key: value for key, value in environment(store).items() if key != "PYTHONPATH"}
+    env = {key: value for key, value in environment(store).items() if key != "PYTHONPATH"} | PATIENT
     with started(command, store, env, f"http://127.0.0.1:{port}", hello(), "/invocations") as made:
         yield made
 
@@ -182,7 +188,7 @@ def swift_deploy(weights: Path, folder: Path, *words: str) -> Iterator[Served]:
     command = [sys.executable, "-m", "swift.cli.deploy", "--model", str(weights), "--infer_backend", "pt"]
     command += ["--model_type", "llama", "--template", "chatml", "--served_model_name", MODEL]
     command += ["--host", "127.0.0.1", "--port", str(port), *words]
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | PATIENT
     body, url = hello(model=MODEL), f"http://127.0.0.1:{port}"
     with started(command, folder, env, url, body, "/v1/chat/completions") as made:
         yield made
