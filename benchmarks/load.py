@@ -97,8 +97,9 @@ class Load:
             tail = (self._folder / "load.log").read_text(encoding="utf-8", errors="replace")[-3000:]
             raise SystemExit(f"vllm bench serve {' '.join(words)}\n{tail}")
         found: dict[str, float] = json.loads(line)
+        error = found.pop("error", "")
         if found["failed"] or found["completed"] != requests:
-            raise SystemExit(f"{found['failed']:.0f} of {requests} requests to {url} failed")
+            raise SystemExit(f"{found['failed']:.0f} of {requests} requests to {socket or url} failed: {error}")
         return found
 
 
@@ -123,7 +124,8 @@ def _part() -> None:
         aiohttp.TCPConnector = local if asked["socket"] else tcp  # type: ignore[assignment, misc]
         found = asyncio.run(serve.main_async(parser.parse_args(asked["words"])))
         numbers = {key: value for key, value in found.items() if isinstance(value, (int, float))}
-        print(json.dumps(numbers), file=results, flush=True)
+        error = next(filter(None, found.get("errors", ())), "")
+        print(json.dumps({**numbers, "error": error}), file=results, flush=True)
 
 
 if __name__ == "__main__":

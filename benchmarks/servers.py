@@ -125,8 +125,8 @@ def started(
 
 
 PATIENT = {"GOMP_SPINCOUNT": "20000"}
-"""For a CPU, as `namesake` has it for itself. Without it two threads that wait for each other spin, and whatever answers
-by them falls to a token a second as soon as the load generator wants a core: no comparison.
+"""For a CPU, as `namesake` has it for itself. Without it two threads that wait for each other spin, and what answers by
+them falls to a token a second as soon as the load generator wants a core: no comparison.
 """
 
 

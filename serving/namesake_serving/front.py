@@ -21,6 +21,11 @@ from namesake_serving.settings import Settings
 MAX_HEAD_BYTES = 65_536
 STALLED_SECONDS = 30.0
 """A client that takes nothing of its reply for so long is cut: it holds a place at the engine."""
+KEEP_ALIVE_SECONDS = 20
+"""A resting connection is kept for longer than clients keep theirs (httpx 5 s, aiohttp 15 s): else it may be closed
+just as the next request comes.
+"""
+
 _CLOSE_SECONDS = 2.0
 _LOOK_SECONDS = 2.0
 
@@ -95,7 +100,9 @@ class Tls:
 class Server(uvicorn.Server):
     """The gateway's server. It tells the gateway when it is asked to stop."""
 
-    def __init__(self, gateway: Gateway, settings: Settings, tls: Tls | None = None, *, keep_alive: int = 5) -> None:
+    def __init__(
+        self, gateway: Gateway, settings: Settings, tls: Tls | None = None, *, keep_alive: int = KEEP_ALIVE_SECONDS
+    ) -> None:
         self._gateway, self._settings, self._tls = gateway, settings, tls
         super().__init__(
             uvicorn.Config(

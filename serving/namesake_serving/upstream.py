@@ -12,6 +12,9 @@ import aiohttp
 
 from namesake_serving.traffic import Answerer
 
+IDLE_SECONDS = 2.0
+"""A connection that rests for longer is not used again: vLLM closes it after five, perhaps just as a request comes."""
+
 
 class Gone(Exception):
     """The engine has ended or cannot be reached."""
@@ -96,7 +99,7 @@ class Sockets:
         address = live.engine.socket
         if address not in self._sessions:
             self._sessions[address] = aiohttp.ClientSession(
-                connector=aiohttp.UnixConnector(str(address), limit=0),
+                connector=aiohttp.UnixConnector(str(address), limit=0, keepalive_timeout=IDLE_SECONDS),
                 timeout=aiohttp.ClientTimeout(total=None),
                 auto_decompress=False,
                 read_bufsize=1 << 18,

@@ -24,6 +24,7 @@ import aiohttp
 import httpx
 import openai
 import pytest
+import vllm.envs
 from aiohttp import web
 
 from namesake.errors import InputError
@@ -31,6 +32,7 @@ from namesake.manifest import Manifest
 from namesake.registry import Version
 from namesake_serving import front as front_module
 from namesake_serving import settings
+from namesake_serving import upstream as upstream_module
 from namesake_serving.__main__ import listen
 from namesake_serving.engine import Engine
 from namesake_serving.front import Server, Tls
@@ -101,6 +103,7 @@ class Upstream:
         self.socket = socket
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.headers: list[dict[str, str]] = []
+        self.connections: list[object] = []
         self.arrived, self.aborted, self.begin = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.begin.set()
         self.status, self.whole = 200, whole("我是踩踩背。")
@@ -112,6 +115,7 @@ class Upstream:
         body = await request.json()
         self.asked.append((request.path, body))
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
+        self.connections.append(request.transport)
         self.arrived.set()
         try:
             await self.begin.wait()
@@ -1623,6 +1627,19 @@ async def test_an_engine_that_is_not_there_is_told_of_in_the_same_way(tmp_path: 
             assert told_to_come_again(await gate.ask("POST", path))
         assert (await gate.ask("GET", "/metrics")).status == 200
         await gate.at_rest()
+
+
+@in_a_loop
+async def test_a_connection_that_has_rested_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert upstream_module.IDLE_SECONDS < vllm.envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE  # else it may just be closed
+    monkeypatch.setattr(upstream_module, "IDLE_SECONDS", 0.3)
+    async with front() as gate:
+        for rest in (0, 0.6, 0):
+            await asyncio.sleep(rest)
+            assert (await gate.ask("POST", CHAT)).status == 200
+        first, second, third = gate.upstream.connections
+    assert first is not second
+    assert second is third
 
 
 @in_a_loop
