@@ -343,6 +343,8 @@ def plots(measures: Sequence[Measure], results: Results) -> dict[str, bytes]:
     axes.set_yticks(range(len(rows)), [row.what.replace("`", "").replace("$", r"\$") for row, *_ in reversed(rows)])
     axes.tick_params(length=0, labelcolor=ink, labelsize=8)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axes.tick_params(axis="x", which="both", labelsize=8)
     axes.grid(axis="x", color=grid)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
