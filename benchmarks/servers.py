@@ -21,7 +21,7 @@ from commands import ROOT, environment
 
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "serving")]
 
-from namesake.process import end_with_parent, free_port  # noqa: E402
+from namesake.process import SPIN_COUNT, end_with_parent, free_port  # noqa: E402
 from namesake_serving import engine, settings  # noqa: E402
 
 MODEL = "ccb"
@@ -124,8 +124,8 @@ def started(
             process.wait()
 
 
-PATIENT = {"GOMP_SPINCOUNT": "20000"}
-"""For a CPU, as `namesake` has it for itself. Without it two threads that wait for each other spin, and what answers by
+PATIENT = {"GOMP_SPINCOUNT": SPIN_COUNT}
+"""As `namesake` has it for itself. Without it two threads that wait for each other spin, and what answers by
 them falls to a token a second as soon as the load generator wants a core: no comparison.
 """
 

@@ -137,10 +137,8 @@ def batches(number: int, rows: int, folder: Path) -> Iterator[tuple[float, float
     slow = {**fast, **TUTORIAL, **dict.fromkeys(OURS_ALONE, ""), "max_steps": str(steps)}
     slow["include_num_input_tokens_seen"] = "true"
     for one in range(number):
-        found = []
-        for arguments in (slow, fast) if one % 2 else (fast, slow):
-            log = bare(Path(tempfile.mkdtemp(dir=folder)), command, **arguments)
-            found.append(log)
+        turns = (slow, fast) if one % 2 else (fast, slow)
+        found = [bare(Path(tempfile.mkdtemp(dir=folder)), command, **arguments) for arguments in turns]
         ours, theirs = reversed(found) if one % 2 else found
         tokens = theirs["num_input_tokens_seen"]
         yield tokens / ours["train_runtime"], tokens / theirs["train_runtime"]

@@ -38,7 +38,7 @@ class GroupedLora(PunicaWrapperCPU):  # type: ignore[misc]
         for place, rows in self._tokens:
             given = x[rows].float()
             for to, weights in zip(y, lora_a_stacked, strict=True):
-                _shrink(to, given, weights, place, rows, scale)
+                _put(to, scale * _product(given, weights, place), rows, False)
 
     def add_expand(
         self,
@@ -55,7 +55,7 @@ class GroupedLora(PunicaWrapperCPU):  # type: ignore[misc]
         for place, rows in self._tokens:
             begin = offset_start
             for given, weights, width in zip(x, lora_b_stacked, output_slices, strict=True):
-                _expand(y[:, begin : begin + width], given, weights, place, rows, add_inputs)
+                _put(y[:, begin : begin + width], _product(given[rows], weights, place), rows, add_inputs)
                 begin += width
 
     def add_lora_embedding(
@@ -63,7 +63,7 @@ class GroupedLora(PunicaWrapperCPU):  # type: ignore[misc]
     ) -> None:
         """``y += x Bᵀ`` in the rows that have an adapter."""
         for place, rows in self._tokens:
-            _expand(y, x, lora_b_stacked, place, rows, add_inputs)
+            _put(y, _product(x[rows], lora_b_stacked, place), rows, add_inputs)
 
     def add_lora_logits(
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **_: Any
@@ -73,10 +73,9 @@ class GroupedLora(PunicaWrapperCPU):  # type: ignore[misc]
         if len(x) != len(self.sampler_indices):
             return
         for place, rows in self._sampled:
-            small = x.new_zeros((len(x), lora_a_stacked.shape[-2]), dtype=lora_a_stacked.dtype).float()
-            _shrink(small, x[rows].float(), lora_a_stacked, place, rows, scale)
+            small = scale * _product(x[rows], lora_a_stacked, place)
             if small.any():  # adapters of the head are rare, and its columns many
-                _expand(y.view(-1, y.shape[-1]), small, lora_b_stacked, place, rows, True)
+                _put(y.view(-1, y.shape[-1]), _product(small, lora_b_stacked, place), rows, True)
 
 
 def groups(places: Tensor) -> list[Group]:
@@ -87,13 +86,13 @@ def groups(places: Tensor) -> list[Group]:
     return [(place, (places == place).nonzero().squeeze(1)) for place in found if place >= 0]
 
 
-def _shrink(y: Tensor, x: Tensor, weights: Tensor, place: int, rows: Tensor | slice, scale: float) -> None:
-    small = weights[place].flatten(0, -2).float()
-    y[rows, : len(small)] = (scale * (x @ small.T)).to(y.dtype)
+def _product(x: Tensor, weights: Tensor, place: int) -> Tensor:
+    """``x Wᵀ`` with the weights of the adapter in that place, in float32."""
+    return x.float() @ weights[place].flatten(0, -2).float().T
 
 
-def _expand(y: Tensor, x: Tensor, weights: Tensor, place: int, rows: Tensor | slice, add: bool) -> None:
-    large = weights[place].flatten(0, -2).float()
-    width = min(len(large), y.shape[1])  # adapter and model may be padded otherwise
-    added = x[rows].float() @ large[:width].T
-    y[rows, :width] = ((y[rows, :width] + added) if add else added).to(y.dtype)
+def _put(y: Tensor, found: Tensor, rows: Tensor | slice, add: bool) -> None:
+    """Into the rows, as far as either reaches: adapter and model may be padded otherwise."""
+    width = min(found.shape[1], y.shape[1])
+    found = found[:, :width]
+    y[rows, :width] = ((y[rows, :width] + found) if add else found).to(y.dtype)

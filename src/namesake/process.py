@@ -8,14 +8,17 @@ import signal
 import socket
 from contextlib import suppress
 
+SPIN_COUNT = "20000"
+"""Threads that spin long while they wait make training twenty times slower as soon as anything runs beside it; not
+spinning at all costs a quarter (docs/lab-notes.md).
+"""
+
 _PR_SET_PDEATHSIG = 1
 
 
 def settle() -> None:
     """Tell libraries, before they are loaded, what suits our work; what the user has set stays."""
-    # Threads that spin long while they wait make training twenty times slower as soon as anything runs beside it; not
-    # spinning at all costs a quarter (docs/lab-notes.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
