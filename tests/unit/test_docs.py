@@ -303,6 +303,12 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     assert not [file for file in files if file and not (page.parent / file).is_file()]
 
 
+def test_every_page_is_in_the_sites_menu_once() -> None:
+    menu = re.findall(r"^ +- (?:[^:\n]+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    assert sorted(menu) == sorted(page for page in pages if not page.endswith(".zh.md"))
+
+
 def headings(text: str) -> list[int]:
     """Level of each heading, in their order."""
     return [len(marks) for marks in re.findall(r"^(#{1,6}) ", _FENCE.sub("", text), re.MULTILINE)]
