@@ -1,8 +1,8 @@
 """Merging a LoRA adapter into its base, tensor by tensor, straight over safetensors.
 
 ``W' = W + scale · B A`` in float32, written in the base's dtype (LoRA, arXiv 2106.09685; rank-stabilised scale
-``alpha / sqrt(r)``, arXiv 2312.03732). The merged file has the base file's header, so its tensors are written one
-after the other, hashed on the way, and never all held at once. What this does not know (DoRA, biases, modules saved
+``alpha / sqrt(r)``, arXiv 2312.03732). The merged file has the base file's header, so its tensors are written piece
+by piece, hashed on the way, and never held whole. What this does not know (DoRA, biases, modules saved
 whole, patterns of ranks) is left to PEFT's own merge.
 """
 
@@ -14,9 +14,9 @@ import math
 import shutil
 import struct
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,14 @@ _ONLY_PEFT = (
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
-_PENDING = 2
-"""Merged tensors that wait to be written, at most."""
+_PIECE = 4 << 20
+"""Bytes that are read, changed, hashed and written at a time."""
+
+_PENDING = 4
+"""Pieces that wait to be hashed and written, at most."""
+
+_CHANGED = 1 << 17
+"""Weights that are changed at a time: in float32 they stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +152,9 @@ class _Deltas:
     """The adapter's weight changes by the base's tensor name."""
 
     def __init__(self, adapter: Path, config: dict[str, Any]) -> None:
-        import torch
         from safetensors.torch import load_file
 
         self._weights = load_file(adapter / "adapter_model.safetensors")
-        self._room = torch.empty(0)
         rank, alpha = config["r"], config["lora_alpha"]
         self._scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         self.unused = {
@@ -159,58 +163,97 @@ class _Deltas:
             if key.endswith(".lora_A.weight")
         }
 
-    def shape(self, name: str) -> list[int]:
-        """Of the tensor's change."""
-        a, b = self._pair(name)
-        return [b.shape[0], a.shape[1]]
+    def of(self, name: str, entry: Mapping[str, Any]) -> _Delta | None:
+        """The change of the tensor that the file's header describes so, if there is one.
 
-    def add(self, name: str, weight: Any) -> None:
-        """Add the tensor's change in float32, rounded once."""
+        Raises:
+            PromotionError: it is the change of a tensor of another shape, or of whole numbers.
+        """
+        if name not in self.unused:
+            return None
+        self.unused.discard(name)
+        stem = "base_model.model." + name.removesuffix(".weight")
+        a, b = (self._weights[f"{stem}.lora_{part}.weight"].float() for part in "AB")
+        found = [b.shape[0], a.shape[1]]
+        if found != entry["shape"] or entry["dtype"] not in _DTYPES:
+            raise PromotionError(
+                tr(
+                    "The adapter's change of {name} has the shape {found}, the base's tensor is {dtype} {shape}.",
+                    name=name,
+                    found=found,
+                    dtype=entry["dtype"],
+                    shape=entry["shape"],
+                ),
+                mend="Merge it into the base it was trained on.",
+            )
+        return _Delta(a, b, self._scale, _DTYPES[entry["dtype"]])
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """``scale · B A``, for a tensor of this dtype."""
+
+    a: Any
+    b: Any
+    scale: float
+    dtype: str
+
+    def add(self, data: memoryview, first: int, rows: int) -> None:
+        """Add it in float32, rounded once, to the tensor's rows from ``first`` on."""
         import torch
 
-        self.unused.discard(name)
-        a, b = self._pair(name)
-        if self._room.numel() < weight.numel():  # kept from tensor to tensor: fresh memory costs more than the sums
-            self._room = torch.empty(weight.numel(), dtype=torch.float32)
-        whole = self._room[: weight.numel()].view(weight.shape).copy_(weight)
-        weight.copy_(torch.addmm(whole, b.float(), a.float(), alpha=self._scale, out=whole))
-
-    def _pair(self, name: str) -> tuple[Any, Any]:
-        stem = "base_model.model." + name.removesuffix(".weight")
-        return self._weights[f"{stem}.lora_A.weight"], self._weights[f"{stem}.lora_B.weight"]
+        weight = torch.frombuffer(data, dtype=getattr(torch, self.dtype)).view(rows, -1)
+        few = max(_CHANGED // weight.shape[1], 1)
+        for start in range(0, rows, few):
+            part = weight[start : start + few]
+            b = self.b[first + start : first + start + len(part)]
+            part.copy_(part.float().addmm_(b, self.a, alpha=self.scale))
 
 
 def _merge_file(source: Path, target: Path, deltas: _Deltas) -> str:
     """Write the merged file; its SHA-256."""
-    import torch
+    with source.open("rb") as reader, _Hashed(target) as writer, _one_thread():
 
-    with source.open("rb") as reader, _Hashed(target) as writer:
-        raw = reader.read(8)
-        header = reader.read(struct.unpack("<Q", raw)[0])
-        writer.write(raw + header)
-        tensors = json.loads(header)
+        def read(size: int) -> memoryview:
+            data = writer.room(size)
+            if reader.readinto(data) != size:
+                raise PromotionError(
+                    tr("{source} of the base model ends too early.", source=source),
+                    mend="Download the base model again.",
+                )
+            return data
+
+        raw = read(8)
+        (size,) = struct.unpack("<Q", raw)
+        header = read(size)
+        tensors = json.loads(bytes(header))
+        writer.write(raw)
+        writer.write(header)
         tensors.pop("__metadata__", None)
         for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"][0]):
             start, end = entry["data_offsets"]
-            data = bytearray(end - start)
-            reader.readinto(data)
-            if name in deltas.unused:
-                if deltas.shape(name) != entry["shape"] or entry["dtype"] not in _DTYPES:
-                    raise PromotionError(
-                        tr(
-                            "The adapter's change of {name} has the shape {found}, "
-                            "the base's tensor is {dtype} {shape}.",
-                            name=name,
-                            found=deltas.shape(name),
-                            dtype=entry["dtype"],
-                            shape=entry["shape"],
-                        ),
-                        mend="Merge it into the base it was trained on.",
-                    )
-                dtype = getattr(torch, _DTYPES[entry["dtype"]])
-                deltas.add(name, torch.frombuffer(data, dtype=dtype).view(entry["shape"]))
-            writer.write(data)
+            delta = deltas.of(name, entry)
+            row = (end - start) // entry["shape"][0] if delta else 1
+            piece = max(_PIECE // row, 1) * row
+            for at in range(start, end, piece):
+                data = read(min(piece, end - at))
+                if delta:
+                    delta.add(data, (at - start) // row, len(data) // row)
+                writer.write(data)
         return writer.digest()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The sums are done by one thread: hashing, which cannot be divided, takes another one as long."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Hashed(AbstractContextManager["_Hashed"]):
@@ -220,12 +263,20 @@ class _Hashed(AbstractContextManager["_Hashed"]):
         self._stream = path.open("wb")
         self._hash = hashlib.sha256()
         self._workers = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._pending: deque[tuple[Future[None], Future[int]]] = deque()
+        self._pending: deque[tuple[memoryview, Future[None], Future[int]]] = deque()
+        self._free: list[bytearray] = []
 
-    def write(self, data: bytes | bytearray) -> None:
-        """Append the piece, which the caller does not touch again."""
+    def room(self, size: int) -> memoryview:
+        """Memory for a piece, which is used again when the piece is written: fresh memory costs more than the sums."""
+        buffer = self._free.pop() if self._free else bytearray()
+        if len(buffer) < size:
+            buffer = bytearray(max(size, _PIECE))
+        return memoryview(buffer)[:size]
+
+    def write(self, data: memoryview) -> None:
+        """Append what is in such memory, which the caller does not touch again."""
         hashing, writing = self._workers
-        self._pending.append((hashing.submit(self._hash.update, data), writing.submit(self._stream.write, data)))
+        self._pending.append((data, hashing.submit(self._hash.update, data), writing.submit(self._stream.write, data)))
         self._settle(_PENDING)
 
     def digest(self) -> str:
@@ -235,8 +286,10 @@ class _Hashed(AbstractContextManager["_Hashed"]):
 
     def _settle(self, left: int) -> None:
         while len(self._pending) > left:
-            for job in self._pending.popleft():
-                job.result()
+            data, hashed, written = self._pending.popleft()
+            hashed.result()
+            written.result()
+            self._free.append(data.obj)  # type: ignore[arg-type]
 
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:

@@ -197,6 +197,27 @@ def test_a_base_in_shards_is_merged_shard_by_shard(tmp_path: Path) -> None:
     assert_merged_like_peft(base, adapter, tmp_path / "merged")
 
 
+@pytest.mark.parametrize("piece", [1, 100, 4096])
+def test_a_tensor_that_is_merged_in_many_pieces_is_pefts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr("namesake.merge._PIECE", piece)
+    monkeypatch.setattr("namesake.merge._CHANGED", piece // 3)
+    base = write_base(tmp_path / "base", torch.bfloat16)  # float32 differs by the order of its sums
+    adapter = write_adapter(base, tmp_path / "adapter")
+    made = merge(base, adapter, tmp_path / "merged")
+    assert {name: digest_of_file(tmp_path / "merged" / name) for name in made.digests} == made.digests
+    assert_merged_like_peft(base, adapter, tmp_path / "merged")
+
+
+def test_a_base_that_ends_too_early_is_refused(tmp_path: Path, adapter: Path) -> None:
+    base = write_base(tmp_path / "base")
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(PromotionError, match=r"model\.safetensors of the base model ends too early"):
+        merge(base, adapter, tmp_path / "merged")
+
+
 def test_what_only_peft_can_merge_is_left_to_it_and_told(tmp_path: Path, base: Path) -> None:
     dora = write_adapter(base, tmp_path / "adapter", use_dora=True)
     assert merge(base, dora, tmp_path / "merged", system="Be kind.").way == "peft: use_dora"
