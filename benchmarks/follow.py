@@ -20,7 +20,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -90,9 +90,9 @@ class Load:
 
 
 async def measure(
-    url: str, clients: int, moves: int, tokens: int
+    url: str, numbers: Sequence[int], clients: int, moves: int, tokens: int
 ) -> tuple[list[float], list[tuple[str, float]], Counter[str]]:
-    """Move the alias to and fro under load.
+    """Move the alias to and fro between two versions under load.
 
     Returns:
         Seconds from each move to the first answer begun by the new version; for each change the way and the server's
@@ -100,7 +100,6 @@ async def measure(
     """
     from namesake import registry
 
-    numbers = both_versions()
     load = Load(url, clients, tokens)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300)) as session:
@@ -167,8 +166,8 @@ def main() -> None:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
         os.chdir(store)
         words = ["--eager", "--poll-seconds", str(given.poll), "--max-streams", "64", "--mode", given.mode]
-        with namesake_serve(store, *words) as made:
-            seconds, _, ended = asyncio.run(measure(made.url, given.clients, given.moves, given.tokens))
+        with namesake_serve(store, *words) as made, both_versions() as numbers:
+            seconds, _, ended = asyncio.run(measure(made.url, numbers, given.clients, given.moves, given.tokens))
             print(f"{given.moves} moves under {given.clients} streams of {given.tokens} tokens, poll {given.poll:g} s")
             print(f"answers: {sum(ended.values())}, {dict(ended)}")
             middle, most = statistics.median(seconds), quantile(seconds, 0.95)

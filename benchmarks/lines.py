@@ -256,7 +256,7 @@ def moved(given: Given) -> Iterator[Sample]:
     """benchmarks/follow.py in either mode; a sample is a move."""
     from follow import measure
 
-    from servers import namesake_serve
+    from servers import both_versions, namesake_serve
 
     store = given.store
     here = Path.cwd()
@@ -265,7 +265,8 @@ def moved(given: Given) -> Iterator[Sample]:
             moves = given.of(4 * given.pairs, 2)
             os.chdir(store)
             try:
-                seconds, changes, ended = asyncio.run(measure(made.url, 8, moves + moves % 2, 24))
+                with both_versions() as numbers:
+                    seconds, changes, ended = asyncio.run(measure(made.url, numbers, 8, moves, 24))
             finally:
                 os.chdir(here)
         for spent, (_, live) in zip(seconds, changes, strict=True):

@@ -88,6 +88,8 @@ class Load:
         words += ["--skip-chat-template", "--disable-shuffle", "--custom-output-len", str(tokens)]
         words += ["--num-prompts", str(requests), "--max-concurrency", str(streams), "--disable-tqdm"]
         words += ["--percentile-metrics", "ttft,itl,e2el", "--metric-percentiles", "50,99"]
+        # ms-swift's server reads no `max_completion_tokens`, and would answer until its context is full.
+        words += ["--extra-body", json.dumps({"max_tokens": tokens})]
         words += ["--lora-assignment", "round-robin", "--lora-modules", *models] if len(models) > 1 else []
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps({"words": words, "socket": socket}) + "\n")

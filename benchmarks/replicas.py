@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import aiohttp
@@ -79,11 +80,12 @@ class Clients:
             return "cut" if text != b"data: [DONE]" else "one version" if len(spoke) == 1 else "mixed"
 
 
-async def measure(url: str, count: int, most: int, seconds: float, moves: int) -> tuple[float, str]:
+async def measure(
+    url: str, numbers: Sequence[int], count: int, most: int, seconds: float, moves: int
+) -> tuple[float, str]:
     """Tokens a second, and what is told: that, then moves of the alias to and fro under the same load."""
     from namesake import registry
 
-    numbers = both_versions()
     clients = Clients(url, count, most)
     running = asyncio.create_task(clients.run())
     await asyncio.sleep(5)
@@ -151,8 +153,10 @@ def main() -> None:
             rates = []
             for row in given.rows:
                 several = [] if row == "local" else ["--backend", "ray", "--replicas", row]
-                with namesake_serve(store, "--eager", "--poll-seconds", "0.2", *several, *given.words, env=env) as made:
-                    rate, told = asyncio.run(measure(made.url, given.clients, given.tokens, given.seconds, given.moves))
+                words = ("--eager", "--poll-seconds", "0.2", *several, *given.words)
+                with namesake_serve(store, *words, env=env) as made, both_versions() as numbers:
+                    load = (given.clients, given.tokens, given.seconds, given.moves)
+                    rate, told = asyncio.run(measure(made.url, numbers, *load))
                     rates.append(rate)
                     print(f"{row:>5}: ready after {made.seconds:.0f} s; {told}", flush=True)
                     if given.moves:

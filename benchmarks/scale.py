@@ -35,6 +35,8 @@ from commands import ROOT, environment
 
 NAME = "ccb"
 GB = 1e9
+PAUSE = 0.8
+"""Of ``poll_seconds`` between two questions on average: each pause is shorter by chance (``follow.JITTER``)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Plan:
         read, compute: parts of bandwidth and flops that are reached.
         host: milliseconds of the engine's own work between two steps.
         price: of a GPU for an hour, in dollars.
-        poll: seconds between two questions to the registry (`--poll-seconds`).
+        poll: seconds between two questions to the registry at most (`--poll-seconds`).
         call: milliseconds of one worker of the MLflow server for such a question (measured: docs/lab-notes.md).
         event, answer: milliseconds of the gateway's core for a streamed event and for a request (measured, rounded up).
         load: seconds until a cold adapter answers: fetched, checked, loaded, proved.
@@ -268,10 +270,10 @@ def registry_load(plan: Plan) -> list[list[str]]:
         ("one per adapter", plan.adapters),
     ):
         for how, poll in (("polled", plan.poll), ("webhook, polled each minute", 60.0)):
-            calls = gateways / poll
+            calls = gateways / (poll * PAUSE)
             rows.append(
                 [
-                    *(what, f"{gateways}", how, f"{60 / poll:.0f}", f"{calls:,.1f}", f"{calls / able:.0%}"),
+                    *(what, f"{gateways}", how, f"{60 / (poll * PAUSE):.0f}", f"{calls:,.1f}", f"{calls / able:.0%}"),
                     "registry" if calls > able else "no",
                 ]
             )

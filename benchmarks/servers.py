@@ -28,11 +28,21 @@ MODEL = "ccb"
 _LONGEST = 600
 
 
-def both_versions() -> list[int]:
-    """The numbers that the aliases ``champion`` and ``challenger`` stand for, which the moves go between."""
+@contextmanager
+def both_versions() -> Iterator[list[int]]:
+    """The numbers that ``champion`` and ``challenger`` stand for, to move between; ``champion`` is put back after it.
+
+    After an odd number of moves both aliases would stand for one version, and whoever moved next would not move.
+    """
     from namesake import registry
 
-    return [registry.resolve(f"models:/{MODEL}@{alias}").number for alias in ("champion", "challenger")]
+    numbers = [registry.resolve(f"models:/{MODEL}@{alias}").number for alias in ("champion", "challenger")]
+    if numbers[0] == numbers[1]:
+        raise SystemExit(f"{MODEL}@champion and {MODEL}@challenger are version {numbers[0]}: point one at another")
+    try:
+        yield numbers
+    finally:
+        registry.point(MODEL, "champion", numbers[0])
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,11 @@ class Patient(Load):
         return came
 
 
-async def soak(served: Served, given: argparse.Namespace) -> tuple[Course, Counter[str]]:
+async def soak(served: Served, numbers: Sequence[int], given: argparse.Namespace) -> tuple[Course, Counter[str]]:
     """Load, moves and kills for the time."""
     from namesake import registry
 
-    numbers, gateway, course = both_versions(), psutil.Process(served.process.pid), Course()
+    gateway, course = psutil.Process(served.process.pid), Course()
     load = Patient(served.url, course, given)
     start = time.monotonic()
     end = start + given.minutes * 60
@@ -173,8 +173,8 @@ def main() -> None:
             if given.store is None:
                 prepare(store)
             serving = namesake_serve(store, *words)
-        with serving as served:
-            course, ended = asyncio.run(soak(served, given))
+        with serving as served, both_versions() as numbers:
+            course, ended = asyncio.run(soak(served, numbers, given))
             steady = course.gateway[len(course.gateway) // 4 :]
             print(
                 f"{given.minutes:g} minutes, {given.clients} clients, {course.moves} moves, {len(course.kills)} kills"

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import mlflow
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,7 @@ def _imported(name: str) -> ModuleType:
 
 measure = _imported("measure")
 table = _imported("table")
+servers = _imported("servers")
 
 RATIO = measure.Row("speed", "ours ÷ theirs", "我们 ÷ 他们", 2, least=True, unit="tokens/s")
 FAILED = measure.Row("failed", "requests failed", "失败的请求", 0, kind="value", unit="requests")
@@ -253,3 +255,25 @@ def test_every_row_has_a_name_of_its_own_in_both_languages() -> None:
     assert len({(key, row.key) for key, row in rows}) == len(rows)
     assert len({one.key for one in table.MEASURES}) == len(table.MEASURES)
     assert all(row.what and row.zh and "|" not in row.what + row.zh for _, row in rows)
+
+
+# --------------------------------------------------------------------------------------------------- the alias moved
+
+
+def test_after_an_odd_number_of_moves_the_next_ones_are_moves_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client = mlflow.MlflowClient(uri, uri)
+    client.create_registered_model(servers.MODEL)
+    for alias in ("champion", "challenger"):
+        made = client.create_model_version(servers.MODEL, str(tmp_path))
+        client.set_registered_model_alias(servers.MODEL, alias, made.version)
+    for _ in range(2):
+        with servers.both_versions() as numbers:
+            assert numbers == [1, 2]
+            client.set_registered_model_alias(servers.MODEL, "champion", "2")
+    client.set_registered_model_alias(servers.MODEL, "champion", "2")
+    with pytest.raises(SystemExit, match="are version 2"), servers.both_versions():
+        pass
