@@ -98,7 +98,8 @@ def serve(
         typer.Option(help="Address of MLflow's pages, for links from the chat page. [default: MLflow's server]"),
     ] = None,
     poll_seconds: Annotated[
-        str | None, typer.Option(help="How often the registry is asked where the alias points. [default: 2]")
+        str | None,
+        typer.Option(help="Seconds at most until the registry is asked again where the alias points. [default: 2]"),
     ] = None,
     webhook_url: Annotated[
         str | None,

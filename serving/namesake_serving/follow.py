@@ -13,8 +13,9 @@ from namesake.registry import Version
 LONGEST_PAUSE = 60.0
 """Seconds between two questions to a registry that does not answer."""
 
-JITTER = 0.2
-"""So that many servers do not ask at the same moment."""
+JITTER = 0.4
+"""What a pause may be shorter by, so that many servers do not ask at the same moment; never longer, so that any two of
+them are apart by one ``poll_seconds`` at most."""
 
 
 def where_it_points(uri: str) -> Version | None:
@@ -33,7 +34,7 @@ class Follower:
 
     Args:
         uri: the alias; a fixed version (``models:/ccb/3``) is asked for like one and never moves.
-        seconds: between two questions.
+        seconds: between two questions, at most.
         tell: called with each answer.
         trouble: called with each error; the pause then doubles up to ``LONGEST_PAUSE``.
         resolve: who is asked; none: the alias is gone, where that is no error.
@@ -70,7 +71,7 @@ class Follower:
                 pause = self._seconds
                 await self._tell(version)
             try:
-                async with asyncio.timeout(pause * random.uniform(1 - JITTER, 1 + JITTER)):
+                async with asyncio.timeout(pause * random.uniform(1 - JITTER, 1)):
                     await self._woken.wait()
             except TimeoutError:
                 pass

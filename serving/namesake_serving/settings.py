@@ -85,7 +85,8 @@ class Settings(BaseSettings):
         max_body_bytes: longest request body.
         max_tokens: most tokens of one reply, also of one for which the client names no bound.
         mlflow_url: address of MLflow's pages as a browser reaches them; the chat page then links to runs and versions.
-        poll_seconds: how often the registry is asked where the alias points.
+        poll_seconds: how long at most until the registry is asked again where the alias points; up to two fifths less
+            by chance, so that servers do not ask together.
         webhook_url: this server's address as the MLflow server reaches it (``http://serving.example:8000``); the server
             then has MLflow call it when an alias moves, and takes that back when it stops. It goes on polling.
         webhook_secret: what MLflow signs those calls with; empty: made anew at each start.

@@ -185,9 +185,9 @@ async def pauses(monkeypatch: pytest.MonkeyPatch, registry: Registry, seconds: f
 
 
 @in_a_loop
-async def test_the_pauses_differ_by_a_fifth_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_pauses_differ_and_none_is_longer_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     found = await pauses(monkeypatch, Registry(1), 2)
-    assert all(1.6 <= pause <= 2.4 for pause in found)
+    assert all(1.2 <= pause <= 2 for pause in found)
     assert len(set(found)) > 6
 
 
@@ -195,7 +195,7 @@ async def test_the_pauses_differ_by_a_fifth_at_most(monkeypatch: pytest.MonkeyPa
 async def test_the_pause_doubles_up_to_a_minute_while_the_registry_is_away_and_is_short_again_after(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(follow.random, "uniform", lambda low, high: (low + high) / 2)
+    monkeypatch.setattr(follow.random, "uniform", lambda _low, high: high)
     away = [RegistryError("away")] * 8
     found = await pauses(monkeypatch, Registry(1, *away, 1), 2)
     assert found == [2, 4, 8, 16, 32, 60, 60, 60, 60, 2, 2, 2]
@@ -205,6 +205,6 @@ async def test_the_pause_doubles_up_to_a_minute_while_the_registry_is_away_and_i
 async def test_a_registry_that_is_away_is_never_asked_more_often_than_one_that_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(follow.random, "uniform", lambda low, high: (low + high) / 2)
+    monkeypatch.setattr(follow.random, "uniform", lambda _low, high: high)
     found = await pauses(monkeypatch, Registry(RegistryError("away")), 600)
     assert min(found) >= 600
