@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from namesake.dataset import DATA, REPLAY
 from namesake.paths import digest_of_file, write_whole
-from namesake.recipe import KL_LOSS_TYPE
+from namesake.recipe import KL_LOSS_TYPE, READING
 
 TOP = 64
 """Tokens kept of the base's distribution at each place; the rest of the vocabulary is one more outcome."""
@@ -188,6 +189,7 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         if kept:
             self._said = _unpacked(kept)
             return
+        begun = time.monotonic()
         rows.sort(key=lambda row: len(row["input_ids"]))
         for batch in _share([rows[start : start + READ] for start in range(0, len(rows), READ)]):
             inputs = self.trainer._prepare_inputs(self.trainer.data_collator(batch))
@@ -198,6 +200,7 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
             self._said = {key: said for part in parts for key, said in _unpacked(part).items()}
         if path:
             write_whole(path, _packed(self._said))
+        self.trainer.log({READING: time.monotonic() - begun})
 
 
 def _share(batches: list[Any]) -> list[Any]:

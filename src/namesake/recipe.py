@@ -47,6 +47,9 @@ REPLAY_LOSSES = ("kl", "cross_entropy")
 KL_LOSS_TYPE = "replay_kl"
 """What ms-swift's ``--loss_type`` calls the first of them."""
 
+READING = "seconds_reading"
+"""What that loss logs once: for how long the base read the replay rows, where the cache did not have it."""
+
 Value = str | int | float | bool | list[str]
 
 OWN = (

@@ -179,7 +179,7 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
         base_digest = base.digest()
         work = Path(str(plan.sft.get("output_dir", "output"))).resolve() / "runs" / tracked.id
         processes = layout.processes if layout else 1
-        prepared = _prepare(identity, plan, datasets, base, base_digest, work, screen, processes)
+        prepared = _prepare(identity, plan, datasets, base, base_digest, work, tracked, screen, processes)
         params = {
             **_params(identity, plan, datasets, base, base_digest, prepared),
             "train.processes": processes,
@@ -444,6 +444,7 @@ def _prepare(
     base: BaseModel,
     base_digest: str,
     work: Path,
+    tracked: tracking.Run,
     screen: Screen,
     processes: int = 1,
 ) -> dataset.Prepared:
@@ -460,6 +461,7 @@ def _prepare(
     if plan.replay.prompts:
         prompts = corpus.spread(corpus.plain_prompts(), plan.replay.prompts)
         others = [corpus.system_of(n, plan.other_systems) for n in range(len(prompts))]
+        begun = time.monotonic()
         with screen.bar("the base model answers plain prompts (once)", plan.replay.prompts) as bar:
             answered = replay.replay_rows(
                 lambda: LocalModel(base.path),
@@ -471,6 +473,7 @@ def _prepare(
                 whole=not plan.replay.distils,
                 progress=progress_of(bar),
             )
+        tracked.metrics({"seconds/replies": time.monotonic() - begun})
         replayed = [_under(other, one) for other, one in zip(others, answered, strict=True) if one]
     order = None
     if plan.sft.get("train_dataloader_shuffle") is False:  # then ms-swift takes the rows as they lie in the file
@@ -544,7 +547,8 @@ def _train(
         except BaseException:
             _keep_what_there_is(tracked, listener.output_dir, log)
             raise
-    tracked.metrics({"seconds/train": time.monotonic() - begun, "train/trainable_millions": trained.trainable_millions})
+    seconds = {"seconds/train": time.monotonic() - begun - listener.reading, "seconds/reading": listener.reading}
+    tracked.metrics({**seconds, "train/trainable_millions": trained.trainable_millions})
     tracked.tags({tracking.TAG_LAST: _near(trained.last_checkpoint), tracking.TAG_BEST: _near(trained.best_checkpoint)})
     # Not the best by validation loss: of two checkpoints with 0.761 and 0.764 the first answered 72 % of the identity
     # questions right (docs/lab-notes.md). What is promoted is chosen by the probe.
@@ -567,6 +571,7 @@ class _Listener:
         self._tracked, self._bar, self._work, self._look = tracked, bar, work, look
         self._fractions: dict[int, float] = {}
         self._total, self._note, self._begun = 1, "", time.monotonic()
+        self.reading = 0.0
 
     def on_begin(self, total_steps: int, output_dir: Path) -> None:
         self._total, self.output_dir, self._begun = total_steps, output_dir, time.monotonic()
@@ -588,6 +593,8 @@ class _Listener:
                 found[f"eval/{key.removeprefix('eval_')}"] = value
             elif key in {"loss", "loss_data", "loss_replay", "token_acc", "learning_rate", "grad_norm", "epoch"}:
                 found[f"train/{key}"] = value
+        if recipe.READING in metrics:
+            self.reading = metrics[recipe.READING]
         if "loss" in metrics:
             self._note = f"loss {metrics['loss']:.3f}"
             found["speed/steps_per_second"] = step / max(time.monotonic() - self._begun, 1e-9)

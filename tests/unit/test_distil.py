@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from namesake import distil
 from namesake.distil import ReplayKL
+from namesake.recipe import READING
 
 SMALL, LARGE = 40, 300
 """Vocabularies: one that is kept whole, one of which only ``distil.TOP`` tokens are."""
@@ -60,6 +61,8 @@ class Trainer:
         self.train_dataset = rows
         self.accelerator = SimpleNamespace(unwrap_model=lambda wrapped: wrapped)
         self.custom_metrics: dict[str, dict[str, Mean]] = {"train": defaultdict(Mean), "eval": defaultdict(Mean)}
+        self.logged: list[dict[str, float]] = []
+        self.log = self.logged.append
         self.loss = ReplayKL(None, self)
 
     def data_collator(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -239,6 +242,9 @@ def test_the_base_reads_every_replay_row_before_the_first_step() -> None:
     wanted = float(plain.compute_loss(plain.model, dict(given)))
     before.loss._prepare()
     assert len(before.loss._said) == 2
+    ((name, seconds),) = before.logged[0].items()
+    assert name == READING
+    assert 0 < seconds < 60
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PeftModel, "disable_adapter", None)
         assert float(before.compute_loss(before.model, dict(given))) == pytest.approx(wanted, rel=1e-4)
