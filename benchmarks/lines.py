@@ -358,7 +358,7 @@ def peers(given: Given) -> Iterator[Sample]:
             with resting(*(one for one in (ours, by_mlflow, by_swift, by_batches) if one is not made)):
                 return whole(made.url, path, 16, requests)
 
-        by_hand(ours, "/v1/chat/completions", 16)  # warm
+        by_hand(ours, "/v1/chat/completions", many)  # warm
         for _, forwards in turns(given.pairs):
             yield {
                 "mlflow": pair(
