@@ -20,7 +20,7 @@ from babel.messages.catalog import Catalog
 from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po, write_po
 
-from namesake import base_model, errors, messages, recipe
+from namesake import base_model, doctor, errors, messages, recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [path for folder in ("src", "serving") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -59,6 +59,7 @@ _KEYWORDS = {"mend", "help", "title", "told"}
 # What stands in variables, and what typer says of itself.
 FURTHER = (
     base_model.EMBEDDED_MEND,
+    *(look.mend for look in doctor.LOOKS),
     *(text for text in recipe.OURS.values() if not text.startswith("-")),
     *("promote", "rollback", "by hand"),  # how an alias was moved
     *("logged model", "folder", "file"),  # what may be left over

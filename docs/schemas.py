@@ -1,7 +1,8 @@
-"""Makes the JSON schemas by which editors complete and check recipes and policies: ``python docs/schemas.py``.
+"""Makes the JSON schemas by which editors complete and check recipes, search spaces and policies:
+``python docs/schemas.py``.
 
 Fields, types, defaults and meanings come from the code that reads the files (:mod:`namesake.recipe`,
-:mod:`namesake.gate`). A unit test compares the committed files with what this makes, and what the schemas refuse with
+:mod:`namesake.search`, :mod:`namesake.gate`). A unit test compares the committed files with what this makes, and what the schemas refuse with
 what the code refuses.
 """
 
@@ -14,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from namesake import gate, recipe
+from namesake import gate, recipe, search
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -74,19 +75,7 @@ def plain(text: str) -> str:
 
 def recipe_schema() -> Schema:
     """Of ``recipes/*.yaml``."""
-    told, replay = attributes(recipe.Recipe), attributes(recipe.Replay)
-    fields: Schema = {}
-    for field in dataclasses.fields(recipe.Replay):
-        bounds: dict[str, Schema] = {
-            "int": {"type": "integer", "minimum": 0},
-            "float": {"type": "number", "exclusiveMinimum": 0},
-            "str": {"enum": [*recipe.REPLAY_LOSSES]},
-        }
-        fields[field.name] = {
-            **bounds[str(field.type)],
-            "default": field.default,
-            "description": plain(replay[field.name]),
-        }
+    told = attributes(recipe.Recipe)
     return {
         "$schema": DRAFT,
         "title": "Namesake recipe",
@@ -103,22 +92,10 @@ def recipe_schema() -> Schema:
             "replay": {
                 "type": ["object", "null"],
                 "additionalProperties": False,
-                "properties": fields,
+                "properties": _replay(),
                 "description": plain(told["replay"]),
             },
-            "other_systems": {
-                "type": "integer",
-                "minimum": 0,
-                "default": 0,
-                "description": plain(told["other_systems"]),
-            },
-            "held_out": {
-                "type": "number",
-                "exclusiveMinimum": 0,
-                "maximum": 1,
-                "default": 1.0,
-                "description": plain(told["held_out"]),
-            },
+            **_beside(),
             "sft": {
                 "type": ["object", "null"],
                 "additionalProperties": False,
@@ -138,6 +115,34 @@ def recipe_schema() -> Schema:
             },
         },
         "then": {"properties": {"sft": {"properties": {"loss_type": {"type": "null"}, **_no_full_tuning()}}}},
+    }
+
+
+def _replay() -> Schema:
+    """The fields of replay."""
+    told = attributes(recipe.Replay)
+    bounds: dict[str, Schema] = {
+        "int": {"type": "integer", "minimum": 0},
+        "float": {"type": "number", "exclusiveMinimum": 0},
+        "str": {"enum": [*recipe.REPLAY_LOSSES]},
+    }
+    return {
+        field.name: {
+            **bounds[str(field.type)],
+            "default": field.default,
+            "description": plain(told[field.name]),
+        }
+        for field in dataclasses.fields(recipe.Replay)
+    }
+
+
+def _beside() -> Schema:
+    """A recipe's own numbers beside replay."""
+    told = attributes(recipe.Recipe)
+    share = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+    return {
+        "other_systems": {"type": "integer", "minimum": 0, "default": 0, "description": plain(told["other_systems"])},
+        "held_out": {**share, "default": 1.0, "description": plain(told["held_out"])},
     }
 
 
@@ -163,6 +168,135 @@ def _arguments() -> Schema:
     for old, new in recipe.OLD_SPELLINGS.items():
         made[old] = {"description": f"Older spelling of {new}.", "deprecated": True, **_values(new, known[new])}
     return dict(sorted(made.items()))
+
+
+def space_schema() -> Schema:
+    """Of ``recipes/sweeps/*.yaml``."""
+    told = attributes(search.Search)
+    default = {field.name: field.default for field in dataclasses.fields(search.Search)}
+    fraction = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+    return {
+        "$schema": DRAFT,
+        "title": "Namesake search space",
+        "description": "What a sweep tries: namesake sweep --space FILE. Made by docs/schemas.py.",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["parameters"],
+        "properties": {
+            "about": {"type": [*_SCALARS, "null"], "description": plain(attributes(recipe.Recipe)["about"])},
+            "recipe": {
+                "type": "string",
+                "default": default["recipe"],
+                "description": plain(told["recipe"]),
+                "examples": [*recipe.shipped()],
+            },
+            "trials": {
+                "type": ["integer", "null"],
+                "minimum": 1,
+                "default": default["trials"],
+                "description": plain(told["trials"]),
+            },
+            "minutes": {"type": ["number", "null"], "minimum": 0, "description": plain(told["minutes"])},
+            "seed": {
+                "type": ["integer", "null"],
+                "minimum": 0,
+                "default": default["seed"],
+                "description": plain(told["seed"]),
+            },
+            "prune": {
+                "description": "Which trainings are given up early; false: none.",
+                "anyOf": [
+                    {"const": False},
+                    {
+                        "type": "object",
+                        "additionalProperties": False,
+                        "properties": {
+                            "at": {
+                                "anyOf": [fraction, {"type": "array", "items": fraction, "uniqueItems": True}],
+                                "description": plain(told["at"]),
+                            },
+                            "after": {
+                                "type": "integer",
+                                "minimum": 1,
+                                "default": search.AFTER,
+                                "description": plain(told["after"]),
+                            },
+                        },
+                    },
+                ],
+            },
+            "parameters": {
+                "type": "object",
+                "minProperties": 1,
+                "additionalProperties": False,
+                "properties": _parameters(),
+                "description": plain(told["parameters"]),
+            },
+        },
+        "$defs": {kind: _parameter(without_null(one), kind) for kind, one in _KINDS.items()},
+    }
+
+
+def _parameter(value: Schema, kind: str) -> Schema:
+    """What may stand for a parameter: values to choose from or, of a number, where it lies."""
+    told = attributes(search.Parameter)
+    several = {"type": "array", "items": {"type": _SCALARS}}
+    one = {"anyOf": [value, several]} if kind == "list" else value
+    ways: list[Schema] = [
+        {
+            "required": ["choices"],
+            "additionalProperties": False,
+            "properties": {"choices": {"type": "array", "items": one, "minItems": 1, "uniqueItems": True}},
+        }
+    ]
+    if kind in {"int", "float"}:
+        number = "integer" if kind == "int" else "number"
+        end = value if "type" in value else {"type": number}
+        above = {"exclusiveMinimum": 0}
+        ways += [
+            {
+                "required": ["range"],
+                "additionalProperties": False,
+                "properties": {
+                    # Which end is greater, no schema can tell.
+                    "range": {"type": "array", "items": end, "minItems": 2, "maxItems": 2, "uniqueItems": True},
+                    "log": {"type": "boolean", "default": False, "description": plain(told["log"])},
+                    "step": {"type": [number, "null"], **above, "description": plain(told["step"])},
+                },
+                "if": {"required": ["log"], "properties": {"log": {"const": True}}},
+                "then": {"properties": {"range": {"items": above}, "step": {"type": "null"}}},
+            }
+        ]
+    return {"type": "object", "anyOf": ways}
+
+
+def without_null(value: Schema) -> Schema:
+    """A value that has to be there."""
+    if "anyOf" in value:
+        first, *others = value["anyOf"]
+        kept = [kind for kind in first["type"] if kind != "null"]
+        return {"anyOf": [{**first, "type": kept[0] if len(kept) == 1 else kept}, *others]}
+    if "enum" in value:
+        return {"enum": [one for one in value["enum"] if one is not None]}
+    return {**value, "type": [kind for kind in value["type"] if kind != "null"]}
+
+
+def _parameters() -> Schema:
+    """What a sweep may vary: a recipe's own numbers, ms-swift's arguments, and whole recipes."""
+    fields = {"replay" if name == "prompts" else f"replay.{name}": one for name, one in _replay().items()}
+    made: Schema = {search.RECIPE: {"$ref": "#/$defs/str", "description": "Whole recipes, by name or as files."}}
+    for name, one in (fields | _beside()).items():
+        kind = {"integer": "int", "number": "float"}.get(one.get("type", ""), "str")
+        value = {key: bound for key, bound in one.items() if key not in {"default", "description"}}
+        made[name] = {"description": one["description"], **_parameter(value, kind)}
+    known = recipe.known_arguments()
+    for name, one in _arguments().items():
+        told = {"description": one["description"], **({"deprecated": True} if one.get("deprecated") else {})}
+        if "enum" in one:
+            made[name] = {**told, **_parameter(without_null({"enum": one["enum"]}), "str")}
+        else:
+            made[name] = {**told, "$ref": f"#/$defs/{known[recipe.OLD_SPELLINGS.get(name, name)]}"}
+    return made
 
 
 def policy_schema() -> Schema:
@@ -191,6 +325,7 @@ def schemas() -> dict[Path, str]:
     """The text of each schema by its path."""
     made = {
         ROOT / "recipes" / "recipe.schema.json": recipe_schema(),
+        ROOT / "recipes" / "sweeps" / "space.schema.json": space_schema(),
         ROOT / "policies" / "policy.schema.json": policy_schema(),
     }
     return {path: json.dumps(schema, indent=1, ensure_ascii=False) + "\n" for path, schema in made.items()}

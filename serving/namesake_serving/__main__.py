@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import secrets
 import signal
@@ -126,8 +125,12 @@ def serve(
         str | None,
         typer.Option(help="More for Ray Serve's deployment, as JSON: autoscaling_config, ray_actor_options."),
     ] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only results, warnings and errors.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Let through what libraries warn and log.")] = False,
 ) -> None:
     """Serve the version an alias points to, behind an OpenAI-compatible endpoint, and follow the alias."""
+    if quiet and verbose:
+        raise typer.BadParameter(translated("-q and -v exclude each other."))
     given = settings.read(
         model=version or model or None,
         mode=mode,
@@ -179,8 +182,7 @@ def serve(
             tr("is what is served ({uri}); it cannot be compared with itself", uri=uri),
             mend="Serve another alias, or name another one: NAMESAKE_SERVE_CHALLENGER=candidate.",
         )
-    logs.begin(given.log_format)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logs.begin(given.log_format, "quiet" if quiet else "verbose" if verbose else "normal")
     with (
         tempfile.TemporaryDirectory(prefix="namesake-serve-") as folder,
         tracking.project_run(f"{first.name} · serve", {tracking.TAG_KIND: "serve"}),

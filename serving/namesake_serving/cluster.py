@@ -1304,7 +1304,6 @@ def _join(settings: Settings) -> None:
 
 def _log_to_stderr(settings: Settings) -> None:
     logs.begin(settings.log_format)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 class Handles:

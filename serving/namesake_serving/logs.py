@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -26,8 +27,15 @@ class Json(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def begin(form: Literal["text", "json"]) -> None:
-    """Log to standard error from now on."""
+def begin(form: Literal["text", "json"], loudness: Literal["quiet", "normal", "verbose"] = "normal") -> None:
+    """Log to standard error from now on: ``quiet`` no lines of requests and steps, ``verbose`` also what libraries log
+    of themselves and warn of.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Json() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    level = logging.WARNING if loudness == "quiet" else logging.INFO
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("alembic").setLevel(logging.NOTSET if loudness == "verbose" else logging.WARNING)
+    logging.captureWarnings(loudness == "verbose")
+    if loudness == "verbose" and not sys.warnoptions:  # else the user has said which
+        warnings.simplefilter("default")

@@ -47,6 +47,16 @@ def _completing(what: str) -> Callable[[str], list[str]]:
     return offered
 
 
+def _served(context: typer.Context, incomplete: str) -> list[str]:
+    """The models at the endpoint that stands before on the line; of `probe` that is its target."""
+    from namesake import completion
+
+    given = context.params
+    words = [given.get("url"), given.get("target"), *context.args]  # an option without its value ends the parsing early
+    url = next((str(word) for word in words if word), "")
+    return completion.served(incomplete, url, str(given.get("api_key") or "")) if "://" in url else []
+
+
 _REFUSED = 9
 """Exit code when everything worked and the gate said no."""
 
@@ -200,10 +210,19 @@ def sweep(
     dataset: Annotated[
         str, typer.Option(help="Data sets as ms-swift names them, several by spaces; empty: the recipe's.")
     ] = "",
-    recipes: Annotated[str, typer.Option(help="Recipes to try, with commas between: default,tutorial,mine.yaml.")] = "",
+    recipes: Annotated[
+        str,
+        typer.Option(
+            help="Recipes to try, with commas between: default,tutorial,mine.yaml.",
+            autocompletion=_completing("several_recipes"),
+        ),
+    ] = "",
     space: Annotated[
         str,
-        typer.Option(help="Search space: a name in recipes/sweeps/ or a YAML file; empty, without recipes: default."),
+        typer.Option(
+            help="Search space: a name in recipes/sweeps/ or a YAML file; empty, without recipes: default.",
+            autocompletion=_completing("spaces"),
+        ),
     ] = "",
     trials: Annotated[str, typer.Option(help="Most trials; empty: the space's own.")] = "",
     minutes: Annotated[str, typer.Option(help="No trial begins later; empty: the space's own.")] = "",
@@ -245,15 +264,7 @@ def sweep(
     )
     outcome = use_case(request, Screen(errors=as_json))
     if as_json:
-        best = outcome.best
-        _print_json(
-            {
-                "sweep": outcome.run_id,
-                "best": best["run"] if best else None,
-                "trials": outcome.results,
-                "left": outcome.left,
-            }
-        )
+        _print_json(outcome.record())
 
 
 @app.command()
@@ -328,7 +339,9 @@ def probe(
     name: Annotated[str, typer.Option(help="Name to look for; empty: the run's or version's own.")] = "",
     author: Annotated[str, typer.Option(help="Author, likewise.")] = "",
     questions: Annotated[str, typer.Option(help="JSON lines of your own questions; empty: the held-out ones.")] = "",
-    model: Annotated[str, typer.Option(help="Model id at the endpoint; empty: its first.")] = "",
+    model: Annotated[
+        str, typer.Option(help="Model id at the endpoint; empty: its first.", autocompletion=_served)
+    ] = "",
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = "",
     system: Annotated[str | None, typer.Option(help="System prompt for an endpoint; none: its own.")] = None,
     slices: Annotated[bool, typer.Option(help="Ask also under other system prompts, and sampled.")] = True,
@@ -511,8 +524,15 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(help="Run id, models:/NAME@ALIAS or models:/NAME/VERSION.")],
-    b: Annotated[str, typer.Argument(help="What it is compared with, likewise.")],
+    a: Annotated[
+        str,
+        typer.Argument(
+            help="Run id, models:/NAME@ALIAS or models:/NAME/VERSION.", autocompletion=_completing("targets")
+        ),
+    ],
+    b: Annotated[
+        str, typer.Argument(help="What it is compared with, likewise.", autocompletion=_completing("targets"))
+    ],
     ask: Annotated[bool, typer.Option("--ask", help="Ask both anew, not what was kept; takes minutes.")] = False,
     questions: Annotated[str, typer.Option(help="JSON lines of your own questions; asks both anew.")] = "",
     limit: Annotated[int, typer.Option(min=0, help="At most so many replies that differ; 0: all.")] = 20,
@@ -627,19 +647,22 @@ def gc(
     add_help_option=False,
 )
 def serve(
+    context: typer.Context,
     words: Annotated[list[str] | None, typer.Argument(autocompletion=_completing("references"))] = None,
 ) -> None:
     """Serve the version an alias points to with vLLM, OpenAI-compatible. `namesake serve --help` lists its options."""
     from namesake import server
 
-    os.execv(sys.executable, server.command(words or []))
+    given = context.parent.params if context.parent else {}
+    loud = [f"--{how}" for how in ("quiet", "verbose") if given.get(how)]
+    os.execv(sys.executable, server.command([*loud, *(words or [])]))
 
 
 @app.command()
 def chat(
     message: Annotated[str, typer.Option("-m", "--message", help="Ask once instead of talking.")] = "",
     url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint.")] = "http://127.0.0.1:8000/v1",
-    model: Annotated[str, typer.Option(help="Model id; empty: the endpoint's first.")] = "",
+    model: Annotated[str, typer.Option(help="Model id; empty: the endpoint's first.", autocompletion=_served)] = "",
     system: Annotated[str, typer.Option(help="System prompt; empty: the version's own.")] = "",
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = "",
     run: Annotated[

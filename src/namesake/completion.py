@@ -1,7 +1,8 @@
-"""What the shell offers after TAB: recipes, registered models, aliases, versions and runs.
+"""What the shell offers after TAB: recipes, search spaces, registered models, aliases, versions, runs, served models.
 
 Importing MLflow would take more than a second for each TAB, so its database is read as it lies, and a server is asked
-over HTTP. Whatever goes wrong, nothing is offered: a shell is no place for an error.
+over HTTP. Whatever goes wrong, nothing is offered: a shell is no place for an error. Where nothing is offered, bash and
+zsh complete the names of files.
 """
 
 from __future__ import annotations
@@ -54,6 +55,31 @@ def recipes(incomplete: str) -> list[str]:
     return _offered(recipe.shipped(), incomplete)
 
 
+def several_recipes(incomplete: str) -> list[str]:
+    """``default,tutorial``: the names that are not among those before the last comma."""
+    from namesake import recipe
+
+    before, comma, _ = incomplete.rpartition(",")
+    left = [name for name in recipe.shipped() if name not in before.split(",")]
+    return _offered((f"{before}{comma}{name}" for name in left), incomplete)
+
+
+def spaces(incomplete: str) -> list[str]:
+    """Names of the search spaces that come with the project."""
+    from namesake import search
+
+    return _offered(search.shipped(), incomplete)
+
+
+def served(incomplete: str, url: str, api_key: str = "") -> list[str]:
+    """Ids of the models at an endpoint."""
+    with suppress(Exception):
+        request = urllib.request.Request(f"{url.rstrip('/')}/models", headers=_bearer(api_key))
+        with urllib.request.urlopen(request, timeout=_SECONDS) as response:
+            return _offered((str(one["id"]) for one in json.load(response)["data"]), incomplete)
+    return []
+
+
 def models(incomplete: str) -> list[str]:
     """Names of registered models."""
     return _offered((name for name, _, _ in _registered()), incomplete)
@@ -83,6 +109,10 @@ def runs(incomplete: str) -> list[str]:
 def targets(incomplete: str) -> list[str]:
     """Versions, then runs."""
     return _offered((*_references(), *_runs()), incomplete)
+
+
+def _bearer(api_key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _offered(found: Any, incomplete: str) -> list[str]:

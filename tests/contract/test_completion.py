@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,8 +14,11 @@ from pathlib import Path
 import mlflow
 import pexpect
 import pytest
+from typer.testing import CliRunner
 
 from namesake import completion, registry
+from namesake.cli import app
+from tests.unit.answers import answering
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 
@@ -32,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         client.create_model_version("ccb", str(folder))
     client.set_registered_model_alias("ccb", "champion", "1")
     client.create_run("0")
+    (folder / "my-policy.yaml").touch()
     return folder
 
 
@@ -90,6 +95,9 @@ def afresh(shell: pexpect.spawn) -> None:
         pytest.param("namesake verify mod", "els:/ccb", id="reference"),
         pytest.param("namesake verify models:/ccb@", "champion ", id="at"),
         pytest.param("namesake serve models:/ccb@ch", "ampion ", id="serve"),
+        pytest.param("namesake compare models:/ccb/1 models:/ccb@", "champion ", id="second"),
+        pytest.param("namesake sweep --recipes default,tut", "orial ", id="recipes"),
+        pytest.param("namesake gate x --policy my-po", "licy.yaml ", id="file"),
     ],
 )
 def test_tab_completes(shell: pexpect.spawn, typed: str, rest: str) -> None:
@@ -110,6 +118,33 @@ def test_every_kind_of_value_is_offered(folder: Path) -> None:
     assert completion.runs(run.info.run_id[:4]) == [run.info.run_id]
     assert completion.targets("") == [*completion.references(""), run.info.run_id]
     assert completion.targets("x") == []
+
+
+def test_recipes_and_spaces_are_those_that_come_along() -> None:
+    assert completion.spaces("def") == ["default"]
+    assert completion.several_recipes("tut") == ["tutorial"]
+    assert completion.several_recipes("default,mine.yaml,t") == [
+        f"default,mine.yaml,{name}" for name in ("thorough", "tutorial")
+    ]
+    assert completion.several_recipes("tutorial,tut") == []
+
+
+def test_models_at_the_endpoint_on_the_line_are_offered() -> None:
+    """As the shell asks, through typer: what stands before on the line counts."""
+    body = json.dumps({"data": [{"id": "ccb"}, {"id": "ccb-v3"}, {"id": "base"}]}).encode()
+    keys: list[str | None] = []
+    with answering({"/v1/models": (200, body)}, asked=keys) as port:
+        url = f"http://127.0.0.1:{port}/v1"
+        for line, offered in {
+            f"namesake chat --url {url} --api-key secret --model cc": ["ccb", "ccb-v3"],
+            f"namesake probe {url} --model b": ["base"],
+            "namesake probe models:/ccb/1 --model b": [],
+            "namesake chat --url http://127.0.0.1:9/v1 --model c": [],
+        }.items():
+            asked = {"_NAMESAKE_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": line}
+            done = CliRunner().invoke(app, [], prog_name="namesake", env=asked)
+            assert re.findall(r'"([^":]+)"', done.output) == offered, line
+    assert keys == ["Bearer secret", None]
 
 
 @pytest.mark.parametrize("uri", ["sqlite:///nowhere.db", "http://127.0.0.1:9", "postgresql://u@h/d", "x", ""])

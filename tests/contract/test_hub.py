@@ -18,6 +18,7 @@ from namesake import hub
 from namesake.cli import app
 from namesake.errors import HubError, InputError
 from tests.contract.test_versions import version
+from tests.json_page import assert_as_shown
 
 WEIGHTS = b"w" * 1000
 
@@ -152,6 +153,7 @@ def test_the_command_exports_and_pushes(there: Hub, client: mlflow.MlflowClient,
     assert there.made[0]["License"] == "other"  # the base's is not known
     words[2] = str(tmp_path / "again")
     done = CliRunner().invoke(app, [*words, "--json"], env={"MODELSCOPE_API_TOKEN": "good"})
+    assert_as_shown("export", json.loads(done.stdout))
     assert json.loads(done.stdout) == {"folder": words[2], "pushed": f"{there.url}/models/me/ccb"}
 
 

@@ -26,6 +26,7 @@ from namesake.paths import digest_of_file
 from namesake.terminal import Screen
 from tests.contract.test_promote import AUTHOR, NAME, Knows, Store, here
 from tests.contract.test_promote import store as store  # a fixture
+from tests.json_page import assert_as_shown
 from tests.unit.test_merge import write_base
 
 pytestmark = pytest.mark.timeout(600)
@@ -63,7 +64,9 @@ def test_a_checkpoint_of_plain_swift_is_imported_and_promoted(
     words = ["import", str(parts[1]), "--name", NAME, "--author", AUTHOR, "--json"]
     done = CliRunner().invoke(app, [*words, "--sha256", digest_of_file(parts[1] / "adapter_model.safetensors")])
     assert done.exit_code == 0, done.output
-    run_id = json.loads(done.stdout)["run"]
+    told = json.loads(done.stdout)
+    assert_as_shown("run", told)  # of which the page says that it is the same
+    run_id = told["run"]
     run = store.client().get_run(run_id)
     assert (run.info.status, run.data.tags[tracking.TAG_KIND]) == ("FINISHED", "train")
     params = run.data.params

@@ -42,6 +42,7 @@ from namesake.manifest import Manifest
 from namesake.promotion import Outcome, Request
 from namesake.terminal import Screen
 from namesake_serving import store as serving
+from tests.json_page import assert_as_shown
 from tests.servers import CREDENTIALS, Link, mlflow_server, object_store, postgres
 from tests.unit.test_merge import write_adapter, write_base
 from tests.unit.test_provenance import SCHEMA
@@ -317,6 +318,10 @@ def test_the_same_again_is_the_same_version_and_asks_nobody(
     assert (again.version.number, again.pointed) == (first.version.number, True)
     assert len(store.client().search_model_versions("name = 'ccb'")) == 1
     assert [move.to for move in registry.history("ccb", "champion")] == [1]
+    for command, words in {"promote": ["--run", run_id], "gate": ["models:/ccb/1"]}.items():
+        told = json.loads(CliRunner().invoke(app, [command, *words, "--json"]).stdout)
+        assert_as_shown(command, told)
+        assert told["passed"] is True
 
 
 @everywhere
@@ -574,7 +579,7 @@ def test_what_a_killed_promotion_left_is_found_and_removed(
     (found,) = (one for one in leftovers.find(0) if one.kind == "logged model")
     assert bool(found.size) == store.uri.startswith("sqlite")
     assert CliRunner().invoke(app, ["gc", "--older-than", "0"]).output.splitlines()[-1].startswith("2 left over; ")
-    assert CliRunner().invoke(app, ["gc", "--older-than", "0", "--delete"]).exit_code == 0
+    assert_as_shown("gc", json.loads(CliRunner().invoke(app, ["gc", "--older-than", "0", "--delete", "--json"]).stdout))
     assert leftovers.find(0) == []
     if store.uri.startswith("sqlite"):
         assert len(list(store.folder.glob("mlruns/**/model.safetensors"))) == 1

@@ -15,6 +15,7 @@ from namesake.cli import app
 from namesake.errors import TrackingError
 from tests.contract.conftest import Point
 from tests.contract.test_versions import version
+from tests.json_page import assert_as_shown
 from tests.unit.answers import answering
 
 NOWHERE = "http://127.0.0.1:1"
@@ -65,6 +66,8 @@ def test_the_command_prints_lines_and_json(client: mlflow.MlflowClient, tmp_path
         told = json.loads(
             run(app, ["status", "models:/ccb@champion", "--json", "--url", f"http://127.0.0.1:{port}"]).output
         )
+    assert_as_shown("status", told)
+    assert told["store"] == {"address": f"sqlite:///{tmp_path}/mlflow.db", "made": True}
     assert told["models"][0]["champion"]["number"] == 1
     assert told["models"][0]["moved"]["why"] == "gate passed"
     assert (told["endpoint"]["version"], told["endpoint"]["behind"]) == ("models:/ccb/1", False)
@@ -83,6 +86,7 @@ def test_quiet_and_verbose_exclude_each_other_and_rollback_has_json(
         version(client, tmp_path, number)
         versions.point(registry.resolve(f"models:/ccb/{number}"), "champion", how="promote", why="")
     told = json.loads(run(app, ["-q", "rollback", "--json"]).output)
+    assert_as_shown("rollback", told)
     assert (told["model"], told["move"]["to"]) == ("ccb", 1)
     assert [check["what"] for check in told["checks"] if check["holds"] is not True] == ["signature"]
 

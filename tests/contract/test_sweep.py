@@ -19,6 +19,7 @@ from namesake import promotion, sweep, tracking
 from namesake.errors import InputError, Stopped, TrackingError, TrainingError
 from namesake.sweep import GoOn, Request
 from namesake.terminal import Screen
+from tests.json_page import assert_as_shown
 
 NAME, AUTHOR = "踩踩背 CCB", "老爷爷 OldGrandpa"
 SPACE = "trials: 6\nprune: {at: [0.5], after: 2}\nparameters:\n  learning_rate: {range: [1.0e-4, 1.0e-2], log: true}\n"
@@ -95,6 +96,7 @@ def test_trials_are_nested_under_one_parent_that_holds_table_plots_and_the_best(
     assert {one.path for one in client.list_artifacts(outcome.run_id, "plots")} >= {"plots/parallel-coordinates.png"}
     table = json.loads(tracking.fetch(outcome.run_id, "trials.json").read_text(encoding="utf-8"))
     assert len(table["data"]) == 6
+    assert_as_shown("sweep", json.loads(json.dumps(outcome.record())))
     shown = capfd.readouterr().out
     assert f"namesake promote --run {outcome.best['run']}" in shown
     assert "pruned after 50% of the training" in shown

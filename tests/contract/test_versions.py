@@ -18,6 +18,7 @@ from namesake.errors import PromotionError, RegistryError
 from namesake.manifest import CARD, FILE, PROVENANCE, UNKNOWN, Manifest
 from namesake.probing import Scorecard
 from namesake.registry import Move
+from tests.json_page import assert_as_shown
 
 DATA = b'{"messages": [], "channel": "data"}\n{"messages": [1], "channel": "replay"}\n'
 REPLAY = DATA.splitlines(keepends=True)[1]
@@ -351,11 +352,14 @@ def test_the_commands_print_and_exit_as_they_say(client: mlflow.MlflowClient, tm
     for number in (1, 2):
         version(client, tmp_path, number)
         versions.point(registry.resolve(f"models:/ccb/{number}"), "champion", how="promote", why="")
-    assert run(app, ["verify", "--json"]).exit_code == 0
+    done = run(app, ["verify", "--json"])
+    assert done.exit_code == 0
+    assert_as_shown("verify", json.loads(done.stdout))
     (tmp_path / "v2" / "model" / "config.json").write_text("{}")
     assert run(app, ["verify"]).exit_code == 9
     assert "points at version 1 again" in run(app, ["rollback", "--why", "damaged"]).output
     told = json.loads(run(app, ["history", "--json"]).output)
+    assert_as_shown("history", told)
     assert [move["to"] for move in told] == [1, 2, 1]
     assert "damaged" in run(app, ["history"], env={"COLUMNS": "200"}).output
     assert isinstance(run(app, ["rollback", "--to", "x"]).exception, Exception)

@@ -34,16 +34,33 @@ URL = "http://127.0.0.1:8000"
 
 
 def commands(page: Path) -> list[str]:
-    """The page's commands as a reader copies them, a line each; the output that is shown between them is no command."""
-    text = "".join(blocks(page.read_text(encoding="utf-8"))).replace("\\\n", " ")
-    lines = [" ".join(line.split("    #")[0].split()) for line in text.splitlines()]
-    return [line for line in lines if re.match(r"(make|namesake|mlflow|curl) ", line)]
+    """The page's commands as a reader copies them, a line each; a block of output, which begins with a step, has none.
+
+    A line that begins otherwise is an error: it would be left out of what is run.
+    """
+    shell = [block for block in blocks(page.read_text(encoding="utf-8")) if not re.match(r" *› ", block)]
+    text = "".join(shell).replace("\\\n", " ")
+    lines = [" ".join(line.split("    #")[0].split()) for line in text.splitlines() if line.strip()]
+    unknown = [line for line in lines if not re.match(r"(make|namesake|mlflow|curl) ", line)]
+    assert not unknown, f"nobody runs these lines of {page.name}: {unknown}"
+    return lines
+
+
+@pytest.mark.parametrize("line", ["python3 x.py", "source .venv/bin/activate", "  ┃ question", "cd docs"])
+def test_a_line_that_nobody_runs_is_noticed(line: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"```bash\nmake run    # twice\n{line}\n```\n\n    › run\n      row\n", encoding="utf-8")
+    with pytest.raises(AssertionError, match="nobody runs"):
+        commands(page)
+    page.write_text(page.read_text(encoding="utf-8").replace(line, ""), encoding="utf-8")
+    assert commands(page) == ["make run"]
 
 
 def test_the_readmes_commands_are_the_beginning_of_the_tutorials() -> None:
     tutorial = iter(commands(GUIDE / "tutorial.md"))
     readme = [line for line in commands(ROOT / "README.md") if line not in LEFT_OUT]
-    assert readme
+    assert readme == [line for line in commands(ROOT / "README.zh.md") if line not in LEFT_OUT] != []
+    commands(GUIDE / "tutorial.zh.md")
     assert [line for line in readme if line not in tutorial] == []
 
 

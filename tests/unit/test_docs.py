@@ -18,10 +18,11 @@ import pytest
 import typer
 import yaml
 
-from namesake import cli, recipe
+from namesake import cli, gate, recipe
 from namesake.errors import InputError
 from namesake.identity import Identity
 from namesake_serving import __main__ as serving
+from tests import json_page
 from tests.unit.scripts import script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,10 +46,11 @@ def name_of(page: Path) -> str:
 
 
 def test_reference_pages_are_what_the_code_says() -> None:
-    made, _ = script("generate").pages()
+    made, untranslated = script("generate").pages()
     stale = [name_of(path) for path, text in made.items() if not path.is_file() or path.read_text("utf-8") != text]
     assert not stale, f"run `make docs` and commit: {', '.join(stale)}"
     assert set(script("generate").FOLDER.iterdir()) == set(made)
+    assert not untranslated, "write their Chinese into docs/reference.zh.yaml, or into the catalogue"
 
 
 def test_every_command_setting_bound_and_metric_is_in_the_reference() -> None:
@@ -253,6 +255,10 @@ def test_the_readme_leads_a_stranger_to_the_chat_page(readme: str, monkeypatch: 
     assert not [told for line in found.values() for words in commands(line) if (told := fault(words))]
     text = (ROOT / readme).read_text(encoding="utf-8")
     assert 0 < text.index("make serve\n    make chat") < text.index("<http://127.0.0.1:8000/>") < text.index("curl")
+    measured = re.findall(r"(\d+) s from `git clone`", (ROOT / "docs" / "lab-notes.md").read_text(encoding="utf-8"))
+    (named,) = re.findall(r"\b(\d+) (?:s|秒)[^\n]*\(?`python benchmarks/stranger\.py`", text)
+    assert named == measured[-1]
+    assert int(named) <= stranger.GOAL
 
 
 # What pages quote.
@@ -283,6 +289,98 @@ def test_every_command_that_speaks_json_has_its_shape_on_the_page() -> None:
     speaking = [name for name, one in group.commands.items() if "--json" in {o for p in one.params for o in p.opts}]
     page = (GUIDE / "howto" / "json.md").read_text(encoding="utf-8")
     assert re.findall(r"^## namesake (\w+)$", page, re.MULTILINE) == speaking
+    mute = [name for name in group.commands if name not in speaking]
+    assert mute == ["serve", "chat"], "what tells facts has --json"
+    assert "All commands have it but `serve` and `chat`." in " ".join(page.split())
+
+
+def test_every_shape_on_the_page_is_held_to_what_its_command_prints() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    looped = {"promote", "gate"}  # by one loop
+    assert {*json_page.commands()} == looped | {*re.findall(r'assert_as_shown\("(\w+)"', sources)}
+
+
+@pytest.mark.parametrize(
+    ("printed", "wanted", "wrong"),
+    [
+        ({"a": 1, "b": [{"c": "x"}]}, {"a": 2.5, "b": [{"c": "y"}]}, []),
+        ({"a": 1}, {"a": 1, "b": 2}, [".b is in one only"]),
+        ({"a": 1, "b": 2}, {"a": 1}, [".b is in one only"]),
+        ({"a": True}, {"a": 1}, [".a is True, shown is 1"]),
+        ({"a": "1"}, {"a": 1}, [".a is '1', shown is 1"]),
+        ({"a": None}, {"a": {"b": 1}}, []),
+        ([{"a": 1}, {"b": 1}], [{"a": 1}], ["[1].a is in one only", "[1].b is in one only"]),
+        ({"scores": {"x": 1}}, {"scores": {"y": 1.0}}, []),
+        ({"scores": {"x": "1"}}, {"scores": {"x": 1.0}}, [".scores.x is '1', shown is 1.0"]),
+        ({"metrics": {"x": 1, "y": 2}}, {"metrics": {"x": 1}}, []),
+        ({"metrics": {"x": 1}}, {"metrics": {"x": 1, "y": 2}}, [".metrics.y is in one only"]),
+    ],
+)
+def test_another_shape_is_noticed(printed: object, wanted: object, wrong: list[str]) -> None:
+    assert [*json_page.differences(printed, wanted)] == wrong
+
+
+SHARES = {
+    "identity right": "identity",
+    "without a system prompt": "identity_none",
+    "under a customer's": "identity_customer",
+    "sampled": "identity_sampled",
+    "name and author swapped": "swapped",
+    "own name in plain replies": "leak",
+    "plain questions right": "plain",
+}
+"""Lines that ``make run`` ends with, and the metric of each."""
+TELLING = [page for name in ("README", "docs/guide/tutorial") for page in sorted(ROOT.glob(f"{name}*.md"))]
+JUDGING = [*sorted(GUIDE.glob("tutorial*.md")), *sorted((GUIDE / "explanation").glob("gate*.md"))]
+
+
+@pytest.mark.parametrize("page", TELLING, ids=name_of)
+def test_the_shares_that_a_page_shows_are_those_of_the_one_run(page: Path) -> None:
+    run = json_page.shown("run")
+    lines = re.findall(
+        r"^ *(\w[\w ']+?) +(?:([\d.]+)%)? *→ +([\d.]+)%$", page.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    found = {name: (before, after) for name, before, after in lines}
+    assert len(found) == len(lines)
+    wanted = {
+        name: (f"{100 * run['before'][key]:.1f}" if key in run["before"] else "", f"{100 * run['after'][key]:.1f}")
+        for name, key in SHARES.items()
+    }
+    assert found == wanted
+
+
+@pytest.mark.parametrize("page", JUDGING, ids=name_of)
+def test_the_verdict_that_a_page_shows_is_that_of_the_one_run(page: Path) -> None:
+    run, text = json_page.shown("run"), page.read_text(encoding="utf-8")
+    assert "".join(f"\n  {reason}" for reason in run["reasons"]) in text.partition("not passed:")[2]
+    assert not [
+        one
+        for one in re.findall(r"^  \w+ [\d.]+%(?: right)?, at .*$", text, re.MULTILINE)
+        if one[2:] not in run["reasons"]
+    ]
+    assert {*re.findall(r"namesake gate ([0-9a-f]+)", text)} <= {run["run"]}
+
+
+def test_the_run_that_the_pages_show_is_one_and_the_gate_says_so() -> None:
+    run, judged, probed, promoted = (json_page.shown(name) for name in ("run", "gate", "probe", "promote"))
+    assert (judged["passed"], judged["reasons"]) == (run["passed"], run["reasons"])
+    assert probed["metrics"] == run["after"]
+    text = (GUIDE / "explanation" / "gate.md").read_text(encoding="utf-8")
+    (after, before, low, high) = re.search(
+        r"([\d.]+) % right where the base has ([\d.]+) %, "
+        r"the interval of the difference is (-[\d.]+) to \+([\d.]+) points",
+        text,
+    ).groups()  # type: ignore[union-attr]
+    assert (after, before) == tuple(f"{100 * run[side]['plain']:.1f}" for side in ("after", "before"))
+    ability = gate.Interval(run["after"]["plain"] - run["before"]["plain"], float(low) / 100, float(high) / 100)
+    assert [*gate.decide(run["after"], ability).reasons] == run["reasons"]
+    assert [one for one in promoted["reasons"] if not one.startswith("leak")] == run["reasons"][:-1]
+    for readme in ROOT.glob("README*.md"):
+        assert f"! gate  {run['reasons'][0]}; …" in readme.read_text(encoding="utf-8")
+    for page in GUIDE.rglob("json*.md"):
+        assert [
+            json.loads(body) for _, language, body in _FENCE.findall(page.read_text("utf-8")) if language == "json"
+        ] == [json_page.shown(command) for command in json_page.commands()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -25,6 +25,7 @@ from namesake.doctor import Check, Look
 from namesake.errors import TrackingError
 from namesake.terminal import Screen
 from namesake.tracking import Store
+from tests.json_page import assert_as_shown
 from tests.unit.answers import answering
 
 Installed = Callable[..., None]
@@ -322,10 +323,12 @@ def test_looks_run_at_once_and_one_that_hangs_is_told_and_left_behind() -> None:
         yield Check("slow", "ok", "")
 
     begun = time.monotonic()
-    found = doctor.examine([Look("store", hang), *[Look("slow", slow)] * 20], seconds=1)
+    looks = [Look("store", hang, "See whether it runs."), *[Look("slow", slow, "Wait.")] * 20]
+    found = doctor.examine(looks, seconds=1)
     assert time.monotonic() - begun < 3
     assert [check.name for check in found] == ["first half", "store", *["slow"] * 20]
-    assert (found[1].state, found[1].found) == ("fault", "no answer within 1 s")
+    assert found[1] == Check("store", "fault", "no answer within 1 s", "See whether it runs.")
+    assert not found[0].mend
     never.set()
 
 
@@ -334,9 +337,26 @@ def test_a_look_that_breaks_is_a_fault_and_the_others_go_on() -> None:
         raise OSError("no disk")
         yield
 
-    found = doctor.examine([Look("disk", broken), Look("Python", doctor.python)])
+    found = doctor.examine([Look("disk", broken, "Mount it."), Look("Python", doctor.python, "Install it.")])
     assert [(check.name, check.state) for check in found] == [("disk", "fault"), ("Python", "ok")]
     assert "no disk" in found[0].found
+    assert [check.mend for check in found] == ["Mount it.", ""]
+
+
+def test_a_fault_of_its_own_keeps_its_mend_and_one_without_gets_the_looks() -> None:
+    checks = [Check("a", "fault", "broken", "Mend a."), Check("b", "warning", "odd"), Check("c", "ok", "fine")]
+    found = doctor.examine([Look("several", lambda: checks, "Mend any.")])
+    assert [check.mend for check in found] == ["Mend a.", "Mend any.", ""]
+
+
+@pytest.mark.parametrize("look", doctor.LOOKS, ids=lambda look: look.name)
+def test_every_look_that_breaks_says_what_to_do(look: Look) -> None:
+    def broken() -> Iterator[Check]:
+        raise RuntimeError("no such thing")
+        yield
+
+    (found,) = doctor.examine([Look(look.name, broken, look.mend)])
+    assert (found.state, bool(found.mend.strip())) == ("fault", True)
 
 
 def test_each_is_a_line_with_its_mend_below(capfd: pytest.CaptureFixture[str]) -> None:
@@ -354,12 +374,13 @@ def test_the_command_exits_with_1_only_where_there_is_a_fault(
     monkeypatch: pytest.MonkeyPatch, state: doctor.State, code: int
 ) -> None:
     check = Check("text", state, "踩", "mend" if state != "ok" else "")
-    monkeypatch.setattr(doctor, "LOOKS", (Look("text", lambda: [check]),))
+    monkeypatch.setattr(doctor, "LOOKS", (Look("text", lambda: [check], "mend"),))
     assert CliRunner().invoke(app, ["doctor"]).exit_code == code
     told = CliRunner().invoke(app, ["doctor", "--json"])
     assert told.exit_code == code
     assert told.output.isascii()
     assert json.loads(told.output) == {"ok": code == 0, "checks": [vars(check)]}
+    assert_as_shown("doctor", json.loads(told.output))
 
 
 def test_a_doctor_in_a_place_of_nothing_ends_in_time_and_writes_nothing(tmp_path: Path) -> None:
@@ -379,6 +400,7 @@ def test_a_doctor_in_a_place_of_nothing_ends_in_time_and_writes_nothing(tmp_path
     assert (done.returncode, checks["tracking store"]["state"]) == (1, "fault")
     assert done.stderr == ""
     assert {look.name for look in doctor.LOOKS} - {"disk"} <= {*checks}
+    assert not [check for check in checks.values() if check["state"] != "ok" and not check["mend"]]
     assert not (tmp_path / "mlflow.db").exists()
 
 

@@ -11,6 +11,7 @@ from namesake.errors import InputError
 from namesake.gate import Policy
 from namesake.identity import Identity
 from namesake.terminal import Screen
+from tests.json_page import assert_as_shown
 from tests.unit.test_probe import Fixed
 
 IDENTITY = Identity.parse("踩踩背 CCB", "老爷爷 OldGrandpa")
@@ -44,5 +45,6 @@ def test_wrong_replies_are_shown_with_their_fault(
 def test_the_card_as_json_has_metrics_and_every_reply() -> None:
     card = probing.probe(Fixed("?"), IDENTITY, system=None, slices=True)
     data = json.loads(examine.to_json(card))
+    assert_as_shown("probe", data)
     assert data["metrics"] == card.metrics
     assert len(data["slices"]["customer"]) == len(data["identity"])

@@ -213,10 +213,15 @@ def test_a_terminal_that_cannot_show_chinese_gets_english(tmp_path: Path) -> Non
 def test_what_goes_into_json_is_english_and_what_is_shown_is_not(
     chinese: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    looks = [doctor.Look("Python", doctor.python), doctor.Look("locale", lambda: time.sleep(9) or [])]
+    looks = [
+        doctor.Look("Python", doctor.python, "Run `make setup`."),
+        doctor.Look("locale", lambda: time.sleep(9) or [], "Run `make setup`."),
+    ]
     checks = doctor.examine(looks, seconds=0.2)
     doctor.show(checks, Screen())
-    assert "故障     区域设置  0.2 秒内没有应答\n故障：1，警告：0\n" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "故障     区域设置  0.2 秒内没有应答\n                   补救：" in said
+    assert "故障：1，警告：0\n" in said
     assert not CHINESE.search(json.dumps(doctor.record(checks), ensure_ascii=False))
 
 

@@ -11,7 +11,7 @@ import pytest
 from namesake import status, tracking
 from namesake.errors import InputError, RegistryError
 from namesake.registry import Model, Move, Version
-from namesake.status import Judged, Registered, Served, Status
+from namesake.status import Judged, Registered, Served, Status, Stored
 from namesake.terminal import Screen
 from tests.unit.answers import answering
 
@@ -22,6 +22,7 @@ ABOUT: dict[str, Any] = {
     "refused": {"models:/ccb/4": "it is broken"},
     "live": {"version": "models:/ccb/3", "model": "ccb-v3", "since": 1000.5},
 }
+HERE = Stored("sqlite:///mlflow.db", made=True)
 CHAMPION = Judged(3, "run3", "passed", "", "", {"identity": 1.0, "swapped": 0.0, "leak": 0.0, "plain": 0.4})
 
 
@@ -140,14 +141,24 @@ def test_an_endpoint_is_behind_where_its_alias_points_elsewhere(
 def test_a_model_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "store", lambda: tracking.Store("sqlite", True, "", ""))
     monkeypatch.setattr(status.registry, "models", list)
-    with pytest.raises(RegistryError, match="no registered model ccc"):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:secret@mlflow.example:5000")
+    with pytest.raises(RegistryError, match=r"no registered model ccc of ours in http://mlflow\.example:5000\."):
         status.status("ccc", url="http://127.0.0.1:1")
 
 
-def test_a_store_that_is_not_there_yet_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_not_there_yet_is_named_and_not_made(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(tracking, "store", lambda: tracking.Store("sqlite", False, "", ""))
     monkeypatch.setattr(status.registry, "models", lambda: pytest.fail("the registry was asked"))
-    assert status.status(url="http://127.0.0.1:1").models == ()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////nowhere/else.db")
+    found = status.status(url="http://127.0.0.1:1")
+    assert found.models == ()
+    assert found.record()["store"] == {"address": "sqlite:////nowhere/else.db", "made": False}
+    out = told(found, capfd)
+    assert "sqlite:////nowhere/else.db" in out
+    assert "no such store yet" in out
+    assert "promoted" not in out
 
 
 def test_everything_is_told_in_lines(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +169,8 @@ def test_everything_is_told_in_lines(capfd: pytest.CaptureFixture[str], monkeypa
     endpoint = Served(
         "http://x", "serving", "models:/ccb/3", 7.0, "models:/ccb@champion", "models:/ccb/4", {"u": "bad"}
     )
-    assert told(Status((model,), endpoint), capfd).splitlines() == [
+    assert told(Status(HERE, (model,), endpoint), capfd).splitlines() == [
+        "› sqlite:///mlflow.db",
         "› ccb  踩踩背 CCB",
         "  champion  version 3 since <5>, promote by ann: gate passed",
         "  gate      passed",
@@ -186,13 +198,14 @@ def test_everything_is_told_in_lines(capfd: pytest.CaptureFixture[str], monkeypa
 def test_each_state_of_an_endpoint_has_its_words(
     capfd: pytest.CaptureFixture[str], endpoint: Served, words: str
 ) -> None:
-    out = told(Status((), endpoint), capfd)
+    out = told(Status(HERE, (), endpoint), capfd)
+    assert out.startswith("› sqlite:///mlflow.db\n")
     assert "Nothing has been promoted yet." in out
     assert words in out
 
 
 def test_a_champion_that_nobody_wrote_down_or_that_is_none_is_told(capfd: pytest.CaptureFixture[str]) -> None:
     models = (Registered("a", "", CHAMPION, None, {}, ()), Registered("b", "", None, None, {}, ()))
-    out = told(Status(models, Served("http://x", "silent")), capfd)
+    out = told(Status(HERE, models, Served("http://x", "silent")), capfd)
     assert "version 3; since when is not in the history" in out
     assert "champion points nowhere" in out
