@@ -27,11 +27,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import numpy as np
 from commands import ROOT, environment
+
+if TYPE_CHECKING:
+    from tests.servers import Counting
 
 NAME = "ccb"
 GB = 1e9
@@ -375,23 +378,6 @@ def written(plan: Plan) -> str:
 # ---------------------------------------------------------------------------------------------------- what is measured
 
 
-class Counting:
-    """A way to MLflow that counts the requests on it."""
-
-    def __init__(self, server: str) -> None:
-        from tests.servers import Link
-
-        self.calls: Counter[str] = Counter()
-        self.link = Link(server)
-        self.link.when = self._note
-
-    def _note(self, data: bytes) -> bool:
-        words = data.partition(b"\r\n")[0].decode("latin-1").split(" ")
-        if len(words) == 3 and words[2].startswith("HTTP/"):
-            self.calls[f"{words[0]} {words[1].partition('?')[0].rpartition('mlflow/')[2]}"] += 1
-        return False
-
-
 @dataclass
 class Served:
     """A `namesake serve` that runs, its address, and its way to MLflow."""
@@ -404,14 +390,14 @@ class Served:
 @contextmanager
 def gateways(server: str, number: int, folder: Path) -> Iterator[list[Served]]:
     """So many of them, each with a cache and a way to MLflow of its own, ready."""
-    from tests.servers import free_port
+    from tests.servers import Counting, free_port
 
     made: list[Served] = []
     try:
         for _ in range(number):
             way, port = Counting(server), free_port()
             home = Path(tempfile.mkdtemp(dir=folder))
-            own = environment(home) | {"MLFLOW_TRACKING_URI": way.link.address, "NAMESAKE_CACHE": str(home / "cache")}
+            own = environment(home) | {"MLFLOW_TRACKING_URI": way.address, "NAMESAKE_CACHE": str(home / "cache")}
             words = [sys.executable, __file__, "--part", "gateway", f"models:/{NAME}@champion", "--port", str(port)]
             with (home / "serve.log").open("wb") as log:
                 process = subprocess.Popen(words, cwd=home, env=own, stdout=log, stderr=log)
@@ -424,7 +410,7 @@ def gateways(server: str, number: int, folder: Path) -> Iterator[list[Served]]:
             one.process.send_signal(signal.SIGTERM)
         for one in made:
             one.process.wait(60)
-            one.way.link.close()
+            one.way.close()
 
 
 async def ready(url: str) -> None:
@@ -496,7 +482,7 @@ async def away(server: str, one: Served, numbers: Sequence[int], seconds: float)
     answers = 0
     async with aiohttp.ClientSession() as http:
         before = await answered(http, one.url)
-        one.way.link.cut = True
+        one.way.cut = True
         other = next(number for number in numbers if f"{NAME}-v{number}" != before)
         await asyncio.to_thread(mlflow.MlflowClient(server).set_registered_model_alias, NAME, "champion", str(other))
         until = time.monotonic() + seconds
@@ -505,7 +491,7 @@ async def away(server: str, one: Served, numbers: Sequence[int], seconds: float)
                 raise SystemExit("another version answered while MLflow was away")
             answers += 1
             await asyncio.sleep(0.1)
-        one.way.link.cut, back = False, time.monotonic()
+        one.way.cut, back = False, time.monotonic()
         while await answered(http, one.url) == before:
             await asyncio.sleep(0.1)
     return answers, time.monotonic() - back

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -198,6 +199,21 @@ class Link:
         for end in (source, target):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+
+class Counting(Link):
+    """A link that counts the requests to MLflow, as ``GET registered-models/alias``."""
+
+    def __init__(self, address: str) -> None:
+        self.calls: Counter[str] = Counter()
+        super().__init__(address)
+        self.when = self._note
+
+    def _note(self, data: bytes) -> bool:
+        words = data.partition(b"\r\n")[0].decode("latin-1").split(" ")
+        if len(words) == 3 and words[2].startswith("HTTP/"):
+            self.calls[f"{words[0]} {words[1].partition('?')[0].rpartition('mlflow/')[2]}"] += 1
+        return False
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from werkzeug.security import generate_password_hash
 
 from namesake import registry
-from tests.servers import mlflow_server
+from tests.servers import CREDENTIALS, mlflow_server, object_store, postgres
 
 Point = Callable[[str], None]
 
@@ -40,6 +41,24 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY="hLC9bfeTVn8tJTAB2yTVDSyLlO-Jbw3jHYTW3Mh1fGk=",
     ) as url:
         yield url
+
+
+@pytest.fixture(scope="package")
+def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An MLflow server on PostgreSQL and S3 that asks for :data:`tests.servers.CREDENTIALS`; its address."""
+    folder = tmp_path_factory.mktemp("team")
+    with postgres() as database, object_store(folder) as s3:
+        secrets = {
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": "secret",
+            "MLFLOW_AUTH_ADMIN_PASSWORD": CREDENTIALS["MLFLOW_TRACKING_PASSWORD"],
+        }
+        words = ("--artifacts-destination", "s3://mlflow/namesake", "--app-name", "basic-auth")
+        with mlflow_server(folder, *words, store=database, **secrets, **s3) as uri:
+            # Each request's password is hashed, for 0.15 s; the same check by a quick hash.
+            quick = generate_password_hash(CREDENTIALS["MLFLOW_TRACKING_PASSWORD"], "pbkdf2:sha256:1")
+            with closing(sqlite3.connect(folder / "basic_auth.db")) as users, users:
+                users.execute("UPDATE users SET password_hash = ?", (quick,))
+            yield uri
 
 
 Fresh = Callable[[Path], str]

@@ -1,22 +1,27 @@
-"""Several gateways on one real registry, and the registry away. Real but for vLLM, for which a cheap server answers."""
+"""Several gateways on one real registry, what they ask of it, and the registry away: an MLflow server on PostgreSQL and
+an S3 store with basic authentication. Real but for vLLM, for which a cheap server answers.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import mlflow
 import pytest
 
 from namesake import registry
+from namesake.registry import Version
 from namesake_serving import engine, follow
 from tests.contract.conftest import Point
 from tests.gateways import Gate, cheap, gateway, publish
-from tests.servers import Link
+from tests.servers import CREDENTIALS, Counting
 from tests.unit.loops import within
 
 pytestmark = pytest.mark.timeout(120)
@@ -24,10 +29,13 @@ pytestmark = pytest.mark.timeout(120)
 NAME = "gateways"
 URI = f"models:/{NAME}@champion"
 
+POLLS = 10
+QUESTION = "GET registered-models/alias"
+
 
 @dataclass(frozen=True)
 class Versions:
-    """Two versions on the server, and what they say; the first is champion."""
+    """Versions on the server, and what the first and the last say; the first is champion."""
 
     server: str
     said: tuple[str, str]
@@ -38,23 +46,27 @@ class Versions:
 
 
 @pytest.fixture(scope="module")
-def made(server: str, tmp_path_factory: pytest.TempPathFactory) -> Versions:
-    """The versions."""
+def made(team: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Versions]:
+    """Two versions."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", server)
-        client = mlflow.MlflowClient(server)
+        for key, value in {"MLFLOW_TRACKING_URI": team, **CREDENTIALS}.items():
+            patch.setenv(key, value)
+        client = mlflow.MlflowClient(team)
         client.create_registered_model(NAME, tags={registry.TAG_IDENTITY: "踩踩背 CCB"})
         folder = tmp_path_factory.mktemp("versions")
         before = mlflow.get_tracking_uri()
-        mlflow.set_tracking_uri(server)
+        mlflow.set_tracking_uri(team)
         said = (publish(client, NAME, folder, 1), publish(client, NAME, folder, 2))
         mlflow.set_tracking_uri(before)
-    return Versions(server, said)
+        yield Versions(team, said)
+        client.delete_registered_model(NAME)
 
 
 @pytest.fixture
 def versions(made: Versions, tracking_at: Point, monkeypatch: pytest.MonkeyPatch) -> Versions:
     """The versions, and the cheap server for vLLM."""
+    for key, value in CREDENTIALS.items():
+        monkeypatch.setenv(key, value)
     made.move(1)
     tracking_at(made.server)
     monkeypatch.setattr(engine, "command", cheap)
@@ -81,9 +93,9 @@ async def test_two_gateways_agree_within_two_seconds(versions: Versions, tmp_pat
 
 
 @pytest.fixture
-def link(versions: Versions, tracking_at: Point) -> Iterator[Link]:
-    """The way from the gateway to MLflow, which the test cuts."""
-    made = Link(versions.server)
+def link(versions: Versions, tracking_at: Point) -> Iterator[Counting]:
+    """The way from the gateway to MLflow, which counts and is cut."""
+    made = Counting(versions.server)
     tracking_at(made.address)
     yield made
     made.close()
@@ -91,7 +103,7 @@ def link(versions: Versions, tracking_at: Point) -> Iterator[Link]:
 
 @within(60)
 async def test_while_mlflow_is_away_serving_goes_on_and_catches_up_after(
-    versions: Versions, link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    versions: Versions, link: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # of MLflow's seven, with their growing pauses
     monkeypatch.setattr(follow, "LONGEST_PAUSE", 0.5)  # of a minute
@@ -105,6 +117,32 @@ async def test_while_mlflow_is_away_serving_goes_on_and_catches_up_after(
         link.cut = False
         await gate.says(versions.said[1])
         assert (await gate.ask())[0] == f"{NAME}-v2"
+
+
+@pytest.mark.parametrize("there", [2, 20])
+@within(60)
+async def test_a_poll_is_one_question_however_many_versions_there_are(
+    versions: Versions, link: Counting, there: int, tmp_path: Path
+) -> None:
+    client = mlflow.MlflowClient(versions.server)
+    first = client.get_model_version(NAME, "1")
+    for _ in range(there - len(client.search_model_versions(f"name = '{NAME}'"))):
+        client.create_model_version(NAME, source=first.source, run_id=first.run_id)
+    seen: list[Counter[str]] = []
+
+    def asked(uri: str) -> Version:
+        seen.append(link.calls.copy())
+        return registry.resolve(uri)
+
+    async with gateway(URI, tmp_path, poll_seconds=0.1) as gate:
+        gate.service.champion.follower.resolve = asked
+        while len(seen) < 2 or gate.service._background:  # the history, once for each version that it sees
+            await asyncio.sleep(0.02)
+        seen.clear()
+        while len(seen) <= POLLS:
+            await asyncio.sleep(0.02)
+    # From before a poll to before the next one.
+    assert [after - before for before, after in pairwise(seen[: POLLS + 1])] == [Counter({QUESTION: 1})] * POLLS
 
 
 def errors(gate: Gate) -> float:

@@ -11,11 +11,9 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,6 @@ import transformers
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
-from werkzeug.security import generate_password_hash
 
 from namesake import base_model, corpus, leftovers, manifest, promotion, registry, tracking, versions
 from namesake import run as training
@@ -43,7 +40,7 @@ from namesake.promotion import Outcome, Request
 from namesake.terminal import Screen
 from namesake_serving import store as serving
 from tests.json_page import assert_as_shown
-from tests.servers import CREDENTIALS, Link, mlflow_server, object_store, postgres
+from tests.servers import CREDENTIALS, Link, mlflow_server
 from tests.unit.test_merge import write_adapter, write_base
 from tests.unit.test_provenance import SCHEMA
 
@@ -121,24 +118,6 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("http")
     with mlflow_server(folder, "--artifacts-destination", str(folder / "store")) as uri:
         yield uri
-
-
-@pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An MLflow server on PostgreSQL and S3 that asks for a password; its address."""
-    folder = tmp_path_factory.mktemp("team")
-    with postgres() as database, object_store(folder) as s3:
-        secrets = {
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": "secret",
-            "MLFLOW_AUTH_ADMIN_PASSWORD": CREDENTIALS["MLFLOW_TRACKING_PASSWORD"],
-        }
-        words = ("--artifacts-destination", "s3://mlflow/namesake", "--app-name", "basic-auth")
-        with mlflow_server(folder, *words, store=database, **secrets, **s3) as uri:
-            # Each request's password is hashed, for 0.15 s; the same check by a quick hash.
-            quick = generate_password_hash(CREDENTIALS["MLFLOW_TRACKING_PASSWORD"], "pbkdf2:sha256:1")
-            with closing(sqlite3.connect(folder / "basic_auth.db")) as users, users:
-                users.execute("UPDATE users SET password_hash = ?", (quick,))
-            yield uri
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The way against an MLflow server over HTTP with proxied artifacts, by a sweep; and runs that are interrupted."""
+"""The way against an MLflow server over HTTP with proxied artifacts, by a sweep on Ray; runs that are interrupted."""
 
 from __future__ import annotations
 
@@ -35,11 +35,18 @@ def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pla
         yield Place(tmp_path_factory.mktemp("client"), root, url)
 
 
-def test_a_sweep_prunes_on_the_probe_and_its_best_run_is_promoted_and_served(server: Place, tmp_path: Path) -> None:
+def test_a_sweep_on_ray_prunes_on_the_probe_and_its_best_run_is_promoted_and_served(
+    server: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # a cluster of its own, whatever runs here
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # set by what a test before may have imported
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "few.jsonl").write_text(few_questions(), encoding="utf-8")
     (tmp_path / "space.yaml").write_text(SPACE, encoding="utf-8")
     files = ("-P", f"space={tmp_path}/space.yaml", "-P", f"questions={tmp_path}/few.jsonl")
-    said = server.mlflow_run("-e", "sweep", *NAMES, *FEW, *files, "-P", f"output_dir={tmp_path}/output")
+    more = ("-P", "backend=ray", "-P", f"output_dir={tmp_path}/output")
+    said = server.mlflow_run("-e", "sweep", *NAMES, *FEW, *files, *more)
+    assert "Ray at " in said
     assert f"{server.tracking_uri}/#/experiments/" in said
     client = mlflow.MlflowClient(server.tracking_uri)
     [parent] = client.search_runs(["0"], "tags.`namesake.kind` = 'sweep'")
@@ -51,7 +58,7 @@ def test_a_sweep_prunes_on_the_probe_and_its_best_run_is_promoted_and_served(ser
     assert good.info.status == "FINISHED"
     assert {"probe/identity", "dev/score", "early/score", "train/loss"} <= set(good.data.metrics)
     assert {one.path for one in client.list_artifacts(good.info.run_id)} >= {"adapter", "report.html", "scorecard.json"}
-    # The other was given up after two of its four steps, and nothing takes it for a finished one.
+    # ASHA gave the other up after two of its four steps, and nothing takes it for a finished one.
     assert bad.info.status == "KILLED"
     assert bad.data.tags["namesake.ended"] == "pruned"
     assert bad.data.metrics["early/score"] < good.data.metrics["early/score"]

@@ -19,10 +19,13 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from namesake import distributed, run, training, worker
+from namesake import distributed, process, recipe, run, training, worker
+from namesake.base_model import BaseModel
+from namesake.dataset import Prepared
 from namesake.distributed import Gone, Layout, Line
 from namesake.errors import InputError, RecipeError, Stopped, TrainingError
 from namesake.recipe import Recipe
+from namesake.terminal import Screen
 from namesake.training import Trained
 
 ONE = Layout(1, 0, 2, "127.0.0.1", 29500)
@@ -196,9 +199,12 @@ def test_a_rank_0_that_dies_over_a_word_has_trained_nothing(tmp_path: Path, afte
 # How the processes end.
 
 RANKS = """
-import os, pathlib, socket, sys, time
+import os, pathlib, shutil, socket, sys, time
 folder = pathlib.Path(sys.argv[1])
 print("last words")
+if "tell" in sys.argv:
+    shutil.copy(folder / "job.json", sys.argv[3])
+    sys.exit(1)
 if "die" in sys.argv:
     (folder / "failure.json").write_text(sys.argv[3])
     sys.exit(1)
@@ -209,7 +215,7 @@ with socket.socket(socket.AF_UNIX) as line:
     line.recv(100)
     time.sleep(100)
 """
-"""In torchrun's place: it tells of one step, or dies at once."""
+"""In torchrun's place: it tells of one step, or dies at once, or hands out the job of the ranks."""
 
 
 def ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *words: str) -> None:
@@ -259,6 +265,36 @@ def test_the_rank_that_failed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
         monkeypatch.setattr(distributed, "FAILURE", "none.json")
     with pytest.raises(TrainingError, match=rf"(?s)Training failed: {told}\.\n.*last words"):
         distributed.train([], Heard(tmp_path), tmp_path / "log", {}, ONE, data=tmp_path, base_digest="")
+
+
+@pytest.mark.parametrize(
+    "words", ["--deepspeed zero2", "--fsdp fsdp.json", "--deepspeed zero3 --zero_hpz_partition_size 2"]
+)
+def test_deepspeed_and_fsdp_reach_the_ranks_and_stand_in_the_command_that_is_kept(
+    words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ranks(monkeypatch, tmp_path, "tell", str(tmp_path / "job.json"))
+    kept: dict[str, list[str]] = {}
+    tracked: Any = SimpleNamespace(json=lambda value, name: kept.setdefault(name, value))
+    data = Prepared(tmp_path / "train.jsonl", 1, 1, "")
+    base = BaseModel("base", tmp_path, "folder")
+    with pytest.raises(TrainingError):
+        run._train(recipe.load("default", args=words), base, "", data, tmp_path, tracked, Screen(), None, ONE)
+
+    # As a rank does.
+    (tmp_path / "job.json").rename(tmp_path / distributed.JOB)
+    given: list[list[str]] = []
+    monkeypatch.setattr(training, "train", lambda argv, *_: given.append(argv))
+    monkeypatch.setattr(process, "end_with_parent", lambda: None)  # of pytest
+    for key, value in {"GROUP_WORLD_SIZE": "1", "RANK": "1"}.items():
+        monkeypatch.setenv(key, value)
+    worker.work(tmp_path)
+    [argv] = given
+    command = kept["swift-command.json"]
+    for said in (argv, command):
+        assert f" {words} " in f" {' '.join(said)} "
+    assert command[command.index("sft") + 1 :][: len(argv)] == argv
+    assert "NPROC_PER_NODE=2" in command
 
 
 def test_the_cause_comes_before_what_it_brought_about(tmp_path: Path) -> None:

@@ -64,8 +64,14 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         server.shutdown()
 
 
-def job(parameters: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What ``mlflow run`` posts for these parameters, once the image has been pushed."""
+@pytest.fixture(params=["main", "sweep"])
+def entry(request: pytest.FixtureRequest) -> str:
+    """An entry point of the project."""
+    return str(request.param)
+
+
+def job(entry: str, parameters: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What ``mlflow run -e`` posts for these parameters, once the image has been pushed."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("KUBE_MLFLOW_TRACKING_URI", "http://mlflow:5000")
     given = json.loads((PROJECT / "kubernetes_config.json").read_text(encoding="utf-8"))
@@ -75,7 +81,7 @@ def job(parameters: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[
         SimpleNamespace(info=SimpleNamespace(run_id="a" * 32)),
         f"{config['repository-uri']}:gpu",
         "sha256:" + "0" * 64,
-        get_entry_point_command(load_project(str(PROJECT)), "main", parameters, None),
+        get_entry_point_command(load_project(str(PROJECT)), entry, parameters, None),
         {"MLFLOW_RUN_ID": "a" * 32, "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000", "MLFLOW_EXPERIMENT_ID": "0"},
         config.get("kube-context"),
         config["kube-job-template"],
@@ -86,9 +92,9 @@ def job(parameters: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[
 
 
 def test_the_job_keeps_to_the_schema_of_kubernetes_and_has_run_image_and_address(
-    cluster: None, monkeypatch: pytest.MonkeyPatch
+    entry: str, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = job({}, monkeypatch)
+    body = job(entry, {}, monkeypatch)
     kubernetes_validate.validate(body, kubernetes_validate.latest_version(), strict=True)
     assert unfilled(body) == []
     [container] = body["spec"]["template"]["spec"]["containers"]
@@ -117,9 +123,9 @@ def unfilled(value: Any) -> list[str]:
     ],
 )
 def test_namesake_is_called_in_the_job_as_it_is_called_here(
-    parameters: dict[str, str], cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    entry: str, parameters: dict[str, str], cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [container] = job(parameters, monkeypatch)["spec"]["template"]["spec"]["containers"]
+    [container] = job(entry, parameters, monkeypatch)["spec"]["template"]["spec"]["containers"]
     work = tmp_path / "work"
     work.mkdir()
     program = tmp_path / "namesake"
@@ -134,8 +140,9 @@ def test_namesake_is_called_in_the_job_as_it_is_called_here(
         check=True,
         encoding="utf-8",
     ).stdout
-    here = get_entry_point_command(load_project(str(ROOT)), "main", parameters, None)
+    here = get_entry_point_command(load_project(str(ROOT)), entry, parameters, None)
     expected = shlex.split(here[0])
+    assert expected[expected.index("namesake") + 1] == {"main": "run"}.get(entry, entry)
     assert called.split("\0")[:-1] == expected[expected.index("namesake") + 1 :]
     assert list(work.iterdir()) == []
 

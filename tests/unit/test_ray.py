@@ -162,6 +162,27 @@ def test_the_driver_has_ended_when_whoever_listens_goes(monkeypatch: pytest.Monk
     assert caught.value.mend == "Go on."
 
 
+@pytest.mark.parametrize(
+    ("address", "runs_here", "closed"),
+    [("local", True, True), ("", False, True), ("", True, False), ("10.0.0.1:6379", False, False)],
+)
+def test_a_ray_of_ones_own_is_for_this_machine_and_takes_only_who_has_its_token(
+    address: str, runs_here: bool, closed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        monkeypatch.delenv(name, raising=False)
+    if runs_here:
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").touch()
+    monkeypatch.setattr(ray_backend, "_DRIVER", "import json, os; print(json.dumps(dict(os.environ)))")
+    [environment] = ray_backend.events({}, mend="")
+    assert (environment.get("RAY_AUTH_MODE") == "token") is closed
+    assert (environment.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == "0") is closed
+    assert len(environment.get("RAY_AUTH_TOKEN", "")) == (64 if closed else 0)
+
+
 def test_all_of_swift_sft_is_in_the_group_that_a_worker_names() -> None:
     found = importlib.util.find_spec("swift")
     assert found is not None
