@@ -3,14 +3,17 @@
     python benchmarks/replicas.py                                  # trains two small versions first, some minutes
     python benchmarks/replicas.py --store FOLDER --rows local 2    # a folder with mlflow.db and two versions of ccb
     python benchmarks/replicas.py --rows 1 2 --pairs 3 --moves 0   # the rows in turn, and the last to the first
-    python benchmarks/replicas.py --instant --rows 1 2 --pairs 3 --moves 0 -- --max-streams 4   # no core bounds it
+    python benchmarks/replicas.py --instant --rows 1 2 --pairs 3 --moves 0 --sessions none -- --max-streams 8
 
 Rows: `local` is `namesake serve`, a number is `--backend ray --replicas N`. Every client asks again as soon as it is
-answered, streamed. Printed are seconds until the first answer, tokens a second, then for moves under the same load:
-seconds until every client has the new version, requests that failed or were cut, streams in which two versions spoke,
-and clients that saw a version again after its successor. With ``--instant`` an engine that answers by sleeping stands
-where vLLM is, ``--pause`` seconds before each event: no core is what bounds it, but how much each takes at a time
-(``--max-streams``).
+answered, streamed. Printed are seconds until the first answer, tokens a second, requests that each replica answered in
+that time, then for moves under the same load: seconds until every client has the new version, requests that failed or
+were cut, streams in which two versions spoke, and clients that saw a version again after its successor. A session's
+requests go to one replica, those of clients without one to whichever is less busy.
+
+With ``--instant`` an engine that answers by sleeping stands where vLLM is, ``--pause`` seconds before each event: no
+core is what bounds it, but how many requests it works on at a time (``--max-streams``), as vLLM does. The gateway lets
+in an eighth more for each replica, so take a multiple of eight, and more clients than it lets in.
 """
 
 from __future__ import annotations
@@ -33,9 +36,20 @@ from follow import prepare, told_changes
 
 from servers import MODEL, both_versions, namesake_serve
 
+sys.path.insert(0, str(ROOT))
+
+from tests.servers import answered
+
+SESSIONS = {"none": 0, "half": 2, "all": 1}
+"""Which clients name one: each so-manieth."""
+
 
 class Clients:
-    """Clients that never rest, each with a session of its own.
+    """Clients that never rest.
+
+    Args:
+        most: tokens of an answer.
+        sessions: which of them have a session: each so-manieth; 0: none.
 
     Attributes:
         tokens: how many have come.
@@ -43,8 +57,8 @@ class Clients:
         saw: the versions that each client saw, in order, repetitions left out.
     """
 
-    def __init__(self, url: str, count: int, most: int) -> None:
-        self._url, self._most = url, most
+    def __init__(self, url: str, count: int, most: int, sessions: int) -> None:
+        self._url, self._most, self._sessions = url, most, sessions
         self.tokens, self.ended = 0, Counter[str]()
         self.saw: list[list[str]] = [[] for _ in range(count)]
 
@@ -57,9 +71,11 @@ class Clients:
     async def _client(self, http: aiohttp.ClientSession, number: int) -> None:
         question = {"role": "user", "content": f"Tell me story number {number}."}
         body = {"messages": [question], "temperature": 0, "stream": True, "max_tokens": self._most}
+        if self._sessions and number % self._sessions == 0:
+            body["user"] = f"client {number}"
         while True:
             try:
-                ended = await self._ask(http, {**body, "user": f"client {number}"}, self.saw[number])
+                ended = await self._ask(http, body, self.saw[number])
             except aiohttp.ClientError as error:
                 ended = f"failed: {type(error).__name__}"
             self.ended[ended] += 1
@@ -80,18 +96,18 @@ class Clients:
             return "cut" if text != b"data: [DONE]" else "one version" if len(spoke) == 1 else "mixed"
 
 
-async def measure(
-    url: str, numbers: Sequence[int], count: int, most: int, seconds: float, moves: int
-) -> tuple[float, str]:
+async def measure(url: str, clients: Clients, numbers: Sequence[int], seconds: float, moves: int) -> tuple[float, str]:
     """Tokens a second, and what is told: that, then moves of the alias to and fro under the same load."""
     from namesake import registry
 
-    clients = Clients(url, count, most)
     running = asyncio.create_task(clients.run())
     await asyncio.sleep(5)
+    first = await asyncio.to_thread(answered, url)
     before, begun = clients.tokens, time.monotonic()
     await asyncio.sleep(seconds)
     rate, took = (clients.tokens - before) / (time.monotonic() - begun), []
+    last = await asyncio.to_thread(answered, url)
+    each = " + ".join(str(number - first.get(replica, 0)) for replica, number in sorted(last.items()))
     for move in range(moves):
         wanted, moved = numbers[(move + 1) % 2], time.monotonic()
         await asyncio.to_thread(registry.point, MODEL, "champion", wanted)
@@ -104,12 +120,12 @@ async def measure(
     await asyncio.gather(running, return_exceptions=True)
     back = sum(len(saw) > moves + 1 for saw in clients.saw)  # to and fro, so that going back is one version too many
     middle = f"{statistics.median(took):.2f} s (most {max(took):.2f})" if took else "-"
-    return rate, f"{rate:5.0f} tokens/s; move to last client {middle}; {dict(clients.ended)}; went back: {back}"
+    told = f"{rate:5.0f} tokens/s; answered by each {each}; move to last client {middle}"
+    return rate, f"{told}; {dict(clients.ended)}; went back: {back}"
 
 
 def instant(store: Path) -> str:
     """Two versions and an engine that costs nothing, as the tests have them; what goes on ``PYTHONPATH``."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "serving")]
     import mlflow
     from tests.contract import instant as made
 
@@ -127,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=["local", "1", "2"], help="local, or a number of replicas")
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--sessions", choices=SESSIONS, default="half", help="how many of them name a session")
     parser.add_argument("--tokens", type=int, default=32, help="length of an answer")
     parser.add_argument("--seconds", type=float, default=20, help="how long throughput is measured")
     parser.add_argument("--moves", type=int, default=10)
@@ -155,8 +172,8 @@ def main() -> None:
                 several = [] if row == "local" else ["--backend", "ray", "--replicas", row]
                 words = ("--eager", "--poll-seconds", "0.2", *several, *given.words)
                 with namesake_serve(store, *words, env=env) as made, both_versions() as numbers:
-                    load = (given.clients, given.tokens, given.seconds, given.moves)
-                    rate, told = asyncio.run(measure(made.url, numbers, *load))
+                    clients = Clients(made.url, given.clients, given.tokens, SESSIONS[given.sessions])
+                    rate, told = asyncio.run(measure(made.url, clients, numbers, given.seconds, given.moves))
                     rates.append(rate)
                     print(f"{row:>5}: ready after {made.seconds:.0f} s; {told}", flush=True)
                     if given.moves:

@@ -2,11 +2,12 @@
 
     python benchmarks/scale.py                       # arithmetic and a small simulation, as docs/guide quotes them
     python benchmarks/scale.py --gpus 32 --price 2   # other assumptions
-    python benchmarks/scale.py --real                # measured: gateways that follow one MLflow server, some minutes
+    python benchmarks/scale.py --real                # measured: replicas, gateways that follow one MLflow server
     python benchmarks/scale.py --real --away 300     # and MLflow away for five minutes
 
 The arithmetic is a roofline: memory traffic and arithmetic at assumed shares of the peak, so a real engine may well be
-slower. ``--real`` runs `namesake serve` and a real MLflow server; in vLLM's place a cheap server answers.
+slower. ``--real`` takes some ten minutes: it runs `namesake serve`, a real MLflow server and a real Ray; in vLLM's
+place a cheap server answers. The throughput of one and two replicas is `benchmarks/replicas.py`, called from here.
 """
 
 from __future__ import annotations
@@ -518,8 +519,17 @@ def registry_of(versions: int, folder: Path) -> Iterator[tuple[str, tuple[int, i
         yield server, (1, versions)
 
 
+def throughput_of(replicas: Sequence[int]) -> None:
+    """Print what so many replicas give on Ray Serve, each with an engine of eight places that no core bounds."""
+    rows = ("--rows", *map(str, replicas), "--pairs", "3", "--moves", "0", "--seconds", "10")
+    load = ("--instant", "--clients", str(32 * max(replicas)), "--sessions", "none", "--", "--max-streams", "8")
+    subprocess.run([sys.executable, str(Path(__file__).with_name("replicas.py")), *rows, *load], check=True)
+
+
 def real(given: argparse.Namespace) -> None:
     """Measure and print."""
+    if given.replicas:
+        throughput_of(given.replicas)
     sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "serving")]
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     print("versions  gateways  moves  followed: median s  p95 s  apart at most s  calls/min each  ms a question")
@@ -589,6 +599,9 @@ def main() -> None:
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     parser.add_argument("--real", action="store_true", help="measure gateways on a real MLflow server instead")
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 2, 4], help="numbers of gateways, with --real")
+    parser.add_argument(
+        "--replicas", type=int, nargs="*", default=[1, 2], help="whose throughput is measured, with --real; empty: none"
+    )
     parser.add_argument("--moves", type=int, default=10, help="of the alias, with --real")
     parser.add_argument(
         "--many", type=int, default=10_000, help="versions of the second registry, with --real; 0: none"

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
+
 CREDENTIALS = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "a long password"}
 """Of the administrator of a server with basic authentication."""
 
@@ -38,6 +40,20 @@ def free_port(below: int = 65536) -> int:
             port = int(free.getsockname()[1])
         if port < below:
             return port
+
+
+def answered(url: str) -> dict[str, int]:
+    """How many requests each engine behind a gateway has answered since it started, its proofs among them, by replica
+    (empty text: the one that there is).
+    """
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    found: dict[str, int] = {}
+    for sample in (sample for family in families for sample in family.samples):
+        if sample.name == "vllm:request_success_total":
+            replica = sample.labels.get("replica", "")
+            found[replica] = found.get(replica, 0) + int(sample.value)
+    return found
 
 
 @contextmanager

@@ -13,7 +13,8 @@ seen the new version never sees the old one again, whichever replica is asked, a
 late, answers nobody until it has been brought to what is served. With adapters a version stays in the engines for those
 who ask for it by its number; which of them do is settled by the conductor, and is the same on every replica.
 
-Ray Serve starts, scales, watches and replaces replicas, and routes; none of that is ours. The only importer of Ray.
+Ray Serve starts, scales, watches and replaces replicas, and routes, by two routers of its own; none of that is ours but
+which of the two a request goes by (:class:`Sessions`). The only importer of Ray.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
 import secrets
 import signal
 import tempfile
@@ -31,7 +31,6 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,10 +50,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.exceptions import ActorDiedError, RayError
+from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.handle import DeploymentHandle
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import LocalityMixin, PendingRequest, RunningReplica
 from ray.serve.schema import ApplicationStatus
 
 from namesake import registry
@@ -932,25 +933,21 @@ class Conductor:
 # ------------------------------------------------------------------------------------------------------- the gateway
 
 
-class Sessions(RequestRouter):  # type: ignore[misc]
-    """A session's requests go to one replica, for its cached prefix, as long as that one takes them; the others to the
-    less busy of two.
+class Sessions(LocalityMixin, ConsistentHashRouter):  # type: ignore[misc]
+    """A session's requests go by Ray Serve's consistent hashing to one replica, for its cached prefix, as long as that
+    one takes them; the others as Ray Serve does by default, to the less busy of two.
 
-    Rendezvous hashing: when replicas come or go only their own sessions move.
+    Consistent hashing alone would send the others to any replica, however busy. The mixin is what the default needs.
     """
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Replicas in groups; the least busy of the first group that takes the request gets it."""
-        session = pending_request.metadata.session_id if pending_request is not None else ""
-        if not session:
-            return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
-        return [[one] for one in sorted(candidate_replicas, key=lambda one: _rank(session, one.replica_id.unique_id))]
-
-
-def _rank(session: str, replica: str) -> bytes:
-    return sha256(f"{session} {replica}".encode("utf-8", "surrogatepass")).digest()
+        by = ConsistentHashRouter
+        if pending_request is None or not pending_request.metadata.session_id:
+            by = PowerOfTwoChoicesRequestRouter
+        return cast(list[list[RunningReplica]], await by.choose_replicas(self, candidate_replicas, pending_request))
 
 
 class _Figures(Metrics):
@@ -1277,7 +1274,11 @@ def deployment(settings: Settings) -> dict[str, Any]:
         "health_check_period_s": 2,
         "graceful_shutdown_wait_loop_s": 0.2,
         "graceful_shutdown_timeout_s": settings.shutdown_seconds + 10,
-        "request_router_config": RequestRouterConfig(request_router_class=f"{__name__}.{Sessions.__name__}"),
+        "request_router_config": RequestRouterConfig(
+            request_router_class=f"{__name__}.{Sessions.__name__}",
+            # Sessions are spread evenly, and where theirs is full any other takes them.
+            request_router_kwargs={"num_virtual_nodes": 1000, "num_fallback_replicas": most_replicas(settings)},
+        ),
         "logging_config": {"enable_access_log": False},
     }
     if "autoscaling_config" in settings.ray_options:
@@ -1293,6 +1294,7 @@ def _join(settings: Settings) -> None:
     if _ADDRESS == "local":
         given |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         given |= {"num_cpus": max(os.cpu_count() or 1, most_replicas(settings))}
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of the gateway's lines each is of one format
     try:
         ray.init(_ADDRESS, **given)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:

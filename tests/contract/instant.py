@@ -1,7 +1,8 @@
 """Versions and an engine that cost nothing, so that a change over several engines can be watched.
 
 The engine stands where vLLM is (``python -m vllm.entrypoints.launchers.api_server.entry``), is started, proved, changed
-in place and ended by the real code, and says what its weights say, or the adapter that it is asked for.
+in place and ended by the real code, and says what its weights say, or the adapter that it is asked for. It works on as
+many requests at a time as vLLM would (``--max-num-seqs``), and counts them under vLLM's name.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from namesake_serving.service import PROOF_TOKENS
 from safetensors.numpy import load_file
 
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+AT_A_TIME = int(given.get("--max-num-seqs", "256"))
 PAUSE = float(os.environ.get("INSTANT_PAUSE", "0.005"))
 
 
@@ -40,8 +42,9 @@ def says(folder):
 
 class Engine:
     said = says(given["--model"])
-    busy = 0
+    busy = answered = 0
     adapters = {}
+    places = asyncio.Semaphore(AT_A_TIME)
 
     async def load(self, request):
         body = await request.json()
@@ -72,34 +75,40 @@ class Engine:
             return web.Response(status=500, text="it breaks")
         self.busy += 1
         try:
-            await asyncio.sleep(PAUSE)
-            about = {"id": "chatcmpl-1", "model": body["model"], "choices": []}
-            if not body.get("stream"):
-                about["choices"] = [{"index": 0, "message": {"role": "assistant", "content": said}}]
-                about["usage"] = {"prompt_tokens": 1, "completion_tokens": 1}
-                return web.json_response(about)
-            reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
-            await reply.prepare(request)
-            for part in said.split("|"):
-                about["choices"] = [{"index": 0, "delta": {"content": part}}]
-                await reply.write(b"data: " + json.dumps(about, separators=(",", ":")).encode() + b"\\n\\n")
-                await asyncio.sleep(PAUSE)
-            await reply.write(b"data: [DONE]\\n\\n")
+            async with self.places:
+                reply = await self.reply(request, body, said)
+            self.answered += 1
             return reply
         finally:
             self.busy -= 1
+
+    async def reply(self, request, body, said):
+        await asyncio.sleep(PAUSE)
+        about = {"id": "chatcmpl-1", "model": body["model"], "choices": []}
+        if not body.get("stream"):
+            about["choices"] = [{"index": 0, "message": {"role": "assistant", "content": said}}]
+            about["usage"] = {"prompt_tokens": 1, "completion_tokens": 1}
+            return web.json_response(about)
+        reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await reply.prepare(request)
+        for part in said.split("|"):
+            about["choices"] = [{"index": 0, "delta": {"content": part}}]
+            await reply.write(b"data: " + json.dumps(about, separators=(",", ":")).encode() + b"\\n\\n")
+            await asyncio.sleep(PAUSE)
+        await reply.write(b"data: [DONE]\\n\\n")
+        return reply
+
+    async def metrics(self, _):
+        lines = ["# HELP vllm:request_success_total Answered.", "# TYPE vllm:request_success_total counter"]
+        return web.Response(text="\\n".join([*lines, f"vllm:request_success_total {self.answered}.0", ""]))
 
 
 async def health(_):
     return web.Response()
 
 
-async def metrics(_):
-    return web.Response(text="# HELP engine_up It runs.\\n# TYPE engine_up gauge\\nengine_up 1.0\\n")
-
-
 engine, app = Engine(), web.Application()
-app.add_routes([web.get("/health", health), web.get("/metrics", metrics)])
+app.add_routes([web.get("/health", health), web.get("/metrics", engine.metrics)])
 app.add_routes([web.post("/v1/chat/completions", engine.chat), web.post("/namesake/weights", engine.weights)])
 app.add_routes([web.post("/v1/load_lora_adapter", engine.load), web.post("/v1/unload_lora_adapter", engine.unload)])
 web.run_app(app, path=given["--uds"], print=None, handle_signals=True)

@@ -1,4 +1,4 @@
-"""Several engines on one real Ray: a moved alias under load, a version that fails, replicas that are killed."""
+"""Several engines on one real Ray: a moved alias under load, a version that fails, replicas that come or are killed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,7 +27,7 @@ import pytest
 from namesake import registry
 from tests.contract import instant
 from tests.contract.conftest import Fresh
-from tests.servers import free_port
+from tests.servers import answered, free_port
 from tests.unit.loops import within
 
 pytest.importorskip("ray.serve", reason="requirements/ray.txt is not installed", exc_type=ImportError)
@@ -109,12 +109,13 @@ def _command(process: psutil.Process) -> str:
 
 
 @contextmanager
-def server(served: Served, port: int, *words: str, **env: str) -> Iterator[Served]:
+def server(served: Served, *words: str, options: Mapping[str, object] | None = None, **env: str) -> Iterator[Served]:
     """It runs, and leaves nothing running."""
+    port = free_port()
     paths = [str(served.folder / "engine"), *filter(None, [os.environ.get("PYTHONPATH")]), *sys.path]
     log = served.folder / f"serve-{served.name}.log"
     words = (f"models:/{served.name}@champion", "--backend", "ray", "--replicas", str(REPLICAS), *words)
-    half = json.dumps({"ray_actor_options": {"num_cpus": 0.5}})  # so that two servers find room
+    half = json.dumps({"ray_actor_options": {"num_cpus": 0.5}, **(options or {})})  # so that two servers find room
     with log.open("wb") as stream:
         served.process = process = subprocess.Popen(
             [sys.executable, "-m", "namesake_serving", "--port", str(port), *words, "--ray-options", half],
@@ -152,13 +153,15 @@ def served(environment: dict[str, str]) -> Iterator[Served]:
     for _ in range(MOVES + 1):
         instant.register(client, folder)
     client.set_registered_model_alias("ccb", "champion", "1")
-    with server(Served("", client, folder, None), free_port(), **environment, RAY_ADDRESS="") as running:  # type: ignore[arg-type]
+    with server(Served("", client, folder, None), **environment, RAY_ADDRESS="") as running:  # type: ignore[arg-type]
         yield running
 
 
 @pytest.fixture(scope="module")
-def adapters(served: Served, environment: dict[str, str]) -> Iterator[Served]:
-    """Two replicas of adapters on the same Ray, room for three versions, half of the requests for a challenger."""
+def one_adapter_replica(served: Served, environment: dict[str, str]) -> Iterator[Served]:
+    """A replica of adapters on the same Ray, room for three versions, half of the requests for a challenger. Another
+    comes when there is something to do, and none goes.
+    """
     client, folder, name = served.client, served.folder, "dda"
     client.create_registered_model(name, tags={registry.TAG_IDENTITY: instant.NAME})
     for _ in range(ADAPTERS):
@@ -170,8 +173,32 @@ def adapters(served: Served, environment: dict[str, str]) -> Iterator[Served]:
     # Else Ray takes the address of a network card for loopback's.
     own = environment | {"RAY_ADDRESS": address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     own["NAMESAKE_SERVE_CANARY_LATENCY"] = "100"
-    with server(Served("", client, folder, None, name), free_port(), *words, **own) as running:  # type: ignore[arg-type]
+    often = {"upscale_delay_s": 0, "metrics_interval_s": 0.2, "look_back_period_s": 1, "target_ongoing_requests": 1}
+    scaling = {"autoscaling_config": {"min_replicas": 1, "max_replicas": REPLICAS, **often}}
+    with server(Served("", client, folder, None, name), *words, options=scaling, **own) as running:  # type: ignore[arg-type]
         yield running
+
+
+@pytest.fixture(scope="module")
+def grown(one_adapter_replica: Served) -> tuple[int, Load]:
+    """How many replicas there were at first; the load under which there came to be two that answer."""
+    one = one_adapter_replica
+
+    async def grow() -> tuple[int, Load]:
+        before = len(answered(one.url))
+        async with load(one.url) as clients:
+            await asyncio.to_thread(one.until, lambda: len(answered(one.url)) == REPLICAS)
+            await asyncio.to_thread(one.until, lambda: min(answered(one.url).values()) > 10)  # more than its proof
+        return before, clients
+
+    return asyncio.run(grow())
+
+
+@pytest.fixture(scope="module")
+def adapters(one_adapter_replica: Served, grown: tuple[int, Load]) -> Served:
+    """Two replicas of adapters."""
+    del grown
+    return one_adapter_replica
 
 
 @dataclass
@@ -234,6 +261,18 @@ async def test_ten_moves_fail_no_request_and_nobody_sees_an_old_version_again(se
     assert clients.went_back() == []
     assert {number for saw in clients.saw for number in saw} == set(range(1, MOVES + 2))
     assert len(served.processes("api_server.entry")) == REPLICAS
+    assert len(served.processes("ray::Conductor")) == 1
+    each = answered(served.url).values()
+    assert len(each) == REPLICAS
+    assert min(each) > sum(each) / 5  # far more than the proofs of ten versions
+
+
+def test_a_session_has_a_replica_of_its_own(served: Served) -> None:
+    for session in ("one", "two", "three"):
+        before = answered(served.url)
+        for _ in range(4):
+            served.ask("ccb", session)
+        assert sorted(number - before[replica] for replica, number in answered(served.url).items()) == [0, 4]
 
 
 @within(60)
@@ -250,8 +289,9 @@ async def test_a_version_that_does_not_prove_itself_is_on_no_replica(served: Ser
 def test_the_engines_figures_bear_their_replica(served: Served) -> None:
     with urllib.request.urlopen(f"{served.url}/metrics", timeout=10) as response:
         text = response.read().decode()
-    assert text.count("engine_up{replica=") == REPLICAS
-    assert text.count("# TYPE engine_up gauge") == text.count("# TYPE namesake_served_version gauge") == 1
+    assert text.count("vllm:request_success_total{replica=") == REPLICAS
+    once = ("# TYPE vllm:request_success_total counter", "# TYPE namesake_served_version gauge")
+    assert [text.count(one) for one in once] == [1, 1]
     assert f"namesake_served_version {served.live()}.0" in text
 
 
@@ -272,6 +312,7 @@ async def test_a_replica_and_the_follower_killed_amid_a_move_cost_no_request(ser
         await asyncio.to_thread(served.move, further)
         await asyncio.to_thread(served.until_live, further, 60)
     assert clients.went_back() == []
+    assert len(served.processes("ray::Conductor")) == 1
 
 
 def test_nobody_uses_its_ray_from_outside(served: Served) -> None:
@@ -292,6 +333,12 @@ def test_nobody_uses_its_ray_from_outside(served: Served) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ adapters
+
+
+def test_under_load_a_second_replica_comes_and_answers(grown: tuple[int, Load]) -> None:
+    before, clients = grown
+    assert before == 1
+    assert {number for saw in clients.saw for number in saw} == {1}
 
 
 @within(60)

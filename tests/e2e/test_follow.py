@@ -72,16 +72,18 @@ def ask(url: str, **more: Any) -> tuple[str, str]:
 
 @dataclass
 class Clients:
-    """Clients that ask without a pause until they are stopped."""
+    """Clients that ask without a pause until they are stopped; ``saw`` has the versions that each saw, in order."""
 
     url: str
     number: int
     answers: list[tuple[float, str, str]] = field(default_factory=list)
+    saw: list[list[str]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Clients:
-        self._threads = [threading.Thread(target=self._ask) for _ in range(self.number)]
+        self.saw = [[] for _ in range(self.number)]
+        self._threads = [threading.Thread(target=self._ask, args=(saw,)) for saw in self.saw]
         for thread in self._threads:
             thread.start()
         return self
@@ -91,7 +93,7 @@ class Clients:
         for thread in self._threads:
             thread.join(120)
 
-    def _ask(self) -> None:
+    def _ask(self, saw: list[str]) -> None:
         while not self.stopped.is_set():
             try:
                 version, text = ask(self.url)
@@ -99,6 +101,7 @@ class Clients:
                 self.faults.append(repr(error))
             else:
                 self.answers.append((time.monotonic(), version, text))
+                saw.append(version)
 
     def wait_for(self, version: str, since: float, seconds: float = 60) -> float:
         """Seconds from the moment until the version's first answer."""

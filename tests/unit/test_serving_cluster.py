@@ -106,30 +106,54 @@ def test_the_gateway_lets_in_what_all_replicas_take(options: dict[str, Any], mos
 # ------------------------------------------------------------------------------------------------ sessions
 
 
-def router(names: str) -> list[Any]:
-    """Replicas of these names."""
-    return [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in names]
+COMMON = cluster.serve._private.common
+DEPLOYMENT = COMMON.DeploymentID("Replica", "namesake-ccb")
 
 
-def asked(session: str) -> Any:
-    """A request that waits for a replica."""
-    return SimpleNamespace(metadata=SimpleNamespace(session_id=session))
+class Here:
+    """Stands for a replica that has nothing to do."""
+
+    def __init__(self, name: str) -> None:
+        self.replica_id = COMMON.ReplicaID(name, DEPLOYMENT)
+
+    async def get_queue_len(self, **_: float) -> int:
+        """None wait."""
+        return 0
 
 
-async def first(names: str, session: str) -> str:
-    """The replica that a session's request is offered to first."""
-    groups = await cluster.Sessions.choose_replicas(SimpleNamespace(), router(names), asked(session))
-    assert sorted(one.replica_id.unique_id for (one,) in groups) == sorted(names)  # any other, where that is full
-    return str(groups[0][0].replica_id.unique_id)
+def router(names: str) -> Any:
+    """The router that our deployment names, before replicas of these names."""
+    unknown = COMMON.DeploymentHandleSource.UNKNOWN
+    given = cluster.deployment(settings.read(replicas=3))["request_router_config"]
+    made = given.get_request_router_class()(deployment_id=DEPLOYMENT, handle_source=unknown)
+    made.initialize_state(**given.request_router_kwargs)
+    made.update_replicas([Here(name) for name in names])
+    return made
+
+
+async def offered(made: Any, session: str) -> list[list[str]]:
+    """The replicas that a request is offered to, in groups, one after the other."""
+    about = SimpleNamespace(session_id=session, multiplexed_model_id="")
+    asked = SimpleNamespace(metadata=about, routing_context=SimpleNamespace())
+    groups = await made.choose_replicas(list(made.curr_replicas.values()), asked)
+    return [[one.replica_id.unique_id for one in group] for group in groups]
 
 
 @in_a_loop
 async def test_a_session_stays_and_only_those_of_a_replica_that_went_move() -> None:
     sessions = [f"session {number}" for number in range(300)]
-    before = {session: await first("abc", session) for session in sessions}
-    assert before == {session: await first("cba", session) for session in sessions}
+
+    async def where(names: str) -> dict[str, str]:
+        made, found = router(names), {}
+        for session in sessions:
+            groups = await offered(made, session)
+            assert sorted(groups) == [[name] for name in sorted(names)]  # any other, where that is full
+            found[session] = groups[0][0]
+        return found
+
+    before, after = await where("abc"), await where("ab")
+    assert before == await where("cba")
     assert all(60 < list(before.values()).count(name) < 140 for name in "abc")
-    after = {session: await first("ab", session) for session in sessions}
     assert {session for session in sessions if after[session] != before[session]} == {
         session for session in sessions if before[session] == "c"
     }
@@ -137,10 +161,10 @@ async def test_a_session_stays_and_only_those_of_a_replica_that_went_move() -> N
 
 @in_a_loop
 async def test_who_has_no_session_goes_to_the_less_busy_of_two() -> None:
-    (group,) = await cluster.Sessions.choose_replicas(SimpleNamespace(), router("abc"), asked(""))
-    assert len({one.replica_id.unique_id for one in group}) == 2
-    (group,) = await cluster.Sessions.choose_replicas(SimpleNamespace(), router("a"), None)
-    assert len(group) == 1
+    (group,) = await offered(router("abc"), "")
+    assert len({*group}) == 2
+    (group,) = await offered(router("a"), "")
+    assert group == ["a"]
 
 
 # ------------------------------------------------------------------------------------------------ the order of a change
