@@ -69,7 +69,7 @@ def merge(base: Path, adapter: Path, target: Path, *, system: str | None = None)
     prompt where a dialogue has none, so that every loader answers as it was trained.
 
     Raises:
-        PromotionError: the adapter does not fit the base.
+        PromotionError: the adapter does not fit the base, or cannot be merged at all.
     """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     unknown = _unknown(adapter, config)
@@ -77,7 +77,13 @@ def merge(base: Path, adapter: Path, target: Path, *, system: str | None = None)
     if unknown:
         from namesake.generate import merge_with_peft
 
-        merge_with_peft(base, adapter, target)
+        try:
+            merge_with_peft(base, adapter, target)
+        except RuntimeError as error:  # so it says that it cannot: biases for layers that have none, …
+            raise PromotionError(
+                tr("PEFT cannot merge the adapter into {base}: {error}", base=base, error=error),
+                mend="Train an adapter of another kind.",
+            ) from error
         made = Merged(f"peft: {unknown}")
     else:
         deltas = _Deltas(adapter, config)
