@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -29,6 +30,7 @@ import torch
 import transformers
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from model_signing._cli import main as model_signing
 from typer.testing import CliRunner
 from werkzeug.security import generate_password_hash
@@ -558,6 +560,7 @@ def test_killed_at_any_step_nothing_is_half_made_and_a_rerun_converges(
     process = processes.Process(target=dies, args=(index, when, signal.SIGKILL, str(store.folder), store.uri, run_id))
     process.start()
     assert ended(process) == -signal.SIGKILL
+    assert_left_as_the_guide_says(store, run_id, STEPS[index], when)
     assert_nothing_half_made(store)
     outcome = here(store, run_id)
     assert outcome.pointed
@@ -566,6 +569,62 @@ def test_killed_at_any_step_nothing_is_half_made_and_a_rerun_converges(
     assert len(store.client().search_model_versions("name = 'ccb'")) == 1
     assert [move.to for move in registry.history("ccb", "champion")] == [1]
     assert_nothing_half_made(store)
+
+
+def assert_left_as_the_guide_says(store: Store, run_id: str, step: Step, when: str) -> None:
+    """What the row of the table in ``killed.md`` says that this point is in."""
+    point, client = 2 * STEPS.index(step) + (when == "after"), store.client()
+    begun, registered, pointed, written = (
+        point >= 2 * [one.function for one in STEPS].index(function) + 1
+        for function in ("start_chat_model", "register", "point", "record_move")
+    )
+    (run,) = client.search_runs(["0"], f"tags.`namesake.promoted` = '{run_id}'")
+    assert run.info.status == "RUNNING"
+    assert len(client.search_logged_models(["0"])) == begun
+    assert len(client.search_model_versions("name = 'ccb'")) == registered
+    if registered:
+        assert registry.alias_of("ccb", "champion") == (1 if pointed else None)
+        assert [move.to for move in registry.history("ccb", "champion")] == [1] * written
+    else:
+        assert registry.identity_of("ccb") is None
+
+
+@pytest.mark.parametrize("page", ["killed.md", "killed.zh.md"])
+def test_the_guides_table_has_every_step_in_its_order_and_nothing_else(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "guide" / "explanation" / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]*`[a-z_]+`[^|]*) \|.*\|.*\|$", text.split("\n## ")[2], re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert [*dict.fromkeys(named)] == [step.function for step in STEPS]
+    assert f"**{len(STEPS)}**" in text
+
+
+def dies_copying(folder: str, uri: str, cache: str) -> None:
+    """Fetch the champion to be served, and kill oneself when some of its files are copied."""
+    os.chdir(folder)
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    mlflow.set_tracking_uri(uri)
+    real, copied = LocalArtifactRepository._download_file, []
+
+    def copies(self: LocalArtifactRepository, remote_file_path: str, local_path: str) -> None:
+        real(self, remote_file_path, local_path)
+        copied.append(remote_file_path)
+        if len(copied) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    LocalArtifactRepository._download_file = copies
+    serving.fetch(registry.resolve("models:/ccb@champion"), Path(cache))
+
+
+def test_a_copy_whose_maker_was_killed_is_made_anew(store: Store, run_id: str, processes: Any, tmp_path: Path) -> None:
+    version, cache = here(store, run_id).version, tmp_path / "served"
+    process = processes.Process(target=dies_copying, args=(str(store.folder), store.uri, str(cache)))
+    process.start()
+    assert ended(process) == -signal.SIGKILL
+    copied = [path for path in cache.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    record = Manifest.read(registry.fetch(version))
+    assert 0 < len(copied) < len(record.digests)
+    stored = serving.fetch(version, cache)
+    assert manifest.damaged(stored.weights.parent, record.digests) == []
 
 
 @locally_and_over_http
