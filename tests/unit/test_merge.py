@@ -258,7 +258,7 @@ def test_biases_of_an_adapter_are_left_to_peft_and_told(tmp_path: Path) -> None:
 
 def test_what_not_even_peft_can_merge_is_told_in_a_line(tmp_path: Path, base: Path) -> None:
     biased = write_adapter(base, tmp_path / "adapter", lora_bias=True, target_modules=["q_proj"])
-    with pytest.raises(PromotionError, match="PEFT cannot merge the adapter into .*bias"):
+    with pytest.raises(PromotionError, match=r"PEFT cannot merge the adapter into .*bias"):
         merge(base, biased, tmp_path / "merged")
 
 
