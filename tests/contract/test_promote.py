@@ -955,10 +955,9 @@ def test_without_a_key_all_of_it_is_refused_that_the_manifest_can_tell(
             assert refused(None, cache), change
 
 
-def test_mlflow_changes_nothing_of_a_version_that_it_loads(signed: tuple[Path, Path], store: Store) -> None:
+def test_mlflow_changes_nothing_of_a_version_that_it_loads(signed: tuple[Path, Path]) -> None:
     before = manifest.digests(signed[0])
-    model_id = store.client().get_model_version("ccb", "1").model_id
-    for uri in ("models:/ccb/1", "models:/ccb@champion", f"models:/{model_id}"):
+    for uri in ("models:/ccb/1", f"models:/{signed[0].parent.name}"):
         mlflow.pyfunc.load_model(uri)
         after = manifest.digests(signed[0])
         assert {name for name in after if after[name] != before.get(name)} <= {manifest.FETCHED}
@@ -1106,7 +1105,7 @@ def test_a_run_on_a_base_that_may_hold_code_is_not_promoted(
     assert ("no code" if name == "auto_map" else str(base)) in told.value.mend
     assert registry.identity_of("ccb") is None
     assert store.client().search_logged_models(["0"]) == []
-    if name != "auto_map":
+    if name == "modeling.py":
         (base / name).unlink()  # what the message says
         assert here(store, replace(store, base=base).run(parts[1])).version.number == 1
 
