@@ -118,7 +118,7 @@ def assert_merged_like_peft(base: Path, adapter: Path, target: Path, *, cancels:
     """Same names, same types, numbers within one ulp, and not the base's.
 
     Args:
-        cancels: weight and change may be almost each other's negative; in float32, which both are added in, what is left
+        cancels: weight and change may be almost each other's negative; in float32, which both are added in, the rest
             then depends on the order of the sums, and two ulps of the greatest numbers added are asked for instead.
     """
     mine, wanted, before = tensors(target), by_peft(base, adapter), tensors(base)
