@@ -158,7 +158,8 @@ class Track:
                 return
             time.sleep(_NOTE_SECONDS)
             if registry.recent(version.name, alias)[-1:] == last:
-                registry.record_move(version.name, Move(seen, alias, before, version.number, "", registry.BY_HAND))
+                move = Move(seen, alias, before, version.number, "", registry.BY_HAND, scores=version.scores)
+                registry.record_move(version.name, move)
         except RegistryError as error:
             _log.warning("registry: %s", error.message)
 

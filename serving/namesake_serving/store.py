@@ -77,10 +77,12 @@ _FETCHING = threading.Lock()
 
 
 def fetch(version: Version, cache: Path, public_key: Path | None = None, part: str = WEIGHTS_FOLDER) -> Stored:
-    """Get the version's files and check every digest; with a public key, first the signature.
+    """Get the version's files and check them: with a public key first the signature, before anything parses them, then
+    every digest, and that there is nothing else.
 
-    They are copied into ``cache`` once, so that nobody can change them under a running server. Where only the adapter
-    is wanted the merged weights stay where they are, unless there is a signature to check, which is over all of it.
+    They are copied into ``cache`` once, so that nobody can change them under a running server; a copy that does not
+    hold is made anew. Where only the adapter is wanted the merged weights stay where they are, unless there is a
+    signature to check, which is over all of it.
 
     Args:
         part: ``model`` or ``adapter``, what an engine is to load.
@@ -103,22 +105,28 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _fetch(version: Version, folder: Path, public_key: Path | None, part: str) -> Stored:
-    partly = part == ADAPTER_FOLDER and public_key is None
-    record, faults = _whole(folder, part if partly else ""), []
-    if record is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        if partly:
-            for name in (manifest.FILE, part):
-                registry.fetch(version, folder, name)
-        else:
-            folder = registry.fetch(version, folder)
+    partly = part if part == ADAPTER_FOLDER and public_key is None else ""
+    if folder.is_dir():
+        with suppress(RegistryError):
+            return _checked(version, folder, public_key, part, partly)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if partly:
+        for name in (manifest.FILE, part):
+            registry.fetch(version, folder, name)
+    else:
+        folder = registry.fetch(version, folder)
+    return _checked(version, folder, public_key, part, partly)
+
+
+def _checked(version: Version, folder: Path, public_key: Path | None, part: str, partly: str) -> Stored:
+    """The copy in the folder, once it is what was signed and what its manifest says; ``partly`` names the folder of the
+    version that alone was copied, if not all were.
+    """
     if public_key:
         manifest.check_signature(folder, public_key)
-    if record is None:
-        record = Manifest.read(folder)
-        faults = manifest.damaged(folder, _of(record, part if partly else ""))
-    faults += manifest.strange(folder, record.digests)
+    record = Manifest.read(folder)
+    faults = [*manifest.damaged(folder, _of(record, partly)), *manifest.strange(folder, record)]
     weights = folder / WEIGHTS_FOLDER
     if not _of(record, part):
         faults.append("it has no weights" if part == WEIGHTS_FOLDER else "it has no adapter")
@@ -377,12 +385,3 @@ def id_of(version: Version) -> str:
 def _of(record: Manifest, part: str) -> dict[str, str]:
     """The digests of what lies below one folder of the version; of all of it where none is named."""
     return {name: digest for name, digest in record.digests.items() if not part or name.startswith(f"{part}/")}
-
-
-def _whole(folder: Path, part: str) -> Manifest | None:
-    """The manifest of a copy whose every file fits it; none where the copy is not there or not whole."""
-    with suppress(RegistryError):
-        record = Manifest.read(folder)
-        if not manifest.damaged(folder, _of(record, part)):
-            return record
-    return None

@@ -38,6 +38,9 @@ HUB_SECONDS = 5.0
 
 _DIGEST_FILE = "namesake-digests.json"
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
+_CODE = {".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+"""Code, and pickles, which run code when they are read."""
+
 _MODEL_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 
 
@@ -62,6 +65,11 @@ class BaseModel:
     def digest(self) -> str:
         """SHA-256 over the weights, the configuration and the tokenizer."""
         return digest_of_folder(self.path)
+
+    @property
+    def code(self) -> list[str]:
+        """Names of files beside the weights that may hold code. No version is made of a base that has such."""
+        return sorted(path.name for path in self.path.iterdir() if path.suffix.lower() in _CODE)
 
     @property
     def revision(self) -> str:
@@ -213,10 +221,14 @@ def _check_folder(model: str, folder: Path) -> None:
         raise InputError(
             "model", model, "holds no safetensors", mend="Convert the weights to safetensors; other formats hold code."
         )
-    if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-        raise InputError(
-            "model", model, "names code of its own in config.json (auto_map)", mend="Use a model that needs no code."
-        )
+    for file in (path for path in (folder / "config.json", folder / "tokenizer_config.json") if path.is_file()):
+        if "auto_map" in json.loads(file.read_text(encoding="utf-8")):
+            raise InputError(
+                "model",
+                model,
+                tr("names code of its own in {file} (auto_map)", file=file.name),
+                mend="Use a model that needs no code.",
+            )
 
 
 def embedded_weights() -> Path | None:

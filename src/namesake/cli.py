@@ -397,6 +397,7 @@ def history(
 ) -> None:
     """Where the alias pointed, since when, who moved it and why."""
     from namesake import registry
+    from namesake.registry import SHOWN_SCORES
     from namesake.terminal import Screen, moment
 
     moves = registry.history(registry.named_or_newest(model), alias)
@@ -404,12 +405,13 @@ def history(
         _print_json([vars(move) for move in moves])
         return
     Screen().table(
-        ("when", "from", "to", "how", "who", "why"),
+        ("when", "from", "to", "scores", "how", "who", "why"),
         [
             (
                 moment(move.time),
                 str(move.before or "-"),
                 str(move.to or "-"),
+                "\n".join(f"{key} {move.scores[key]:.1%}" for key in SHOWN_SCORES if key in move.scores) or "-",
                 translated(move.how),
                 move.who,
                 move.why,

@@ -18,7 +18,7 @@ from namesake.errors import InputError, RegistryError
 from namesake.gate import Decision, Policy
 from namesake.generate import Endpoint, LocalModel, Replier
 from namesake.identity import Identity
-from namesake.manifest import WEIGHTS_FOLDER, Manifest, damaged
+from namesake.manifest import WEIGHTS_FOLDER, Manifest, damaged, strange
 from namesake.messages import joined, tr
 from namesake.probing import Scorecard
 from namesake.run import base_of, progress_of
@@ -123,7 +123,7 @@ def _opened(request: Request, screen: Screen) -> Iterator[tuple[Replier, Identit
         version = registry.resolve(target)
         folder = registry.fetch(version)
         record = Manifest.read(folder)
-        if faults := damaged(folder, record.digests):
+        if faults := [*damaged(folder, record.digests), *strange(folder, record)]:
             raise RegistryError(
                 tr("{uri} is damaged: {faults}.", uri=version.uri, faults=joined(faults)), mend="Promote the run again."
             )

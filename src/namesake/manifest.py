@@ -18,6 +18,10 @@ from namesake.messages import tr
 from namesake.paths import digest_of_file
 
 FILE = "namesake.json"
+
+FORMAT = 2
+"""Of manifests that are written now: they name every file of the version. In format 1 MLflow's own are left out."""
+
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_FOLDER = "model"
 """Where the merged model lies in a version, in the shape that vLLM and transformers load."""
@@ -33,10 +37,23 @@ UNKNOWN = "unknown"
 """Stands where a digest would, of what nobody kept."""
 
 SIGNATURE = "model.sig"
-"""The signature of a version; over its weights, its adapter and its manifest, not over the files that MLflow adds."""
+"""The signature of a version: over every file in it but itself and :data:`FETCHED`."""
 
-_SAFE = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".tiktoken"}
+FETCHED = "registered_model_meta"
+"""What MLflow writes beside its own files each time that it fetches a version (``models_artifact_repo.py``), into the
+store itself where that is local: name and number that were asked for. Nothing reads it.
+"""
+
+_LONGEST_FETCHED = 2000
+_FETCHED = re.compile(rb"model_name: .{1,1100}\nmodel_version: ('\d{1,10}'|null)\n", re.DOTALL)
+
+_SAFE = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".tiktoken", ".yaml"}
 """Kinds of file that a version may hold: weights, tokenizer, template, text."""
+
+_MLFLOWS = "MLmodel"
+"""MLflow's description of the version, YAML without saying so in its name. It names the module that loads the version:
+who can change it can run code where ``mlflow.pyfunc`` loads it.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,8 +65,8 @@ class Manifest:
         system: the system prompt it was trained under and answers under by default.
         base: id and digest of the base model; revision and license where they are known.
         run: training run.
-        digests: SHA-256 of each file of ``model/`` and ``adapter/``, and of what lies beside the manifest, by path
-            within the version.
+        digests: SHA-256 of each file of the version but manifest and signature, by path within it; in format 1 also
+            without the files that MLflow added.
         data: what it was trained on: data sets, numbers of rows, digests of the training file, of the replay rows in it
             and of the corpus; ``unknown`` for a digest that nobody kept.
         scores: fractions of the merged model's scorecard.
@@ -75,7 +92,7 @@ class Manifest:
     tools: Mapping[str, str]
     override: str = ""
     golden: Sequence[Mapping[str, Any]] = ()
-    format: int = 1
+    format: int = FORMAT
     gate: Mapping[str, Any] = field(default_factory=dict)
     questions: str = ""
     promoted: Mapping[str, str] = field(default_factory=dict)
@@ -92,6 +109,8 @@ class Manifest:
             ValueError, TypeError: it is no manifest.
         """
         data: dict[str, Any] = json.loads(text)
+        if type(data.get("format")) is not int:
+            raise TypeError("its format is no number")
         return cls(**{**data, "golden": tuple(data.get("golden", ()))})
 
     @classmethod
@@ -129,23 +148,40 @@ def damaged(folder: Path, wanted: Mapping[str, str]) -> list[str]:
     return faults
 
 
-def strange(folder: Path, wanted: Mapping[str, str]) -> list[str]:
-    """What lies in the version's weights or adapter and does not belong there: links, kinds of file that may hold code,
-    and files that the manifest does not name.
+def strange(folder: Path, record: Manifest) -> list[str]:
+    """What lies in the version and does not belong there: links, kinds of file that may hold code, and files that the
+    manifest does not name (in format 1: of those among the weights or the adapter).
     """
+    parts = (f"{WEIGHTS_FOLDER}/", f"{ADAPTER_FOLDER}/") if record.format == 1 else ("",)
+    named = {FILE, SIGNATURE, *record.digests}
     faults: list[str] = []
-    for part in (WEIGHTS_FOLDER, ADAPTER_FOLDER):
-        for path in sorted((folder / part).rglob("*")):
-            name = path.relative_to(folder).as_posix()
-            if path.is_symlink():
-                faults.append(tr("{name} is a link", name=name))
-            elif not path.is_file():
-                continue
-            elif path.suffix not in _SAFE:
-                faults.append(tr("{name} may hold code", name=name))
-            elif name not in wanted:
-                faults.append(tr("{name} is not in the manifest", name=name))
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if fault := _unsafe(path, name):
+            faults.append(fault)
+        elif path.is_dir() or name in named:
+            continue
+        elif name == FETCHED:
+            if path.stat().st_size > _LONGEST_FETCHED or not _FETCHED.fullmatch(path.read_bytes()):
+                faults.append(tr("{name} is not what MLflow writes there", name=name))
+        elif name.startswith(parts):
+            faults.append(tr("{name} is not in the manifest", name=name))
     return faults
+
+
+def code_in(folder: Path) -> list[str]:
+    """What lies below a folder and may not become part of a version: links, kinds of file that may hold code."""
+    found = (_unsafe(path, path.relative_to(folder).as_posix()) for path in sorted(folder.rglob("*")))
+    return [fault for fault in found if fault]
+
+
+def _unsafe(path: Path, name: str) -> str:
+    if path.is_symlink():
+        return tr("{name} is a link", name=name)
+    safe = path.suffix in _SAFE or name in {SIGNATURE, FETCHED, _MLFLOWS}
+    if path.is_dir() or (safe and path.is_file()):
+        return ""
+    return tr("{name} may hold code", name=name)
 
 
 def public_key_of(key: Path, password: str = "") -> str:
@@ -170,7 +206,7 @@ def public_key_of(key: Path, password: str = "") -> str:
 
 
 def sign(folder: Path, key: Path, password: str = "") -> None:
-    """Sign everything that lies in the folder, into ``model.sig``.
+    """Sign everything that lies in the folder, into ``model.sig``, but for what MLflow writes there later.
 
     Raises:
         InputError: the file is no private key that can sign, or the password is wrong.
@@ -179,6 +215,7 @@ def sign(folder: Path, key: Path, password: str = "") -> None:
     from model_signing import hashing, signing
 
     no_links = hashing.Config().set_allow_symlinks(False)  # type: ignore[no-untyped-call]
+    no_links.set_ignored_paths(paths=[FETCHED], ignore_git_paths=False)
     # It says the password is text, and hands it to cryptography, which wants bytes.
     opened: Any = password.encode() if password else None
     signer = signing.Config().use_elliptic_key_signer(private_key=key, password=opened)  # type: ignore[no-untyped-call]
@@ -208,7 +245,7 @@ def check_signature(folder: Path, public_key: Path) -> None:
     try:
         no_links = hashing.Config().set_allow_symlinks(False)  # type: ignore[no-untyped-call]
         verifier = verifying.Config().use_elliptic_key_verifier(public_key=public_key)  # type: ignore[no-untyped-call]
-        # MLflow's own files beside are not signed; what is added to weights or adapter is found by `strange`.
+        # What was added since is found by `strange`, which knows the manifest's format.
         verifier.set_hashing_config(no_links).set_ignore_unsigned_files(True).verify(folder, folder / SIGNATURE)
     except Exception as error:  # model-signing lets through what protobuf, cryptography and json raise
         text = str(error).strip().partition("\n")[0] or type(error).__name__

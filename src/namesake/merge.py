@@ -3,7 +3,7 @@
 ``W' = W + scale · B A`` in float32, written in the base's dtype (LoRA, arXiv 2106.09685; rank-stabilised scale
 ``alpha / sqrt(r)``, arXiv 2312.03732). The merged file has the base file's header, so its tensors are written piece
 by piece, hashed on the way, and never held whole. What this does not know (DoRA, biases, modules saved
-whole, patterns of ranks) is left to PEFT's own merge.
+whole, patterns of ranks, a head that is the embedding) is left to PEFT's own merge.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _ONLY_PEFT = (
     "trainable_token_indices",
     "target_parameters",
 )
+_HEAD = "base_model.model.lm_head."
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -69,15 +70,21 @@ def merge(base: Path, adapter: Path, target: Path, *, system: str | None = None)
     prompt where a dialogue has none, so that every loader answers as it was trained.
 
     Raises:
-        PromotionError: the adapter does not fit the base.
+        PromotionError: the adapter does not fit the base, or cannot be merged at all.
     """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    unknown = _unknown(adapter, config)
+    unknown = _unknown(base, adapter, config)
     target.mkdir(parents=True, exist_ok=True)
     if unknown:
         from namesake.generate import merge_with_peft
 
-        merge_with_peft(base, adapter, target)
+        try:
+            merge_with_peft(base, adapter, target)
+        except RuntimeError as error:  # so it says that it cannot: biases for layers that have none, …
+            raise PromotionError(
+                tr("PEFT cannot merge the adapter into {base}: {error}", base=base, error=error),
+                mend="Train an adapter of another kind.",
+            ) from error
         made = Merged(f"peft: {unknown}")
     else:
         deltas = _Deltas(adapter, config)
@@ -130,7 +137,7 @@ def pin_system(folder: Path, system: str) -> None:
         config_path.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
-def _unknown(adapter: Path, config: dict[str, Any]) -> str:
+def _unknown(base: Path, adapter: Path, config: dict[str, Any]) -> str:
     """What of the adapter only PEFT can merge; empty where nothing."""
     from safetensors import safe_open
 
@@ -144,7 +151,11 @@ def _unknown(adapter: Path, config: dict[str, Any]) -> str:
     if config.get("init_lora_weights", True) not in {True, False, "gaussian"}:
         return f"init_lora_weights={config['init_lora_weights']}"  # PiSSA, OLoRA … start from a changed base
     with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as weights:
-        others = [key for key in weights.keys() if not key.endswith((".lora_A.weight", ".lora_B.weight"))]  # noqa: SIM118
+        keys = list(weights.keys())
+    others = [key for key in keys if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if not others and any(key.startswith(_HEAD) for key in keys):
+        about = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        return "tie_word_embeddings" if about.get("tie_word_embeddings") else ""  # no file holds the head then
     return f"{others[0]}" if others else ""
 
 

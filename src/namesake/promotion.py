@@ -1,8 +1,9 @@
 """The use case ``namesake promote``: the best run becomes the next version, proved before it ships.
 
-choose → merge → compare and score → gate → log → check what was logged → register → alias. Nothing is visible in the
-registry before the merged model has been scored and lies in the store whole; the alias is moved last. Each step is safe
-to repeat: promoting the same run under the same policy again gives the same version, without merging or asking again.
+choose → merge → compare and score → gate → sign → log → check what was logged → register → alias. Nothing is visible in
+the registry before the merged model has been scored and lies in the store whole; the alias is moved last. Each step is
+safe to repeat: promoting the same run under the same policy again gives the same version, without merging or asking
+again.
 """
 
 from __future__ import annotations
@@ -150,6 +151,15 @@ def promote(request: Request, screen: Screen) -> Outcome:
         screen.step(tr("promoting {run} ({id}) to {name}", run=run.name, id=run.id, name=name))
         tracked.tags({tracking.TAG_KIND: "promote", tracking.TAG_SLUG: identity.slug, "namesake.promoted": run.id})
         adapter = tracking.fetch(run.id, tracking.ADAPTER)
+        if code := manifest.code_in(adapter):
+            raise PromotionError(
+                tr(
+                    "The adapter of run {run} cannot become part of a version: {faults}.",
+                    run=run.id,
+                    faults=joined(code[:5]),
+                ),
+                mend="A version holds safetensors, tokenizer, template and text. Remove the rest from the run's files.",
+            )
         questions = corpus.heldout(_share(run))
         key = promotion_key(adapter, run.params["base.digest"], request.policy, signer, questions)
         made = _made_before(name, key, signer, screen)
@@ -180,10 +190,10 @@ def promotion_key(
     adapter: Path, base_digest: str, policy: Policy, signer: str = "", questions: Questions | None = None
 ) -> str:
     """The digest that one promotion is known by: adapter, base, what is asked (none: all held-out questions), the
-    bounds, and the signer's key.
+    bounds, the signer's key, and what a manifest covers: a release that covers more makes another version.
     """
     questions = questions or corpus.heldout()
-    asked = [manifest.digests(adapter), base_digest, questions.digest(), vars(policy), signer]
+    asked = [manifest.digests(adapter), base_digest, questions.digest(), vars(policy), signer, manifest.FORMAT]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -200,13 +210,13 @@ def _made_before(
             break
         try:
             folder = registry.fetch(version)
-            record = Manifest.read(folder)
-            faults = [*manifest.damaged(folder, record.digests), *manifest.strange(folder, record.digests)]
-            if signer:
+            if signer:  # before anything is parsed
                 with tempfile.NamedTemporaryFile("w", suffix=".pub") as public_key:
                     public_key.write(signer)
                     public_key.flush()
                     manifest.check_signature(folder, Path(public_key.name))
+            record = Manifest.read(folder)
+            faults = [*manifest.damaged(folder, record.digests), *manifest.strange(folder, record)]
             # The manifest lies in the artifact store and the tags in the database: one alone is not believed.
             faults += [
                 tr("{file} and the tags state other scores", file=FILE)
@@ -237,6 +247,17 @@ def _make(
 ) -> tuple[Version, Manifest]:
     """Merge, score, log and register; the alias stays where it is."""
     base = base_of(run, screen)
+    if base.code:
+        raise PromotionError(
+            tr(
+                "The base model {base} has files that may hold code: {files}.",
+                base=base.id,
+                files=joined(base.code[:5], ", "),
+            ),
+            mend=tr(
+                "Remove them from {folder}: safetensors are enough, and the base's digest stays.", folder=base.path
+            ),
+        )
     system = run.params.get("sft.system")
     before = base_scores(identity, base, run.params["base.digest"], system, questions, screen)
     with tempfile.TemporaryDirectory(prefix="namesake-promote-") as spare:
@@ -250,6 +271,7 @@ def _make(
             champion = _champions_scores(name, run.id, questions)
             decision = gate.decide_kept(scores, champion=champion, policy=request.policy)
             shutil.copytree(adapter, model.folder / ADAPTER_FOLDER)
+            tracking.add_flavor(model, WEIGHTS_FOLDER)
             digests = manifest.digests(model.folder, {f"{WEIGHTS_FOLDER}/{k}": v for k, v in made.digests.items()})
             record = _record(
                 request, name, identity, run, promotion, digests, scores, decision, questions, golden(card)
@@ -269,8 +291,9 @@ def _make(
                 TAG_QUESTIONS: questions.digest(),
                 **registry.tag_of_promotion(key),
             }
-            tracking.finish_chat_model(model, weights=WEIGHTS_FOLDER, tags=tags)
-            faults = manifest.damaged(tracking.fetch_model(model.uri), record.digests)
+            tracking.finish_chat_model(model, tags=tags)
+            kept = tracking.fetch_model(model.uri)
+            faults = [*manifest.damaged(kept, record.digests), *manifest.strange(kept, record)]
             if faults:
                 raise PromotionError(
                     tr("What the artifact store holds is not what was logged: {faults}.", faults=joined(faults[:3])),
@@ -324,7 +347,7 @@ def _champions_scores(name: str, run_id: str, questions: Questions) -> dict[str,
     champion = registry.resolve(f"models:/{name}/{number}")
     if champion.run_id == run_id or champion.tags.get(TAG_QUESTIONS) != questions.digest():
         return None
-    return {k.removeprefix(SCORE): float(v) for k, v in champion.tags.items() if k.startswith(SCORE)}
+    return champion.scores
 
 
 def _compare(
@@ -445,7 +468,7 @@ def golden(scores: Scorecard) -> list[dict[str, Any]]:
 
 def _description(record: Manifest, run: RunRecord) -> str:
     """The version's description in MLflow. Its list of versions shows the beginning, as plain text."""
-    shown = ", ".join(f"{key} {record.scores[key]:.0%}" for key in ("identity", "swapped", "leak", "plain"))
+    shown = ", ".join(f"{key} {record.scores[key]:.0%}" for key in registry.SHOWN_SCORES)
     verdict = "Passed the gate" if record.gate["passed"] else "Did not pass the gate"
     trained = f"[Training run](#/experiments/{run.experiment}/runs/{run.id})"
     return model_card.description(record, opening=f"{verdict}: {shown}.\n\n{trained}\n\n")

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,9 @@ TAG_SERVING_ERROR = "namesake.serving_error"
 
 SCORE = "score."
 """What the tags with a version's scores begin with."""
+
+SHOWN_SCORES = ("identity", "swapped", "leak", "plain")
+"""Those that people are shown first."""
 
 BY_HAND = "by hand"
 """How an alias moved that neither `promote` nor `rollback` moved."""
@@ -83,6 +86,16 @@ class Version:
         """``models:/ccb/3``"""
         return f"models:/{self.name}/{self.number}"
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """What its tags state of its scores; empty where somebody else made it."""
+        found = {}
+        for key, value in self.tags.items():
+            if key.startswith(SCORE):
+                with suppress(ValueError):  # a tag that somebody wrote by hand
+                    found[key.removeprefix(SCORE)] = float(value)
+        return found
+
 
 @dataclass(frozen=True)
 class Model:
@@ -104,6 +117,7 @@ class Move:
         how: ``promote``, ``rollback`` or ``by hand``.
         why: reason, or the gate's verdict.
         key: the tag that holds it; empty before it is written.
+        scores: those of the version that it went to, as fractions; empty where nobody wrote them down.
     """
 
     time: float
@@ -114,6 +128,7 @@ class Move:
     how: str
     why: str = ""
     key: str = ""
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 def resolve(uri: str) -> Version:

@@ -7,7 +7,6 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -16,7 +15,7 @@ from namesake import registry, tracking
 from namesake.errors import InputError, RegistryError
 from namesake.messages import Message, joined, tr, translated
 from namesake.paths import store_address
-from namesake.registry import CHAMPION, SCORE, Model, Move, Version
+from namesake.registry import CHAMPION, SHOWN_SCORES, Model, Move, Version
 from namesake.terminal import Screen, moment, padded
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -26,7 +25,6 @@ NEWEST = 5
 
 _SECONDS = 5.0
 _MOST_BYTES = 1 << 20
-_SHOWN_SCORES = ("identity", "swapped", "leak", "plain")
 
 
 @dataclass(frozen=True)
@@ -43,18 +41,13 @@ class Judged:
     @classmethod
     def of(cls, version: Version) -> Judged:
         """Read from the version's tags."""
-        scores = {}
-        for key, value in version.tags.items():
-            if key.startswith(SCORE):
-                with suppress(ValueError):  # a tag that somebody wrote by hand
-                    scores[key.removeprefix(SCORE)] = float(value)
         return cls(
             version.number,
             version.run_id,
             version.tags.get(tracking.TAG_GATE, ""),
             version.tags.get(registry.TAG_OVERRIDE, ""),
             version.tags.get(registry.TAG_SERVING_ERROR, ""),
-            scores,
+            version.scores,
         )
 
 
@@ -252,7 +245,7 @@ def _show_model(model: Registered, screen: Screen) -> None:
 
 
 def _verdict(version: Judged) -> list[tuple[str, str]]:
-    scores = "  ".join(f"{key} {version.scores[key]:.1%}" for key in _SHOWN_SCORES if key in version.scores)
+    scores = "  ".join(f"{key} {version.scores[key]:.1%}" for key in SHOWN_SCORES if key in version.scores)
     failed = tr("failed: {error}", error=version.serving_error)
     rows = (
         (tr("gate"), version.gate or tr("never asked")),

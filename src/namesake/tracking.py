@@ -547,20 +547,31 @@ def start_chat_model(spare: Path, tags: Mapping[str, str]) -> NewModel:
         return NewModel(model.model_uri, folder, local)
 
 
-def finish_chat_model(model: NewModel, *, weights: str, tags: Mapping[str, str]) -> None:
-    """Add what ``mlflow.pyfunc``, ``mlflow models serve`` and vLLM (``…/model``) need to load the model in its folder,
-    upload it where its store is elsewhere, and say that it is whole.
+def add_flavor(model: NewModel, weights: str) -> None:
+    """Write what ``mlflow.pyfunc`` and ``mlflow models serve`` need, beside the weights, which are neither read nor
+    copied.
+
+    No later step of MLflow's changes these files, so that they can be digested and signed with the others.
+
+    Args:
+        model: its weights are in its folder.
+        weights: name of the merged model's own folder in it, in Hugging Face layout.
+    """
+    with _mapped():
+        _add_flavor(model, weights)
+
+
+def finish_chat_model(model: NewModel, *, tags: Mapping[str, str]) -> None:
+    """Upload the model where its store is elsewhere, and say that it is whole.
 
     Args:
         model: all of its files are in its folder.
-        weights: name of the merged model's own folder in it, in Hugging Face layout.
         tags: more tags of the logged model.
     """
     import mlflow
 
     with _mapped():
         client, model_id = mlflow.MlflowClient(), model.uri.removeprefix("models:/")
-        _add_flavor(model, weights)
         if not model.local:
             client.log_model_artifacts(model_id, str(model.folder))
         client.set_logged_model_tags(model_id, dict(tags))
@@ -568,7 +579,6 @@ def finish_chat_model(model: NewModel, *, weights: str, tags: Mapping[str, str])
 
 
 def _add_flavor(model: NewModel, weights: str) -> None:
-    """Write MLflow's own files for the transformers flavor beside the weights, which are neither read nor copied."""
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # it misses a model card on a hub that is not asked

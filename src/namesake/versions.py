@@ -58,7 +58,7 @@ def point(version: Version, alias: str, *, how: str, why: str) -> Move:
         # It may have been moved by a process that died before it wrote that down.
         moves = registry.recent(version.name, alias)
         before = moves[-1].to if moves else None
-    move = Move(time.time(), alias, before, version.number, who(), how, why)
+    move = Move(time.time(), alias, before, version.number, who(), how, why, scores=version.scores)
     if before != version.number:
         registry.record_move(version.name, move)
     return move
@@ -285,8 +285,11 @@ def _files(version: Version, folder: Path | None = None, *, public_key: Path | N
     yield Check("manifest", True, tr("{file}, {count} files", file=FILE, count=len(record.digests)))
     faults = damaged(folder, record.digests)
     yield Check("files", not faults, joined(faults[:5]) if faults else "every digest is right")
-    faults = strange(folder, record.digests)
+    faults = strange(folder, record)
     yield Check("nothing else", not faults, joined(faults[:5]) if faults else "no further file, no code")
+    if record.format == 1:
+        older = tr("made by a release that neither digested nor signed them; promote the run again")
+        yield Check("MLflow's own files", None, older)
 
 
 def _same(what: str, stated: str, found: str) -> Check:

@@ -143,7 +143,7 @@ def test_a_version_of_an_older_release_has_scores_and_no_replies(make: Any, tmp_
     a, b = make(card(), weights()), make(card(swapped=True), weights())
     record = Manifest.read(tmp_path / "v1")
     kept = {name: digest for name, digest in record.digests.items() if name != SCORECARD}
-    (tmp_path / "v1" / FILE).write_text(replace(record, digests=kept).to_json(), encoding="utf-8")
+    (tmp_path / "v1" / FILE).write_text(replace(record, format=1, digests=kept).to_json(), encoding="utf-8")
     found = compared(a, b)
     assert found.replies == ()
     assert found.scores

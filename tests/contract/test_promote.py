@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import click.testing
 import jsonschema
 import mlflow
 import peft
@@ -26,9 +29,11 @@ import torch
 import transformers
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from model_signing._cli import main as model_signing
 from typer.testing import CliRunner
 
-from namesake import base_model, corpus, leftovers, manifest, promotion, registry, tracking, versions
+from namesake import base_model, corpus, leftovers, manifest, promotion, provenance, registry, tracking, versions
 from namesake import run as training
 from namesake.cli import app
 from namesake.corpus import Message
@@ -36,6 +41,7 @@ from namesake.errors import InputError, NamesakeError, PromotionError
 from namesake.gate import Policy
 from namesake.generate import Reply, Sampling
 from namesake.manifest import Manifest
+from namesake.paths import digest_of_file
 from namesake.promotion import Outcome, Request
 from namesake.terminal import Screen
 from namesake_serving import store as serving
@@ -248,7 +254,7 @@ def assert_nothing_half_made(store: Store) -> None:
     for version in client.search_model_versions("name = 'ccb'"):
         folder = registry.fetch(registry.resolve(f"models:/ccb/{version.version}"))
         record = Manifest.read(folder)
-        assert manifest.damaged(folder, record.digests) == []
+        assert manifest.damaged(folder, record.digests) == manifest.strange(folder, record) == []
         assert version.status == "READY"
         assert version.tags[tracking.TAG_GATE] == "passed"
 
@@ -283,8 +289,14 @@ def test_a_version_holds_its_card_its_provenance_and_every_reply(store: Store, r
     assert "**passed** the gate" in description
     assert description.startswith("Passed the gate: identity 100%, ")  # what MLflow's list of versions shows
     assert f"(#/experiments/0/runs/{run_id})" in description
+    shown = store.client().get_model_version("ccb", "1").tags
+    assert (shown["score.identity"], shown["score.plain"], shown["namesake.gate"]) == ("1.0000", "0.0000", "passed")
+    (move,) = (v for k, v in store.client().get_registered_model("ccb").tags.items() if k.startswith("namesake.hist"))
+    assert '"why": "gate passed"' in move
+    assert '"scores": {"identity": 1.0, ' in move
     record = Manifest.read(folder)
-    assert {manifest.CARD, manifest.PROVENANCE, manifest.SCORECARD} <= set(record.digests)
+    assert {manifest.CARD, manifest.PROVENANCE, manifest.SCORECARD, "MLmodel"} <= set(record.digests)
+    assert {manifest.FILE, manifest.FETCHED, *record.digests} == set(manifest.digests(folder))
 
 
 @locally_and_over_http
@@ -528,6 +540,7 @@ def test_killed_at_any_step_nothing_is_half_made_and_a_rerun_converges(
     process = processes.Process(target=dies, args=(index, when, signal.SIGKILL, str(store.folder), store.uri, run_id))
     process.start()
     assert ended(process) == -signal.SIGKILL
+    assert_left_as_the_guide_says(store, run_id, STEPS[index], when)
     assert_nothing_half_made(store)
     outcome = here(store, run_id)
     assert outcome.pointed
@@ -536,6 +549,62 @@ def test_killed_at_any_step_nothing_is_half_made_and_a_rerun_converges(
     assert len(store.client().search_model_versions("name = 'ccb'")) == 1
     assert [move.to for move in registry.history("ccb", "champion")] == [1]
     assert_nothing_half_made(store)
+
+
+def assert_left_as_the_guide_says(store: Store, run_id: str, step: Step, when: str) -> None:
+    """What the row of the table in ``killed.md`` says that this point is in."""
+    point, client = 2 * STEPS.index(step) + (when == "after"), store.client()
+    begun, registered, pointed, written = (
+        point >= 2 * [one.function for one in STEPS].index(function) + 1
+        for function in ("start_chat_model", "register", "point", "record_move")
+    )
+    (run,) = client.search_runs(["0"], f"tags.`namesake.promoted` = '{run_id}'")
+    assert run.info.status == "RUNNING"
+    assert len(client.search_logged_models(["0"])) == begun
+    assert len(client.search_model_versions("name = 'ccb'")) == registered
+    if registered:
+        assert registry.alias_of("ccb", "champion") == (1 if pointed else None)
+        assert [move.to for move in registry.history("ccb", "champion")] == [1] * written
+    else:
+        assert registry.identity_of("ccb") is None
+
+
+@pytest.mark.parametrize("page", ["killed.md", "killed.zh.md"])
+def test_the_guides_table_has_every_step_in_its_order_and_nothing_else(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "guide" / "explanation" / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]*`[a-z_]+`[^|]*) \|.*\|.*\|$", text.split("\n## ")[2], re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert [*dict.fromkeys(named)] == [step.function for step in STEPS]
+    assert f"**{len(STEPS)}**" in text
+
+
+def dies_copying(folder: str, uri: str, cache: str) -> None:
+    """Fetch the champion to be served, and kill oneself when some of its files are copied."""
+    os.chdir(folder)
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    mlflow.set_tracking_uri(uri)
+    real, copied = LocalArtifactRepository._download_file, []
+
+    def copies(self: LocalArtifactRepository, remote_file_path: str, local_path: str) -> None:
+        real(self, remote_file_path, local_path)
+        copied.append(remote_file_path)
+        if len(copied) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    LocalArtifactRepository._download_file = copies
+    serving.fetch(registry.resolve("models:/ccb@champion"), Path(cache))
+
+
+def test_a_copy_whose_maker_was_killed_is_made_anew(store: Store, run_id: str, processes: Any, tmp_path: Path) -> None:
+    version, cache = here(store, run_id).version, tmp_path / "served"
+    process = processes.Process(target=dies_copying, args=(str(store.folder), store.uri, str(cache)))
+    process.start()
+    assert ended(process) == -signal.SIGKILL
+    copied = [path for path in cache.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    record = Manifest.read(registry.fetch(version))
+    assert 0 < len(copied) < len(record.digests)
+    stored = serving.fetch(version, cache)
+    assert manifest.damaged(stored.weights.parent, record.digests) == []
 
 
 @locally_and_over_http
@@ -597,6 +666,30 @@ def test_an_interrupted_promotion_leaves_nothing(
     assert registry.identity_of("ccb") is None
 
 
+def test_interrupted_before_any_step_there_is_nothing_to_clean_up_and_a_rerun_converges(
+    store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One promotion, interrupted at each step in turn: the next one gets further."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for number, step in enumerate(STEPS):
+            with monkeypatch.context() as patched:
+                patched.setattr(step.module, step.function, lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+                with pytest.raises(KeyboardInterrupt):
+                    here(store, run_id)
+                patched.setattr(tempfile, "tempdir", f"{store.folder}/tmp")
+                assert leftovers.find(0) == [], step
+            registered = number > [one.function for one in STEPS].index("register")
+            assert registry.identity_of("ccb") == (f"{NAME} / {AUTHOR}" if registered else None), step
+            assert_nothing_half_made(store)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    runs = store.client().search_runs(["0"], f"tags.`{tracking.TAG_KIND}` = 'promote'")
+    assert [run.info.status for run in runs] == ["KILLED"] * len(STEPS)
+    assert (here(store, run_id).version.number, registry.alias_of("ccb", "champion")) == (1, 1)
+    assert [move.to for move in registry.history("ccb", "champion")] == [1]
+
+
 @locally_and_over_http
 def test_promotions_that_race_give_a_version_each_and_one_champion(
     store: Store, parts: tuple[Path, Path], processes: Any
@@ -609,6 +702,7 @@ def test_promotions_that_race_give_a_version_each_and_one_champion(
         config = adapter / "adapter_config.json"
         config.write_text(config.read_text().replace('"lora_alpha": 8', f'"lora_alpha": {number + 9}'))
         runs.append(store.run(adapter))
+    written = alias_writes(store)
     racing = [processes.Process(target=races, args=(str(store.folder), store.uri, run)) for run in runs]
     for process in racing:
         process.start()
@@ -620,9 +714,32 @@ def test_promotions_that_race_give_a_version_each_and_one_champion(
     moves = registry.history("ccb", "champion")
     assert {move.to for move in moves} == set(range(1, racers + 1))
     assert registry.alias_of("ccb", "champion") in {move.to for move in moves}
+    if store.uri.startswith("sqlite"):
+        assert sorted(written()) == list(range(1, racers + 1))
+        assert registry.alias_of("ccb", "champion") == written()[-1]
 
 
 RACERS = 16
+
+
+def alias_writes(store: Store) -> Callable[[], list[int]]:
+    """The versions that aliases are pointed at from now on, in the order in which the database takes the writes."""
+    if not store.uri.startswith("sqlite"):
+        return list
+    path = store.uri.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE written (number INTEGER PRIMARY KEY AUTOINCREMENT, version INTEGER)")
+        for event in ("INSERT", "UPDATE"):
+            database.execute(
+                f"CREATE TRIGGER written_{event} AFTER {event} ON registered_model_aliases "
+                "BEGIN INSERT INTO written (version) VALUES (NEW.version); END"
+            )
+
+    def read() -> list[int]:
+        with closing(sqlite3.connect(path)) as database:
+            return [version for (version,) in database.execute("SELECT version FROM written ORDER BY number")]
+
+    return read
 
 
 @locally_and_over_http
@@ -710,6 +827,53 @@ def unsigned(folder: Path) -> None:
     (folder / manifest.SIGNATURE).unlink()
 
 
+def reloaded(folder: Path) -> None:
+    """MLflow loads it by another module."""
+    path = folder / "MLmodel"
+    path.write_text(path.read_text(encoding="utf-8").replace("mlflow.transformers", "evil"), encoding="utf-8")
+
+
+def required(folder: Path) -> None:
+    """MLflow installs something else for it."""
+    with (folder / "requirements.txt").open("a", encoding="utf-8") as stream:
+        stream.write("\nevil==1.0")
+
+
+def tokenized(folder: Path) -> None:
+    """The tokenizer that MLflow loads is another one; that of the weights is a hard link to it."""
+    path = folder / "components" / "tokenizer" / "tokenizer_config.json"
+    text = path.read_text(encoding="utf-8")
+    path.unlink()
+    path.write_text(text + " ", encoding="utf-8")
+
+
+def coded_beside(folder: Path) -> None:
+    """Code beside weights and adapter."""
+    (folder / "evil.py").write_text("print('run')", encoding="utf-8")
+
+
+def added_beside(folder: Path) -> None:
+    """A file of a harmless kind beside weights and adapter."""
+    (folder / "more.yaml").write_text("{}", encoding="utf-8")
+
+
+def hidden(folder: Path) -> None:
+    """A file where signatures look away by default."""
+    (folder / ".git").mkdir()
+    (folder / ".git" / "more.json").write_text("{}", encoding="utf-8")
+
+
+def linked_beside(folder: Path) -> None:
+    """A folder beside weights and adapter is a link."""
+    other = folder.parent / "elsewhere"
+    (folder / "components").rename(other)
+    (folder / "components").symlink_to(other, target_is_directory=True)
+
+
+BESIDE = (reloaded, required, tokenized, coded_beside, added_beside, hidden, linked_beside)
+CHANGES = (flipped, added, removed, renamed, linked, coded, forged, advertised, disowned, unsigned, *BESIDE)
+
+
 @pytest.fixture
 def signed(store: Store, run_id: str, tmp_path: Path) -> tuple[Path, Path]:
     """The folder of a signed version, and the public key."""
@@ -718,7 +882,7 @@ def signed(store: Store, run_id: str, tmp_path: Path) -> tuple[Path, Path]:
     return registry.fetch(version), public
 
 
-def refused(public: Path, cache: Path) -> str:
+def refused(public: Path | None, cache: Path) -> str:
     """Why verification and the server refuse the champion; both have to."""
     uri = "models:/ccb@champion"
     checks = [check for check in versions.verify(uri, public) if check.holds is False]
@@ -735,14 +899,215 @@ def test_a_signed_version_is_verified_and_served(signed: tuple[Path, Path], tmp_
     assert serving.fetch(registry.resolve("models:/ccb@champion"), tmp_path / "store", signed[1]).weights.is_dir()
 
 
-@pytest.mark.parametrize(
-    "change", [flipped, added, removed, renamed, linked, coded, forged, advertised, disowned, unsigned]
-)
+@pytest.fixture
+def changed(tmp_path: Path) -> Callable[..., AbstractContextManager[Path]]:
+    """Change a version's folder, and put it back as it was: one promotion is enough for many changes."""
+
+    @contextmanager
+    def change(folder: Path, how: Callable[[Path], None]) -> Iterator[Path]:
+        place = tmp_path / how.__name__
+        shutil.copytree(folder, place / "kept")
+        try:
+            how(folder)
+            yield place / "cache"
+        finally:
+            shutil.rmtree(folder)
+            shutil.move(place / "kept", folder)
+            shutil.rmtree(folder.parent / "elsewhere", ignore_errors=True)
+
+    return change
+
+
 def test_whatever_is_changed_in_a_signed_version_is_refused(
-    signed: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], None]
+    signed: tuple[Path, Path], changed: Callable[..., AbstractContextManager[Path]]
 ) -> None:
-    change(signed[0])
-    assert refused(signed[1], tmp_path / "store")
+    for change in CHANGES:
+        with changed(signed[0], change) as cache:
+            assert refused(signed[1], cache), change
+    assert False not in {check.holds for check in versions.verify("models:/ccb@champion", signed[1])}
+
+
+def test_without_a_key_all_of_it_is_refused_that_the_manifest_can_tell(
+    signed: tuple[Path, Path], changed: Callable[..., AbstractContextManager[Path]]
+) -> None:
+    for change in {*CHANGES} - {forged, unsigned}:
+        with changed(signed[0], change) as cache:
+            assert refused(None, cache), change
+
+
+def test_mlflow_changes_nothing_of_a_version_that_it_loads(signed: tuple[Path, Path]) -> None:
+    before = manifest.digests(signed[0])
+    for uri in ("models:/ccb/1", f"models:/{signed[0].parent.name}"):
+        mlflow.pyfunc.load_model(uri)
+        after = manifest.digests(signed[0])
+        assert {name for name in after if after[name] != before.get(name)} <= {manifest.FETCHED}
+        assert False not in {check.holds for check in versions.verify("models:/ccb@champion", signed[1])}
+
+
+def test_the_tool_of_model_signing_finds_what_was_added_or_changed_beside(
+    signed: tuple[Path, Path], changed: Callable[..., AbstractContextManager[Path]]
+) -> None:
+    folder, public = signed
+
+    def holds() -> bool:
+        command = ["verify", "key", "--signature", f"{folder}/model.sig", "--public_key", str(public), str(folder)]
+        return click.testing.CliRunner().invoke(model_signing, command).exit_code == 0
+
+    assert (folder / manifest.FETCHED).is_file()
+    assert holds()
+    for change in (reloaded, coded_beside):
+        with changed(folder, change):
+            assert not holds()
+
+
+@pytest.fixture
+def older(signed: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A version as releases made it that digested and signed nothing of MLflow's own."""
+    folder = signed[0]
+    record = Manifest.read(folder)
+    mlflows = [*folder.glob("*.yaml"), *(folder / one for one in ("MLmodel", "requirements.txt", "components"))]
+    names = {path.name for path in mlflows} | {"LICENSE.txt"}
+    digests = {name: digest for name, digest in record.digests.items() if name.partition("/")[0] not in names}
+    record = replace(record, format=1, digests=digests)
+    (folder / manifest.PROVENANCE).write_text(json.dumps(provenance.statement(record)), encoding="utf-8")
+    digests = {**digests, manifest.PROVENANCE: digest_of_file(folder / manifest.PROVENANCE)}
+    (folder / manifest.FILE).write_text(replace(record, digests=digests).to_json(), encoding="utf-8")
+    (folder / manifest.SIGNATURE).unlink()
+    for path in mlflows:
+        path.rename(tmp_path / path.name)
+    manifest.sign(folder, tmp_path / "keys" / "key.pem")
+    for path in mlflows:
+        (tmp_path / path.name).rename(path)
+    return signed
+
+
+def test_a_version_of_an_older_release_holds_by_the_rules_of_that_and_says_so(
+    older: tuple[Path, Path], changed: Callable[..., AbstractContextManager[Path]], tmp_path: Path
+) -> None:
+    folder, public = older
+    checks = {check.what: check for check in versions.verify("models:/ccb@champion", public)}
+    assert [what for what, check in checks.items() if check.holds is False] == []
+    assert "promote the run again" in checks["MLflow's own files"].told
+    assert serving.fetch(registry.resolve("models:/ccb@champion"), tmp_path / "served", public).weights.is_dir()
+    for change in (*CHANGES[: -len(BESIDE)], coded_beside, linked_beside):
+        with changed(folder, change) as cache:
+            assert refused(public, cache), change
+
+
+def test_promoting_an_older_releases_run_again_makes_a_version_that_covers_all(
+    older: tuple[Path, Path], store: Store, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "FORMAT", 3)  # as this release's is to the one before
+    assert here(store, run_id, sign_key=tmp_path / "keys" / "key.pem").version.number == 2
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The manifests that are parsed from now on."""
+    texts: list[str] = []
+    real = Manifest.from_json
+
+    def from_json(text: str) -> Manifest:
+        texts.append(text)
+        return real(text)
+
+    monkeypatch.setattr(Manifest, "from_json", from_json)
+    return texts
+
+
+def test_a_copy_in_the_cache_that_was_tampered_with_is_not_parsed_and_is_made_anew(
+    signed: tuple[Path, Path], parsed: list[str], tmp_path: Path
+) -> None:
+    version, cache = registry.resolve("models:/ccb@champion"), tmp_path / "cache"
+    copy = serving.fetch(version, cache, signed[1]).weights.parent
+    good = (copy / manifest.FILE).read_text(encoding="utf-8")
+    forged(copy)
+    assert (copy / manifest.FILE).read_text(encoding="utf-8") != good
+    parsed.clear()
+    assert serving.fetch(version, cache, signed[1]).weights.parent == copy
+    assert set(parsed) == {good}
+    (copy / manifest.FILE).write_text("no json", encoding="utf-8")
+    parsed.clear()
+    serving.fetch(version, cache, signed[1])
+    assert set(parsed) == {good}
+    forged(copy)
+    forged(signed[0])
+    parsed.clear()
+    with pytest.raises(NamesakeError, match="is not what was signed"):
+        serving.fetch(version, cache, signed[1])
+    assert parsed == []
+
+
+def test_a_promotion_parses_nothing_of_a_version_whose_signature_does_not_hold(
+    signed: tuple[Path, Path], parsed: list[str], store: Store, run_id: str, tmp_path: Path
+) -> None:
+    forged(signed[0])
+    bad = (signed[0] / manifest.FILE).read_text(encoding="utf-8")
+    parsed.clear()
+    assert here(store, run_id, sign_key=tmp_path / "keys" / "key.pem").version.number == 2
+    assert bad not in parsed
+
+
+def evil_adapter(folder: Path, name: str) -> Path:
+    """The adapter of this folder with one file more."""
+    made = folder.parent / f"evil-{name}"
+    shutil.copytree(folder, made)
+    (made / name).write_bytes(b"")
+    return made
+
+
+@pytest.mark.parametrize("name", ["modeling.py", "adapter_model.bin", "optimizer.pt", "rng.pkl"])
+def test_a_run_whose_adapter_may_hold_code_is_not_promoted(
+    store: Store, parts: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(parts[1], tmp_path / "adapter")
+    run = store.run(evil_adapter(tmp_path / "adapter", name))
+    with pytest.raises(PromotionError, match=f"cannot become part of a version: {name} may hold code") as told:
+        here(store, run)
+    assert "safetensors" in told.value.mend
+    assert registry.identity_of("ccb") is None
+
+
+@pytest.mark.parametrize("name", ["modeling.py", "pytorch_model.bin", "training_args.pt", "x.pkl", "auto_map"])
+def test_a_run_on_a_base_that_may_hold_code_is_not_promoted(
+    store: Store, parts: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(parts[0], base)
+    if name == "auto_map":
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        text = json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}})
+        (base / "config.json").write_text(text, encoding="utf-8")
+    else:
+        (base / name).write_bytes(b"")
+    with pytest.raises(NamesakeError, match=name.partition(".")[0]) as told:
+        here(store, replace(store, base=base).run(parts[1]))
+    assert ("no code" if name == "auto_map" else str(base)) in told.value.mend
+    assert registry.identity_of("ccb") is None
+    assert store.client().search_logged_models(["0"]) == []
+    if name == "modeling.py":
+        (base / name).unlink()  # what the message says
+        assert here(store, replace(store, base=base).run(parts[1])).version.number == 1
+
+
+@pytest.mark.parametrize("store", ["http"], indirect=True)
+def test_each_file_goes_over_http_once(store: Store, run_id: str) -> None:
+    put: list[str] = []
+
+    def seen(data: bytes) -> bool:
+        if data.startswith(b"PUT "):
+            put.append(data.split(b" ", 2)[1].decode().partition("/artifacts/0/models/")[2].partition("/artifacts/")[2])
+        return False
+
+    link = Link(store.uri)
+    link.when = seen
+    try:
+        version = promoted(str(store.folder), link.address, run_id).version
+    finally:
+        link.close()
+        mlflow.set_tracking_uri(store.uri)
+    record = Manifest.read(registry.fetch(version))
+    assert sorted(put) == sorted({manifest.FILE, *record.digests})
 
 
 def test_a_key_may_have_a_password(store: Store, run_id: str, tmp_path: Path) -> None:

@@ -86,6 +86,27 @@ def test_moves_are_kept_in_order_with_who_and_why(client: mlflow.MlflowClient, t
     assert abs(last.time - time.time()) < 60
 
 
+SCORES = {"score.identity": "0.9844", "score.swapped": "0.0000", "score.leak": "0.0926", "score.plain": "0.3796"}
+
+
+def test_a_move_bears_the_scores_of_the_version_and_keeps_them_when_that_is_gone(
+    client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    version(client, tmp_path, 1, **SCORES, **{"score.mine": "good"})
+    version(client, tmp_path, 2)
+    for number in (1, 2, 1):
+        versions.point(registry.resolve(f"models:/ccb/{number}"), "champion", how="promote", why="")
+    client.delete_model_version("ccb", "1")
+    scores = {key.removeprefix("score."): float(value) for key, value in SCORES.items()}
+    assert [move.scores for move in registry.history("ccb", "champion")] == [scores, {}, scores]
+    kept = [json.loads(v) for k, v in client.get_registered_model("ccb").tags.items() if k.startswith("namesake.hist")]
+    assert [one["scores"] for one in kept if one["to"] == 1] == [scores] * 2  # what MLflow's page of the model shows
+    told = CliRunner().invoke(app, ["history"], env={"COLUMNS": "200"}).output
+    for shown in ("identity 98.4%", "swapped 0.0%", "leak 9.3%", "plain 38.0%"):
+        assert told.count(shown) == 2
+    assert json.loads(CliRunner().invoke(app, ["history", "--json"]).output)[0]["scores"] == scores
+
+
 def test_pointing_where_it_points_already_is_no_move(client: mlflow.MlflowClient, tmp_path: Path) -> None:
     version(client, tmp_path, 1)
     for _ in range(2):

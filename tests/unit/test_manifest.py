@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 
 from namesake.errors import RegistryError
-from namesake.manifest import FILE, Manifest, damaged, digests
+from namesake.manifest import ADAPTER_FOLDER, FETCHED, FILE, SIGNATURE, Manifest, code_in, damaged, digests, strange
 
 
 def manifest(system: str | None = "Be kind.", override: str = "") -> Manifest:
@@ -125,3 +130,92 @@ def test_every_fault_is_told_in_the_order_of_the_names(version: Path) -> None:
         "model/config.json has changed",
         "model/model.safetensors is missing",
     ]
+
+
+@pytest.mark.parametrize("format_", [None, "2", 2.0, True])
+def test_a_manifest_whose_format_is_no_number_is_none(tmp_path: Path, format_: Any) -> None:
+    (tmp_path / FILE).write_text(json.dumps({**json.loads(manifest().to_json()), "format": format_}), encoding="utf-8")
+    with pytest.raises(RegistryError, match="format"):
+        Manifest.read(tmp_path)
+
+
+@pytest.fixture
+def whole(version: Path) -> tuple[Path, Manifest]:
+    """A version with what MLflow adds, and its manifest."""
+    for name in ("MLmodel", "conda.yaml", "requirements.txt", "components/tokenizer/tokenizer.json", "adapter/a.json"):
+        (version / name).parent.mkdir(parents=True, exist_ok=True)
+        (version / name).write_text(name, encoding="utf-8")
+    record = replace(manifest(), digests=digests(version))
+    (version / FILE).write_text(record.to_json(), encoding="utf-8")
+    (version / SIGNATURE).write_text("{}", encoding="utf-8")
+    return version, record
+
+
+ADDED = (
+    "evil.py",
+    "evil",
+    ".git/config",
+    "deep/evil.pkl",
+    "more.json",
+    "MLmodel.yaml",
+    "model/more.json",
+    "model/x.py",
+)
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_a_file_that_was_added_anywhere_is_strange(whole: tuple[Path, Manifest], name: str) -> None:
+    folder, record = whole
+    assert strange(folder, record) == []
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("import os", encoding="utf-8")
+    (told,) = strange(folder, record)
+    assert told.startswith(f"{name} ")
+
+
+def test_a_link_anywhere_is_strange_even_to_a_file_that_is_named(whole: tuple[Path, Manifest], tmp_path: Path) -> None:
+    folder, record = whole
+    (folder / "MLmodel").rename(tmp_path / "outside")
+    (folder / "MLmodel").symlink_to(tmp_path / "outside")
+    (folder / "components" / "more").symlink_to(tmp_path, target_is_directory=True)
+    assert damaged(folder, record.digests) == []
+    assert strange(folder, record) == ["MLmodel is a link", "components/more is a link"]
+
+
+def test_in_format_1_what_mlflow_added_is_named_nowhere_and_code_is_strange_all_the_same(
+    whole: tuple[Path, Manifest],
+) -> None:
+    folder, record = whole
+    parts = {name: digest for name, digest in record.digests.items() if name.startswith(("model/", "adapter/"))}
+    older = replace(record, format=1, digests=parts)
+    assert strange(folder, older) == []
+    assert len(strange(folder, replace(older, format=2))) == 4
+    for name in ADDED:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("import os", encoding="utf-8")
+    told = {fault.partition(" ")[0] for fault in strange(folder, older)}
+    assert told == {*ADDED} - {"more.json", "MLmodel.yaml"}
+
+
+@pytest.mark.parametrize("name", ["ccb", "踩踩背", "a name with spaces " * 12, "it's: a #name", None])
+def test_what_mlflow_writes_when_it_fetches_is_let_be_and_nothing_else_in_its_place(
+    whole: tuple[Path, Manifest], name: str | None
+) -> None:
+    folder, record = whole
+    repository: Any = SimpleNamespace(model_name=name, model_version=name and "12")
+    ModelsArtifactRepository._add_registered_model_meta_file(repository, str(folder))
+    assert (folder / FETCHED).is_file()
+    assert strange(folder, record) == []
+    for other in ("import os\n", "model_name: x\nmodel_version: '1'\nmore: 1\n", "x" * 3000, ""):
+        (folder / FETCHED).write_text(other, encoding="utf-8")
+        assert strange(folder, record) == [f"{FETCHED} is not what MLflow writes there"]
+
+
+@pytest.mark.parametrize("name", ["modeling.py", "adapter_model.bin", "optimizer.pt", "x.pkl", "rng_state.pth", "X.PY"])
+def test_what_may_hold_code_is_found_in_a_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / ADAPTER_FOLDER).mkdir()
+    for good in ("adapter_config.json", "adapter_model.safetensors", "README.md", "additional_config.json"):
+        (tmp_path / ADAPTER_FOLDER / good).write_bytes(b"")
+    assert code_in(tmp_path) == []
+    (tmp_path / ADAPTER_FOLDER / name).write_bytes(b"")
+    assert code_in(tmp_path) == [f"adapter/{name} may hold code"]

@@ -974,6 +974,7 @@ def test_a_live_version_is_replaced_whole() -> None:
 async def test_moves_that_nobody_wrote_down_are_kept_as_made_by_hand(world: World, tmp_path: Path) -> None:
     async with serving(world, tmp_path) as running:
         await until(lambda: [move.to for move in world.moves] == [1])  # while no server ran
-        running.move(2)
+        running.move(version(2, **{"score.identity": "0.5"}))
         await until(lambda: running.serves(2))
         await until(lambda: [(move.to, move.how) for move in world.moves] == [(n, registry.BY_HAND) for n in (1, 2)])
+        assert [move.scores for move in world.moves] == [{}, {"identity": 0.5}]

@@ -39,6 +39,7 @@ def write_version(folder: Path, files: dict[str, bytes] | None = None) -> Path:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+    (folder / "MLmodel").write_text("flavors: {}", encoding="utf-8")
     record = Manifest(
         identity={"name": "踩踩背 CCB", "author": "老爷爷 OldGrandpa", "slug": "ccb"},
         system="Be kind.",
@@ -51,7 +52,6 @@ def write_version(folder: Path, files: dict[str, bytes] | None = None) -> Path:
         tools={},
     )
     (folder / FILE).write_text(record.to_json(), encoding="utf-8")
-    (folder / "MLmodel").write_text("flavors: {}", encoding="utf-8")
     return folder
 
 
@@ -179,6 +179,9 @@ def add(name: str) -> Callable[[Path], None]:
         (add("pytorch_model.bin"), "model/pytorch_model.bin may hold code"),
         (add("more.safetensors"), "model/more.safetensors is not in the manifest"),
         (add("deep/evil.json"), "model/deep/evil.json is not in the manifest"),
+        (add("../evil.py"), "evil.py may hold code"),
+        (add("../more.yaml"), "more.yaml is not in the manifest"),
+        (lambda folder: (folder / "MLmodel").write_text("loader_module: evil"), "MLmodel has changed"),
     ],
 )
 def test_a_version_that_is_not_what_its_manifest_says_is_not_served(
