@@ -332,6 +332,7 @@ def room_for(rank: int) -> int:
         raise ServingError(
             tr("vLLM serves adapters of rank {most} at most, not {rank}.", most=RANKS[-1], rank=rank),
             mend="Use --mode merged.",
+            kind="rank",
         )
     return found
 

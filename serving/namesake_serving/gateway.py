@@ -62,7 +62,9 @@ _TOLD = (
 """What a trace tells of a request without its text."""
 
 _BYTES_A_TOKEN = 4
-_EVENT = b'data: {"id"'
+_EVENTS = (b'data: {"id"', b'data: {"response":{"id"')
+"""How an event of a stream begins that says by which model it is; of `/v1/responses` those that hold all of it."""
+
 _FINGERPRINT = re.compile(rb',"system_fingerprint":(?:"[^"\\]*"|null)')
 _USAGE = re.compile(rb'"usage":(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 """The engine's own; what a model says has its quotes escaped and is never taken for them."""
@@ -578,7 +580,9 @@ class Gateway:
                     if not used.told:
                         chunk, end = _ONLY_USAGE.sub(b"", chunk + end), b""
                     # What a model says stands in the JSON with its quotes escaped, so neither text can be its own.
-                    chunk = _FINGERPRINT.sub(b"", chunk).replace(_EVENT, b"data: {" + mark + b'"id"')
+                    chunk = _FINGERPRINT.sub(b"", chunk)
+                    for begin in _EVENTS:
+                        chunk = chunk.replace(begin, begin.removesuffix(b'"id"') + mark + b'"id"')
                     await send(
                         {"type": "http.response.body", "body": chunk.replace(called, own) + end, "more_body": True}
                     )
@@ -743,6 +747,7 @@ def _told(live: Live) -> dict[str, Any]:
         "version": live.version.uri,
         "model": live.label,
         "since": live.since,
+        "verified": live.verified,
         "run": live.version.run_id,
         "name": live.manifest.identity["name"],
         "author": live.manifest.identity["author"],

@@ -1152,6 +1152,26 @@ async def test_the_engines_own_fingerprint_does_not_hide_the_version_in_a_stream
         assert [one["system_fingerprint"] for one in events(raw)] == ["ccb-v3", "ccb-v3"]
 
 
+@in_a_loop
+async def test_the_events_of_a_response_that_hold_all_of_it_say_which_version_gave_it() -> None:
+    async with front() as gate:
+        response = {"id": "resp_1", "model": "namesake", "object": "response", "output": []}
+        tool = {"tools": [{"name": "f", "parameters": {"response": {"id": {"type": "string"}}}}]}  # a client's words
+        told: list[tuple[str, dict[str, Any]]] = [
+            ("response.created", {"response": {**response, **tool}, "sequence_number": 0, "type": "response.created"}),
+            ("response.output_text.delta", {"delta": 'data: {"response":{"id"', "item_id": "msg_1"}),
+            ("response.completed", {"response": response, "sequence_number": 2, "type": "response.completed"}),
+        ]
+        gate.upstream.script = [f"event: {name}\ndata: ".encode() + compact(one) + b"\n\n" for name, one in told]
+        asked = {**BODIES[RESPONSES], "stream": True}
+        async with gate.http.post(f"http://127.0.0.1:{gate.port}{RESPONSES}", json=asked) as reply:
+            raw = (await reply.read()).decode()
+        got = [json.loads(one.partition("data: ")[2]) for one in raw.split("\n\n") if one]
+        named = {"model": "ccb-v3", "system_fingerprint": "ccb-v3"}
+        want = [{**one, **({"response": {**one["response"], **named}} if "response" in one else {})} for _, one in told]
+        assert got == want
+
+
 NASTY = 'data: {"id":"x","model":"namesake"}\n\ndata: {"id" "model":"namesake", "system_fingerprint":"y" \\" 踩'
 
 
