@@ -161,6 +161,10 @@ class Gateway:
 
     Args:
         upstream: the way to what answers; none: the engines' sockets on this machine.
+
+    Attributes:
+        draining: whether it is to stop, so that new requests are told to come again.
+        answering: how many requests are under way or waiting.
     """
 
     def __init__(self, service: Served, settings: Settings, upstream: Upstream | None = None) -> None:
@@ -187,6 +191,7 @@ class Gateway:
         self._turns = Turns(settings.streams + ahead, settings.most_requests)
         self._summoning = 0
         self.draining = False
+        self.answering = 0
         self._hosts = {
             host.lower()
             for host in (
@@ -358,6 +363,7 @@ class Gateway:
             raise self._overloaded()
         body = await self._body(request, receive)  # a body that trickles takes nobody's place
         self._service.metrics.running.inc()
+        self.answering += 1
         try:
             # Once the body is read, the only thing that can come is that the client has gone.
             gone = asyncio.ensure_future(receive())
@@ -373,6 +379,7 @@ class Gateway:
                     with suppress(asyncio.CancelledError, Exception):
                         await task
         finally:
+            self.answering -= 1
             self._service.metrics.running.dec()
 
     def _overloaded(self) -> Refused:

@@ -1581,6 +1581,38 @@ async def test_a_gateway_that_stops_lets_answers_finish_and_takes_no_more() -> N
         assert len(gate.upstream.asked) == 1
 
 
+@pytest.mark.parametrize("ends", [True, False])
+@in_a_loop
+async def test_a_server_that_is_told_to_stop_listens_until_running_answers_have_ended_or_their_time_is_up(
+    ends: bool,
+) -> None:
+    async with upstream() as engine:
+        more = asyncio.Event()
+        engine.script = [event("我是"), more, event("踩踩背。"), END]
+        serving, chosen = Serving(), settings.read(shutdown_seconds=10 if ends else 1)
+        serving.traffic.live = live(engine)
+        gateway = Gateway(cast(Service, serving), chosen)
+        server, listening = Server(gateway, chosen), listen("127.0.0.1", 0)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        fronting = asyncio.create_task(server.serve(sockets=[listening]))
+        async with aiohttp.ClientSession() as http, http.post(f"{url}{CHAT}", json=STREAM) as response:
+            first = await response.content.readuntil(b"\n\n")
+            gateway.draining = server.should_exit = True  # what a signal does
+            await asyncio.sleep(0.3)
+            for _ in range(3):
+                async with aiohttp.ClientSession() as other, other.post(f"{url}{CHAT}", json=STREAM) as refused:
+                    assert (refused.status, int(refused.headers["retry-after"]) > 0) == (503, True)
+            assert not fronting.done()
+            if ends:
+                more.set()
+                assert said(first + await response.read()) == "我是踩踩背。"
+            else:
+                with pytest.raises(aiohttp.ClientError):
+                    await response.read()
+            await asyncio.wait_for(fronting, 5)
+        await gateway.close()
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("begun", [True, False])
 @in_a_loop
