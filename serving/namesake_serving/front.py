@@ -153,8 +153,8 @@ class Server(uvicorn.Server):
                 following.cancel()
 
     async def _drained(self) -> None:
-        """Until running answers have ended, or their time is up. Whoever comes meanwhile is told to come again; uvicorn's
-        own way would refuse the connection.
+        """Until running answers have ended, or their time is up. Whoever comes meanwhile is told to come again, where
+        uvicorn's own way would refuse the connection.
         """
         most = self._settings.shutdown_seconds
         end = time.monotonic() + most

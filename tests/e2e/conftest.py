@@ -157,6 +157,7 @@ class served:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
         self.log = place.folder / f"serve-{self.port}.log"  # a pipe that nobody reads would hold it up when full
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
@@ -168,13 +169,12 @@ class served:
             )
 
     def __enter__(self) -> str:
-        url = f"http://127.0.0.1:{self.port}"
         for _ in range(600):
             if self.process.poll() is not None:
                 raise AssertionError(self.log.read_text(encoding="utf-8")[-6000:])
             try:
-                with urllib.request.urlopen(f"{url}/ready", timeout=2):
-                    return f"{url}/v1"
+                with urllib.request.urlopen(self.url.replace("/v1", "/ready"), timeout=2):
+                    return self.url
             except OSError:
                 time.sleep(0.5)
         raise AssertionError("the server did not answer within 300 s")

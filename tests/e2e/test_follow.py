@@ -110,6 +110,7 @@ class Clients:
                 version, text = ask(self.url, user=f"client {number}", **self.more)
             except (OSError, http.client.HTTPException, AssertionError, ValueError) as error:
                 self.faults.append(repr(error))
+                time.sleep(0.05)
             else:
                 self.answers.append((time.monotonic(), version, text))
                 self.each[number].append((self.answers[-1][0], version))
@@ -323,10 +324,10 @@ def test_broken_versions_are_not_served_and_the_old_one_stays(
     assert {version for _, version, _ in clients.answers} == {"ccb-v1"}
 
 
-def refused(client: mlflow.MlflowClient, number: str) -> str:
+def refused(client: mlflow.MlflowClient, number: str, name: str = "ccb") -> str:
     """Why the version is not served, once that is told."""
     for _ in range(150):
-        tags: dict[str, str] = client.get_model_version("ccb", number).tags
+        tags: dict[str, str] = client.get_model_version(name, number).tags
         if "namesake.serving_error" in tags:
             return tags["namesake.serving_error"]
         time.sleep(0.2)
