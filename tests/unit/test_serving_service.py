@@ -413,6 +413,7 @@ async def test_weights_of_the_same_shape_are_changed_in_place(world: World, tmp_
         assert store.recall(running.cache, URI) == version(2)
         assert running.figure('namesake_version_changes_total{reason="",result="live",way="in place"}') == 1
         assert (running.figure("namesake_served_version"), running.figure("namesake_alias_version")) == (2, 2)
+        assert 0 <= running.live.since - (running.live.verified or 0) < 5
 
 
 @in_a_loop
