@@ -428,7 +428,7 @@ class Service:
                         await asyncio.sleep(wait)
                         wait = min(wait * 2, _LONGEST_RESTART_WAIT)
                         continue
-                    wait = 1.0
+                    wait, again.live.verified = 1.0, live.verified
                     if track.traffic.live is None and track.state.live == key:
                         track.traffic.live = again.live
                         await host.turned(again, [])
