@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack
@@ -12,8 +13,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from namesake import registry
-from namesake_serving import engine, follow
+from namesake import manifest, registry
+from namesake_serving import copies, engine, follow, store
 from tests.contract.conftest import Point
 from tests.gateways import Gate, cheap, gateway, publish
 from tests.servers import Link, free_port, mlflow_server
@@ -78,6 +79,19 @@ async def test_two_gateways_agree_within_two_seconds(versions: Versions, tmp_pat
             for gate in gates:
                 assert (await gate.ask())[0] == f"{NAME}-v{number}"
         assert max(apart) < 2, apart
+
+
+def test_what_a_copy_lacks_is_fetched_file_by_file(versions: Versions, tmp_path: Path) -> None:
+    version = registry.resolve(f"models:/{NAME}/1")
+    stored = store.fetch(version, tmp_path)
+    kept = stored.weights / "config.json"
+    whole, before = manifest.digests(stored.weights), kept.stat()
+    copies.unseal(stored.weights.parent)
+    os.truncate(stored.weights / "model.safetensors", 10)
+    (stored.weights.parent / manifest.FILE).unlink()
+    again = store.fetch(version, tmp_path)
+    assert (again, manifest.digests(again.weights)) == (stored, whole)
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 @pytest.fixture
