@@ -28,11 +28,9 @@ _SHOWN = 80
 
 
 class NamesakeError(Exception):
-    """Root of the tree.
+    """Root of the tree. ``mend`` says in one sentence what the user can do about it.
 
-    Attributes:
-        mend: in one sentence what the user can do about it.
-        kind: what it is about, in one word, where faults are counted; empty where nobody counts it.
+    ``kind`` says in one word what it is about, where faults are counted; it is empty where nobody counts it.
     """
 
     exit_code = 1

@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,9 @@ import pytest
 
 from namesake import manifest, registry
 from namesake_serving import copies, engine, follow, store
-from tests.contract.conftest import Point
+from tests.contract.conftest import Mlflow, Point
 from tests.gateways import Gate, cheap, gateway, publish
-from tests.servers import Link, free_port, mlflow_server
+from tests.servers import Link
 from tests.unit.loops import within
 
 pytestmark = pytest.mark.timeout(120)
@@ -121,47 +121,37 @@ async def test_while_mlflow_is_away_serving_goes_on_and_catches_up_after(
         assert (await gate.ask())[0] == f"{NAME}-v2"
 
 
-@within(100)
+@within(90)
 async def test_while_mlflow_is_killed_serving_goes_on_and_catches_up_after(
-    tmp_path: Path, tracking_at: Point, monkeypatch: pytest.MonkeyPatch
+    versions: Versions, mlflow_itself: Mlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setattr(follow, "LONGEST_PAUSE", 0.5)
-    monkeypatch.setattr(engine, "command", cheap)
-    said, port = list[str](), free_port()
-
-    def publish_two() -> None:
-        client = mlflow.MlflowClient(f"http://127.0.0.1:{port}")
-        client.create_registered_model(NAME, tags={registry.TAG_IDENTITY: "踩踩背 CCB"})
-        said.extend(publish(client, NAME, tmp_path, number) for number in (1, 2))
-        client.set_registered_model_alias(NAME, "champion", "1")
-
-    async with AsyncExitStack() as stack:
-        server = stack.enter_context(ExitStack())
-        tracking_at(await asyncio.to_thread(server.enter_context, mlflow_server(tmp_path, port=port)))
-        await asyncio.to_thread(publish_two)
-        gate = await stack.enter_async_context(gateway(URI, tmp_path / "cache", poll_seconds=0.1))
+    async with gateway(URI, tmp_path, poll_seconds=0.1) as gate:
         answers, stop = list[tuple[str, str]](), asyncio.Event()
 
         async def ask_on() -> None:
             while not stop.is_set():
                 answers.append(await gate.ask())
+                await asyncio.sleep(0.01)
 
         clients = [asyncio.create_task(ask_on()) for _ in range(8)]
-        await gate.says(said[0])
-        await asyncio.to_thread(server.close)  # kill -9 of all its processes
-        before = errors(gate)
-        while errors(gate) < before + 2:
-            await asyncio.sleep(0.05)
-        at = len(answers)
-        await asyncio.to_thread(server.enter_context, mlflow_server(tmp_path, port=port))
-        await asyncio.to_thread(Versions(f"http://127.0.0.1:{port}", ("", "")).move, 2)
-        await gate.says(said[1])
+        await asyncio.sleep(0.5)
+        await asyncio.to_thread(mlflow_itself.kill)
+        try:
+            before = errors(gate)
+            while errors(gate) < before + 2:
+                await asyncio.sleep(0.05)
+            at = len(answers)
+        finally:
+            await asyncio.to_thread(mlflow_itself.start)
+        await asyncio.to_thread(versions.move, 2)
+        await gate.says(versions.said[1])
         stop.set()
         await asyncio.gather(*clients)  # none of them has failed
         assert at > 100
-        assert {*answers[:at]} == {(f"{NAME}-v1", said[0])}
-        assert {*answers} == {(f"{NAME}-v{number}", text) for number, text in zip((1, 2), said, strict=True)}
+        assert {*answers[:at]} == {(f"{NAME}-v1", versions.said[0])}
+        assert {*answers} == {(f"{NAME}-v{number}", versions.said[number - 1]) for number in (1, 2)}
 
 
 def errors(gate: Gate) -> float:
