@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from namesake.paths import digest_of_file
 from namesake.registry import Version
 
 
-def complete(version: Version, folder: Path, part: str = "") -> Path:
+def complete(version: Version, folder: Path, part: str = "", *, anew: bool = False) -> Path:
     """Get what the folder lacks of a version: files that have their digest stay, and what the manifest does not know
     goes. Nothing is trusted by that; whoever calls checks the signature and the digests afterwards.
 
     Args:
         part: folder of the version that is wanted; empty: all of it.
+        anew: what is there goes, unread: to know what may stay the manifest is read, and where there is a signature to
+            check nothing is before that.
 
     Returns:
         Where the files are.
@@ -25,6 +28,8 @@ def complete(version: Version, folder: Path, part: str = "") -> Path:
     Raises:
         RegistryError: they cannot be had.
     """
+    if anew:
+        remove(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
         if not part:
@@ -62,6 +67,13 @@ def seal(folder: Path) -> None:
         for path in (*folder.rglob("*"), folder):
             if not path.is_symlink():
                 path.chmod(0o555 if path.is_dir() else 0o444)
+
+
+def remove(folder: Path) -> None:
+    """Remove a copy, where there is one."""
+    if folder.is_dir():
+        unseal(folder)
+        shutil.rmtree(folder)
 
 
 def unseal(folder: Path) -> None:

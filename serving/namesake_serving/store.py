@@ -80,8 +80,8 @@ def fetch(version: Version, cache: Path, public_key: Path | None = None, part: s
     """Get the version's files and check every digest; with a public key, first the signature.
 
     They are copied into ``cache`` once and are read-only there, so that nobody can change them under a running server;
-    a copy that was broken off is taken up where it was. Where only the adapter is wanted the merged weights stay where
-    they are, unless there is a signature to check, which is over all of it.
+    a copy that was broken off is taken up where it was, unless there is a signature to check. Where only the adapter is
+    wanted the merged weights stay where they are, unless there is a signature, which is over all of it.
 
     Args:
         part: ``model`` or ``adapter``, what an engine is to load.
@@ -109,7 +109,7 @@ def _fetch(version: Version, folder: Path, public_key: Path | None, part: str) -
     partly = part == ADAPTER_FOLDER and public_key is None
     record, faults = _whole(folder, part if partly else ""), []
     if record is None:
-        folder = copies.complete(version, folder, part if partly else "")
+        folder = copies.complete(version, folder, part if partly else "", anew=public_key is not None)
     if public_key:
         manifest.check_signature(folder, public_key)
     if record is None:

@@ -179,6 +179,19 @@ def test_a_copy_that_was_broken_off_is_taken_up_where_it_was(
     assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_where_there_is_a_signature_to_check_nothing_of_a_broken_copy_is_read(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = BrokenOff(write_version(tmp_path / "server"))
+    monkeypatch.setattr(registry, "fetch", server.fetch)
+    monkeypatch.setattr(manifest, "check_signature", lambda *_: None)
+    with pytest.raises(RegistryError, match="broken"):
+        store.fetch(version(), cache, tmp_path / "key.pub")
+    stored = store.fetch(version(), cache, tmp_path / "key.pub")
+    assert server.asked == ["", ""]
+    assert manifest.digests(stored.weights) == manifest.digests(server.folder / WEIGHTS_FOLDER)
+
+
 def test_what_the_manifest_of_a_broken_copy_names_outside_of_it_is_not_touched(server: Server, cache: Path) -> None:
     folder = store.fetch(version(), cache).weights.parent
     outside = cache / "versions" / "other"
@@ -229,8 +242,8 @@ def test_a_copy_is_read_only_and_can_be_mended_and_removed_all_the_same(
     copies.unseal(folder)
     flip(folder)
     assert manifest.digests(store.fetch(version(), cache).weights) == manifest.digests(server.folder / WEIGHTS_FOLDER)
-    copies.unseal(folder)
-    shutil.rmtree(folder)
+    copies.remove(folder)
+    copies.remove(folder)
     assert not folder.exists()
 
 
