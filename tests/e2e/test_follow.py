@@ -448,7 +448,7 @@ def test_on_sigterm_a_stream_ends_whole_and_new_requests_are_told_to_come_again(
     assert end_of(endpoint, stream=False) == "told"
     thread.join(60)
     assert streamed[-2:] == [b"data: [DONE]\n", b"\n"]
-    for _ in range(200):
+    for _ in range(500):
         if not alive(server):
             break
         time.sleep(0.1)
