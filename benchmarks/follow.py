@@ -5,7 +5,8 @@
 
 Every client asks again as soon as it is answered, streamed. Counted are requests that failed, streams that were cut,
 and streams in which two versions spoke. Seconds are from the call that moves the alias (polling included) to the first
-answer begun by the new version, and, from the server's own metrics, from fetched and verified to live.
+answer begun by the new version; to the same answer from fetched and verified (``/v1/version`` tells when that was); and
+from fetched and verified to live, by the server's own metrics.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -89,14 +91,28 @@ class Load:
         raise SystemExit(f"{version} did not answer within {seconds:.0f} s: {self.ended}")
 
 
+@dataclass(frozen=True)
+class Change:
+    """One move of the alias, in seconds.
+
+    Attributes:
+        moved: from the move to the first answer begun by the new version.
+        verified: from fetched and verified to that answer.
+        live: from fetched and verified to live, as the server says.
+    """
+
+    moved: float
+    verified: float
+    live: float
+
+
 async def measure(
     url: str, numbers: Sequence[int], clients: int, moves: int, tokens: int
-) -> tuple[list[float], list[tuple[str, float]], Counter[str]]:
+) -> tuple[list[Change], Counter[str]]:
     """Move the alias to and fro between two versions under load.
 
     Returns:
-        Seconds from each move to the first answer begun by the new version; for each change the way and the server's
-        own seconds from fetched and verified to live; how requests ended.
+        Each move, and how requests ended.
     """
     from namesake import registry
 
@@ -105,18 +121,25 @@ async def measure(
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300)) as session:
         running = asyncio.create_task(load.run(session))
         await asyncio.sleep(5)
-        seconds, changes = [], []
+        changes = []
         for move in range(moves):
             before = await asyncio.to_thread(served_changes, url)
             number = numbers[(move + 1) % 2]
-            moved = time.monotonic()
+            moved, wall = time.monotonic(), time.time()
             await asyncio.to_thread(registry.point, MODEL, "champion", number)
-            seconds.append(await load.first(f"{MODEL}-v{number}", moved))
-            changes.append(await asyncio.to_thread(changed_since, before, url))
+            seconds = await load.first(f"{MODEL}-v{number}", moved)
+            _, live = await asyncio.to_thread(changed_since, before, url)
+            changes.append(Change(seconds, wall + seconds - await asyncio.to_thread(verified, url), live))
             await asyncio.sleep(2)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-    return seconds, changes, load.ended
+    return changes, load.ended
+
+
+def verified(url: str) -> float:
+    """When what is live was fetched and verified, by this machine's clock, in seconds since 1970."""
+    with urllib.request.urlopen(f"{url}/v1/version", timeout=10) as response:
+        return float(json.load(response)["live"]["verified"])
 
 
 def served_changes(url: str) -> dict[str, tuple[float, float]]:
@@ -167,11 +190,15 @@ def main() -> None:
         os.chdir(store)
         words = ["--eager", "--poll-seconds", str(given.poll), "--max-streams", "64", "--mode", given.mode]
         with namesake_serve(store, *words) as made, both_versions() as numbers:
-            seconds, _, ended = asyncio.run(measure(made.url, numbers, given.clients, given.moves, given.tokens))
+            changes, ended = asyncio.run(measure(made.url, numbers, given.clients, given.moves, given.tokens))
             print(f"{given.moves} moves under {given.clients} streams of {given.tokens} tokens, poll {given.poll:g} s")
             print(f"answers: {sum(ended.values())}, {dict(ended)}")
-            middle, most = statistics.median(seconds), quantile(seconds, 0.95)
-            print(f"moved -> first new answer: median {middle:.2f} s, p95 {most:.2f} s")
+            for what, seconds in (
+                ("moved", [one.moved for one in changes]),
+                ("fetched and verified", [one.verified for one in changes]),
+            ):
+                middle, most = statistics.median(seconds), quantile(seconds, 0.95)
+                print(f"{what} -> first new answer: median {middle:.2f} s, p95 {most:.2f} s")
             print(f"fetched and verified -> live: {told_changes(made.url)}")
 
 

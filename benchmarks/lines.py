@@ -266,11 +266,11 @@ def moved(given: Given) -> Iterator[Sample]:
             os.chdir(store)
             try:
                 with both_versions() as numbers:
-                    seconds, changes, ended = asyncio.run(measure(made.url, numbers, 8, moves, 24))
+                    changes, ended = asyncio.run(measure(made.url, numbers, 8, moves, 24))
             finally:
                 os.chdir(here)
-        for spent, (_, live) in zip(seconds, changes, strict=True):
-            yield {mode: spent, f"{mode} live": live}
+        for one in changes:
+            yield {mode: one.moved, f"{mode} answer": one.verified, f"{mode} live": one.live}
         yield {f"{mode} failed": float(sum(ended.values()) - ended["one version"])}
 
 
@@ -642,9 +642,11 @@ MEASURES = (
     ), added, (0.4, 0.06)),
     Measure("moved", (
         Row("merged", "alias moved → first new answer, merged, p95", "别名移动 → 新版本的首个回答，合并模式，p95", kind="value", share=0.95),
+        Row("merged answer", "new version fetched and verified → first new answer, merged, p95", "新版本取得并核对 → 新版本的首个回答，合并模式，p95", 1, kind="value", share=0.95),
         Row("merged live", "new version fetched and verified → live, merged, p95", "新版本取得并核对 → 生效，合并模式，p95", 1, kind="value", share=0.95),
         Row("merged failed", "requests failed, cut or mixed, merged", "失败、中断或混杂的请求，合并模式", 0, kind="value", unit="requests"),
         Row("adapter", "alias moved → first new answer, adapter, p95", "别名移动 → 新版本的首个回答，适配器模式，p95", kind="value", share=0.95),
+        Row("adapter answer", "new version fetched and verified → first new answer, adapter, p95", "新版本取得并核对 → 新版本的首个回答，适配器模式，p95", 1, kind="value", share=0.95),
         Row("adapter live", "new version fetched and verified → live, adapter, p95", "新版本取得并核对 → 生效，适配器模式，p95", 1, kind="value", share=0.95),
         Row("adapter failed", "requests failed, cut or mixed, adapter", "失败、中断或混杂的请求，适配器模式", 0, kind="value", unit="requests"),
     ), moved, (1.0, 0.55), serves=True),

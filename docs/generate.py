@@ -29,7 +29,7 @@ from namesake import cli, errors, gate, helptext, messages, recipe
 from namesake_serving import __main__ as serving
 from namesake_serving import gateway, openapi, page, requests, service, webhook
 from namesake_serving.limits import Allowance, Bucket
-from namesake_serving.metrics import Metrics
+from namesake_serving.metrics import REASONS, Metrics
 from namesake_serving.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -388,9 +388,11 @@ def write_http(words: Words) -> Iterator[str]:
         ((f"`{name}`", words.code(text)) for name, text in HEADERS.items()),
     )
     yield words(
-        "The body's `model` and `system_fingerprint` are the same model id as `x-namesake-version`. The chat page comes with this "
+        "The body's `model` and `system_fingerprint` are the same model id as `x-namesake-version`; in a stream of "
+        "`/v1/responses` they stand in the `response` of the events that have one. The chat page comes with this "
         "`content-security-policy`:",
-        "响应体中的 `model` 和 `system_fingerprint` 与 `x-namesake-version` 是同一个模型 id。聊天页面带有如下 "
+        "响应体中的 `model` 和 `system_fingerprint` 与 `x-namesake-version` 是同一个模型 id；在 `/v1/responses` 的流中，"
+        "它们位于带有 `response` 的事件的该字段内。聊天页面带有如下 "
         "`content-security-policy`：",
     )
     yield ""
@@ -525,10 +527,16 @@ def write_metrics(words: Words) -> Iterator[str]:
         ),
     )
     yield words(
-        "`result` is `live` or `refused`, `way` is `in place` or `second engine`. `route` is a path of the table in [HTTP](http.md) or `other`. "
+        "`result` is `live` or `refused`, `way` is `in place`, `second engine` or `adapter`. `route` is a path of the table in [HTTP](http.md) or `other`. "
         "A client that went away before its reply counts as status 499.",
-        "`result` 为 `live` 或 `refused`，`way` 为 `in place`（就地）或 `second engine`（第二个引擎）。`route` 为 [HTTP 接口](http.md)表中的路径或 `other`。"
+        "`result` 为 `live` 或 `refused`，`way` 为 `in place`（就地）、`second engine`（第二个引擎）或 `adapter`（适配器）。`route` 为 [HTTP 接口](http.md)表中的路径或 `other`。"
         "在得到回答之前就断开的客户端记为状态码 499。",
+    )
+    yield ""
+    yield words("## Reasons of a refusal", "## 拒绝的原因")
+    yield ""
+    yield from table(
+        ("`reason`", words("meaning", "含义")), ((f"`{reason}`", words.code(text)) for reason, text in REASONS.items())
     )
 
 

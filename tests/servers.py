@@ -57,9 +57,9 @@ def answered(url: str) -> dict[str, int]:
 
 
 @contextmanager
-def mlflow_server(folder: Path, *words: str, store: str = "", **environment: str) -> Iterator[str]:
-    """``mlflow server`` on loopback, on the store or else a SQLite file in the folder; its address."""
-    port = free_port()
+def mlflow_server(folder: Path, *words: str, store: str = "", port: int = 0, **environment: str) -> Iterator[str]:
+    """``mlflow server`` on loopback, on the store or else a SQLite file in the folder; its address. SIGKILL ends it."""
+    port = port or free_port()
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
         *("--host", "127.0.0.1", "--port", str(port)),

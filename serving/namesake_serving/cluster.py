@@ -69,7 +69,7 @@ from namesake_serving.engine import Engine
 from namesake_serving.hosts import Adapters, Engines, Loaded, Merged, Tick, no_place, no_tick
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import State
-from namesake_serving.service import Service, key_of, number_in, prove_once, verified
+from namesake_serving.service import Service, key_of, kind_of, number_in, prove_once, verified
 from namesake_serving.settings import Settings, has_gpu
 from namesake_serving.store import Stored, id_of
 from namesake_serving.traffic import Answerer, Live, Routing, Traffic
@@ -143,11 +143,13 @@ class Told:
         served: what it answers by, without versions that it does not have; none: by nothing.
         turned: when it last turned to another table, in seconds since 1970; 0: never since it was started.
         why: why it could not do what was ordered; empty: it did.
+        kind: the same in a word, as metrics count it.
     """
 
     served: Table | None
     turned: float
     why: str = ""
+    kind: str = ""
 
 
 class Replica:
@@ -239,18 +241,18 @@ class Replica:
         await self._engines.stop()
         self._folder.cleanup()
 
-    def _told(self, why: str = "") -> Told:
-        return Told(self._served(), self._turned, why)
+    def _told(self, why: str = "", kind: str = "") -> Told:
+        return Told(self._served(), self._turned, why, kind)
 
     async def _carry_out(self, order: Callable[[], Awaitable[str | None]]) -> Told:
         async with self._one_at_a_time:
             try:
                 return self._told(await order() or "")
             except NamesakeError as error:
-                return self._told(error.message)
+                return self._told(error.message, kind_of(error))
             except Exception as error:  # whatever it is, it has to be undone here and everywhere
                 _log.exception("an order went wrong")
-                return self._told(f"{type(error).__name__}: {error}")
+                return self._told(f"{type(error).__name__}: {error}", kind_of(error))
 
     async def _verified(self, version: Version, part: str) -> Stored:
         return await asyncio.to_thread(verified, version, self._settings, cache_folder(), part)
@@ -599,9 +601,9 @@ class Fleet:
 
     async def _all_must(self, order: str, *words: object, seconds: float = _ORDER_SECONDS) -> None:
         told = await self._all(order, *words, seconds=seconds)
-        why = next((one.why for one in told if one.why), "")
-        if why:
-            raise ServingError(why)
+        failed = next((one for one in told if one.why), None)
+        if failed is not None:
+            raise ServingError(failed.why, kind=failed.kind)
         if not told:
             raise ServingError("No replica answers.")
 

@@ -304,7 +304,8 @@ def command(
     words += ["--uds", str(address), "--shutdown-timeout", str(settings.shutdown_seconds)]
     words += ["--disable-access-log-for-endpoints", "/health"]
     # Also of a reply for which the client names no bound.
-    words += ["--override-generation-config", json.dumps({"max_new_tokens": settings.max_tokens})]
+    most = min(settings.max_tokens, _own_bound(weights) or settings.max_tokens)
+    words += ["--override-generation-config", json.dumps({"max_new_tokens": most})]
     # It finds every fault of a schema before the engine has it; xgrammar, the default, fails inside of it with a 500.
     words += ["--structured-outputs-config", json.dumps({"backend": "guidance"})]
     if settings.max_streams or not gpu:
@@ -321,6 +322,14 @@ def command(
     return [*words, *settings.engine_args]
 
 
+def _own_bound(weights: Path) -> int:
+    """The most tokens of a reply by the version's own generation settings; 0: they name no bound."""
+    with suppress(OSError, ValueError, AttributeError):
+        most = json.loads((weights / "generation_config.json").read_text(encoding="utf-8")).get("max_new_tokens")
+        return most if type(most) is int and most > 0 else 0
+    return 0
+
+
 def room_for(rank: int) -> int:
     """The least rank that vLLM can make room for and that is as great.
 
@@ -332,6 +341,7 @@ def room_for(rank: int) -> int:
         raise ServingError(
             tr("vLLM serves adapters of rank {most} at most, not {rank}.", most=RANKS[-1], rank=rank),
             mend="Use --mode merged.",
+            kind="rank",
         )
     return found
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import ssl
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ just as the next request comes.
 """
 
 _CLOSE_SECONDS = 2.0
+_DRAIN_SECONDS = 0.05
 _LOOK_SECONDS = 2.0
 
 _log = logging.getLogger("namesake.gateway")
@@ -144,9 +147,21 @@ class Server(uvicorn.Server):
         following = asyncio.create_task(self._tls.follow()) if self._tls else None
         try:
             await super().main_loop()
+            await self._drained()
         finally:
             if following is not None:
                 following.cancel()
+
+    async def _drained(self) -> None:
+        """Until running answers have ended, or their time is up. Whoever comes meanwhile is told to come again, where
+        uvicorn's own way would refuse the connection.
+        """
+        most = self._settings.shutdown_seconds
+        end = time.monotonic() + most
+        while self._gateway.answering and not self.force_exit and time.monotonic() < end:
+            await asyncio.sleep(_DRAIN_SECONDS)
+        left = math.ceil(end - time.monotonic())
+        self.config.timeout_graceful_shutdown = min(most, max(left, 1))
 
     def _connection(self) -> asyncio.Protocol:
         made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg, assignment]

@@ -62,7 +62,9 @@ _TOLD = (
 """What a trace tells of a request without its text."""
 
 _BYTES_A_TOKEN = 4
-_EVENT = b'data: {"id"'
+_EVENTS = (b'data: {"id"', b'data: {"response":{"id"')
+"""How an event of a stream begins that says by which model it is; of `/v1/responses` those that hold all of it."""
+
 _FINGERPRINT = re.compile(rb',"system_fingerprint":(?:"[^"\\]*"|null)')
 _USAGE = re.compile(rb'"usage":(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 """The engine's own; what a model says has its quotes escaped and is never taken for them."""
@@ -159,6 +161,10 @@ class Gateway:
 
     Args:
         upstream: the way to what answers; none: the engines' sockets on this machine.
+
+    Attributes:
+        draining: whether it is to stop, so that new requests are told to come again.
+        answering: how many requests are under way or waiting.
     """
 
     def __init__(self, service: Served, settings: Settings, upstream: Upstream | None = None) -> None:
@@ -185,6 +191,7 @@ class Gateway:
         self._turns = Turns(settings.streams + ahead, settings.most_requests)
         self._summoning = 0
         self.draining = False
+        self.answering = 0
         self._hosts = {
             host.lower()
             for host in (
@@ -356,6 +363,7 @@ class Gateway:
             raise self._overloaded()
         body = await self._body(request, receive)  # a body that trickles takes nobody's place
         self._service.metrics.running.inc()
+        self.answering += 1
         try:
             # Once the body is read, the only thing that can come is that the client has gone.
             gone = asyncio.ensure_future(receive())
@@ -371,6 +379,7 @@ class Gateway:
                     with suppress(asyncio.CancelledError, Exception):
                         await task
         finally:
+            self.answering -= 1
             self._service.metrics.running.dec()
 
     def _overloaded(self) -> Refused:
@@ -578,7 +587,9 @@ class Gateway:
                     if not used.told:
                         chunk, end = _ONLY_USAGE.sub(b"", chunk + end), b""
                     # What a model says stands in the JSON with its quotes escaped, so neither text can be its own.
-                    chunk = _FINGERPRINT.sub(b"", chunk).replace(_EVENT, b"data: {" + mark + b'"id"')
+                    chunk = _FINGERPRINT.sub(b"", chunk)
+                    for begin in _EVENTS:
+                        chunk = chunk.replace(begin, begin.removesuffix(b'"id"') + mark + b'"id"')
                     await send(
                         {"type": "http.response.body", "body": chunk.replace(called, own) + end, "more_body": True}
                     )
@@ -743,6 +754,7 @@ def _told(live: Live) -> dict[str, Any]:
         "version": live.version.uri,
         "model": live.label,
         "since": live.since,
+        "verified": live.verified,
         "run": live.version.run_id,
         "name": live.manifest.identity["name"],
         "author": live.manifest.identity["author"],

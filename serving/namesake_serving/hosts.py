@@ -128,6 +128,7 @@ class Engines:
                     free=free / 2**30,
                 ),
                 mend="Give the server more memory, or use --mode adapter, which needs one engine only.",
+                kind="memory",
             )
 
 
@@ -378,6 +379,7 @@ def no_place(settings: Settings) -> ServingError:
             count=settings.max_adapters,
         ),
         mend="Serve with a greater --max-adapters.",
+        kind="memory",
     )
 
 

@@ -8,6 +8,21 @@ from namesake.registry import Version
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
+REASONS = {
+    "adapter": "An adapter of a kind that vLLM does not serve.",
+    "base": "Trained on another base, or its base is not to be had.",
+    "damaged": "Files that are not what the manifest says, are cut short, may hold code, or hold no numbers.",
+    "engine": "The engine would not load it, died of it, or did not come up.",
+    "gate": "It did not pass the gate, and `--require-gate` is on.",
+    "memory": "No memory for a second engine, or no place for an adapter.",
+    "other": "Anything else: a full disk.",
+    "proof": "It does not answer as it did when it was promoted.",
+    "rank": "A greater rank than the engine has room for.",
+    "registry": "MLflow does not have its files, or does not answer.",
+    "signature": "Not signed, or not by the key, and `--public-key` is given.",
+}
+"""Why a version is not served, for those who count."""
+
 
 class Metrics:
     """One registry for one server; names begin with ``namesake_``."""
@@ -54,7 +69,10 @@ class Metrics:
             "namesake_engine_restarts", "Engines that ended by themselves and were started again.", registry=registry
         )
         self._changes = Counter(
-            "namesake_version_changes", "Changes of version by result and way.", ("result", "way"), registry=registry
+            "namesake_version_changes",
+            "Changes of version by result (live, refused), way, and of those refused the reason.",
+            ("result", "way", "reason"),
+            registry=registry,
         )
         self._change_seconds = Histogram(
             "namesake_version_change_seconds",
@@ -102,12 +120,12 @@ class Metrics:
 
     def changed(self, way: str, seconds: float) -> None:
         """A version went live."""
-        self._changes.labels("live", way).inc()
+        self._changes.labels("live", way, "").inc()
         self._change_seconds.labels(way).observe(seconds)
 
-    def refused(self, _version: Version) -> None:
-        """A version was not served."""
-        self._changes.labels("refused", "").inc()
+    def refused(self, reason: str) -> None:
+        """A version was not served, for one of :data:`REASONS`."""
+        self._changes.labels("refused", "", reason if reason in REASONS else "other").inc()
 
     def text(self) -> bytes:
         """Everything, as ``/metrics`` gives it."""

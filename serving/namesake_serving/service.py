@@ -55,10 +55,15 @@ _log = logging.getLogger("namesake.serving")
 
 @dataclass
 class _Coming:
-    """The version that is being brought in."""
+    """The version that is being brought in.
+
+    Attributes:
+        begun: when its files were on this machine and checked, by the monotonic clock; ``verified``: by the wall's.
+    """
 
     stored: Stored
     begun: float
+    verified: float
     loaded: Loaded | None = None
 
 
@@ -90,8 +95,10 @@ class Track:
             NamesakeError: it cannot be served.
         """
         stored = await asyncio.to_thread(self.fetch, first)
+        verified = time.time()
         loaded = await self.host.start(stored, tick)
         live = loaded.live
+        live.verified = verified
         try:
             await prove_once(live)
         except ServingError:
@@ -194,7 +201,7 @@ class Track:
         version = self._versions[self.state.coming or ""]
         begun = time.monotonic()
         stored = await asyncio.to_thread(self.fetch, version)
-        self._coming = _Coming(stored, time.monotonic())
+        self._coming = _Coming(stored, time.monotonic(), time.time())
         _log.info("%s fetched and verified in %.2f s", version.uri, time.monotonic() - begun)
 
     def fetch(self, version: Version) -> Stored:
@@ -220,7 +227,7 @@ class Track:
         assert coming.loaded is not None
         loaded = coming.loaded
         self.traffic.live = loaded.live
-        loaded.live.since = time.time()
+        loaded.live.since, loaded.live.verified = time.time(), coming.verified
         version, seconds = loaded.live.version, time.monotonic() - coming.begun
         self.metrics.changed(loaded.way, seconds)
         (self.metrics.served if self.champion else self.metrics.rival)(version)
@@ -246,7 +253,7 @@ class Track:
             return
         version = self._versions[self.state.coming]
         _log.error("%s refused: %s", version.uri, _told(error))
-        self.metrics.refused(version)
+        self.metrics.refused(kind_of(error))
         if coming is not None and coming.loaded is not None:
             await self.host.undo(coming.loaded)
         await asyncio.to_thread(self._tell_registry, version, _told(error))
@@ -422,7 +429,7 @@ class Service:
                         await asyncio.sleep(wait)
                         wait = min(wait * 2, _LONGEST_RESTART_WAIT)
                         continue
-                    wait = 1.0
+                    wait, again.live.verified = 1.0, live.verified
                     if track.traffic.live is None and track.state.live == key:
                         track.traffic.live = again.live
                         await host.turned(again, [])
@@ -448,7 +455,8 @@ def verified(version: Version, settings: Settings, cache: Path, part: str) -> St
         RegistryError: it may not be served, or cannot be.
     """
     if settings.require_gate and not version.tags.get("namesake.gate", "").startswith("passed"):
-        raise RegistryError(tr("{uri} did not pass the gate.", uri=version.uri), mend="Promote a run that passes it.")
+        told = tr("{uri} did not pass the gate.", uri=version.uri)
+        raise RegistryError(told, mend="Promote a run that passes it.", kind="gate")
     stored = store.fetch(version, cache, settings.public_key, part)
     if part == WEIGHTS_FOLDER:
         store.check_weights(stored.weights)
@@ -458,6 +466,13 @@ def verified(version: Version, settings: Settings, cache: Path, part: str) -> St
 def key_of(version: Version) -> str:
     """A version may be deleted and made anew under its number: the source tells them apart."""
     return f"{version.uri} {version.source}"
+
+
+def kind_of(error: Exception) -> str:
+    """Why a version is not served, in a word of :data:`metrics.REASONS`."""
+    if not isinstance(error, NamesakeError):
+        return "other"
+    return error.kind or ("engine" if isinstance(error, ServingError) else "damaged")
 
 
 def _told(error: Exception) -> str:
@@ -509,7 +524,8 @@ def prove(running: Engine, stored: Stored, model: str = engine.MODEL) -> None:
                     question=golden["messages"][-1]["content"],
                     lost=", ".join(lost),
                     reply=reply[:80],
-                )
+                ),
+                kind="proof",
             )
     like = sum(likeness) / len(likeness)
     if like < ALIKE:
@@ -520,5 +536,6 @@ def prove(running: Engine, stored: Stored, model: str = engine.MODEL) -> None:
                 uri=uri,
                 like=like,
                 alike=ALIKE,
-            )
+            ),
+            kind="proof",
         )

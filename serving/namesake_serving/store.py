@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,12 +15,13 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from namesake import base_model, manifest, registry
+from namesake import base_model, manifest
 from namesake.errors import BaseModelError, InputError, RegistryError
 from namesake.manifest import ADAPTER_FOLDER, WEIGHTS_FOLDER, Manifest
 from namesake.messages import joined, tr
 from namesake.paths import write_whole
 from namesake.registry import Version
+from namesake_serving import copies
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -80,9 +80,10 @@ def fetch(version: Version, cache: Path, public_key: Path | None = None, part: s
     """Get the version's files and check them: with a public key first the signature, before anything parses them, then
     every digest, and that there is nothing else.
 
-    They are copied into ``cache`` once, so that nobody can change them under a running server; a copy that does not
-    hold is made anew. Where only the adapter is wanted the merged weights stay where they are, unless there is a
-    signature to check, which is over all of it.
+    They are copied into ``cache`` once and are read-only there, so that nobody can change them under a running server;
+    a copy that was broken off is taken up where it was, unless there is a signature to check: it is made anew then.
+    Where only the adapter is wanted the merged weights stay where they are, unless there is a signature, which is over
+    all of it.
 
     Args:
         part: ``model`` or ``adapter``, what an engine is to load.
@@ -92,7 +93,9 @@ def fetch(version: Version, cache: Path, public_key: Path | None = None, part: s
     """
     folder = cache / "versions" / f"{version.name}-{id_of(version)}"
     with _FETCHING, _alone(folder):  # champion, challenger, a client, another server here may want one at one moment
-        return _fetch(version, folder, public_key, part)
+        stored = _fetch(version, folder, public_key, part)
+        copies.seal(folder)
+        return stored
 
 
 @contextmanager
@@ -109,13 +112,7 @@ def _fetch(version: Version, folder: Path, public_key: Path | None, part: str) -
     if folder.is_dir():
         with suppress(RegistryError):
             return _checked(version, folder, public_key, part, partly)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    if partly:
-        for name in (manifest.FILE, part):
-            registry.fetch(version, folder, name)
-    else:
-        folder = registry.fetch(version, folder)
+    folder = copies.complete(version, folder, partly, anew=public_key is not None)
     return _checked(version, folder, public_key, part, partly)
 
 
@@ -182,14 +179,12 @@ def base(record: Manifest, given: str, say: Callable[[str], None] = lambda _: No
         else:
             path = base_model.resolve(given or known, say=say).path
     except (BaseModelError, InputError) as error:
-        raise RegistryError(
-            tr("The base {base} is not to be had here: {error}", base=known, error=error.message), mend=mend
-        ) from error
+        told = tr("The base {base} is not to be had here: {error}", base=known, error=error.message)
+        raise RegistryError(told, mend=mend, kind="base") from error
     digest = base_model.digest_of_folder(path)
     if digest != record.base.get("digest"):
-        raise RegistryError(
-            tr("{folder} is not the base {base} that the version was trained on.", folder=path, base=known), mend=mend
-        )
+        told = tr("{folder} is not the base {base} that the version was trained on.", folder=path, base=known)
+        raise RegistryError(told, mend=mend, kind="base")
     return Base(base_name(record), path, digest)
 
 
@@ -232,6 +227,7 @@ def check_adapter(stored: Stored, base: Base, most: int) -> None:
                 ours=base.digest[:12],
             ),
             mend="Serve it merged: --mode merged.",
+            kind="base",
         )
     config = _config(stored)
     found = rank(stored)
@@ -239,15 +235,15 @@ def check_adapter(stored: Stored, base: Base, most: int) -> None:
         raise RegistryError(
             tr("{uri} has rank {rank}, the engine has room for {most}.", uri=uri, rank=found, most=most),
             mend=tr("Serve with --max-lora-rank {rank}.", rank=found),
+            kind="rank",
         )
     wrong = [key for key in _NO_LORA if config.get(key)]
     wrong += ["bias"] if config.get("bias", "none") != "none" else []
     if str(config.get("init_lora_weights", True)).lower().startswith(_CHANGED_BASES):
         wrong.append(f"init_lora_weights={config['init_lora_weights']}")
     if wrong:
-        raise RegistryError(
-            tr("{uri} is an adapter of a kind that vLLM does not serve ({what}).", uri=uri, what=", ".join(wrong))
-        )
+        told = tr("{uri} is an adapter of a kind that vLLM does not serve ({what}).", uri=uri, what=", ".join(wrong))
+        raise RegistryError(told, kind="adapter")
     check_weights(stored.adapter)
     shapes = {name: shape for path in base.path.glob("*.safetensors") for name, (_, shape) in _shapes(path).items()}
     adapter = _shapes(stored.adapter / ADAPTER_FILES[1])

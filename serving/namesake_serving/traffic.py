@@ -56,10 +56,16 @@ class Answerer:
 
 
 class Live(Answerer):
-    """One version in an engine; ``proved`` once it has answered the golden questions there."""
+    """One version in an engine.
+
+    Attributes:
+        proved: whether it has answered the golden questions there.
+        verified: when its files were on this machine and checked, in seconds since 1970; none: it was elsewhere.
+    """
 
     def __init__(self, stored: Stored, engine: Engine, model: str = engine.MODEL) -> None:
         self.stored, self.proved = stored, False
+        self.verified: float | None = None
         label = f"{stored.version.name}-v{stored.version.number}"
         super().__init__(engine, model, label, stored.version.run_id, stored.manifest.system)
 

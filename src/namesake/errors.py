@@ -28,14 +28,18 @@ _SHOWN = 80
 
 
 class NamesakeError(Exception):
-    """Root of the tree. ``mend`` says in one sentence what the user can do about it."""
+    """Root of the tree. ``mend`` says in one sentence what the user can do about it.
+
+    ``kind`` says in one word what it is about, where faults are counted; it is empty where nobody counts it.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, mend: str = "") -> None:
+    def __init__(self, message: str, *, mend: str = "", kind: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.mend = mend
+        self.kind = kind
 
     def __str__(self) -> str:
         return f"{self.message} {self.mend}".strip()

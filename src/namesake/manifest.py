@@ -239,6 +239,7 @@ def check_signature(folder: Path, public_key: Path) -> None:
         raise RegistryError(
             "The version is not signed, and a public key was given.",
             mend="Promote it with --sign-key, or leave the public key out.",
+            kind="signature",
         )
     from model_signing import hashing, verifying
 
@@ -254,6 +255,7 @@ def check_signature(folder: Path, public_key: Path) -> None:
         raise RegistryError(
             tr("The version's signature does not hold: {told}.", told=told),
             mend="Check the key, or promote the run again.",
+            kind="signature",
         ) from error
 
 

@@ -551,4 +551,4 @@ def _mapped(message: str, *, mend: str = _AGAIN) -> Iterator[None]:
         raise
     except Exception as error:  # MLflow raises its own, sqlalchemy's, requests' and the stores' errors
         told = tr("{message} ({store}: {error})", message=message, store=store_address(), error=said(error))
-        raise RegistryError(told, mend=mend) from error
+        raise RegistryError(told, mend=mend, kind="registry") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import mlflow
@@ -13,7 +13,7 @@ import pytest
 from werkzeug.security import generate_password_hash
 
 from namesake import registry
-from tests.servers import CREDENTIALS, mlflow_server, object_store, postgres
+from tests.servers import CREDENTIALS, free_port, mlflow_server, object_store, postgres
 
 Point = Callable[[str], None]
 
@@ -30,17 +30,43 @@ def tracking_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Point]:
     mlflow.set_tracking_uri(None)
 
 
+class Mlflow:
+    """A real ``mlflow server`` that may call loopback; killed and started again it is at the same address."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._port, self._running = folder, free_port(), ExitStack()
+        self.url = ""
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        made = mlflow_server(
+            self._folder,
+            port=self._port,
+            MLFLOW_WEBHOOK_ALLOWED_SCHEMES="http",
+            MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS="true",
+            MLFLOW_WEBHOOK_CACHE_TTL="0",
+            MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY="hLC9bfeTVn8tJTAB2yTVDSyLlO-Jbw3jHYTW3Mh1fGk=",
+        )
+        self.url = self._running.enter_context(made)
+
+    def kill(self) -> None:
+        """SIGKILL for all its processes."""
+        self._running.close()
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real ``mlflow server`` that may call loopback, with models of many tests in it."""
-    with mlflow_server(
-        tmp_path_factory.mktemp("webhooks"),
-        MLFLOW_WEBHOOK_ALLOWED_SCHEMES="http",
-        MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS="true",
-        MLFLOW_WEBHOOK_CACHE_TTL="0",
-        MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY="hLC9bfeTVn8tJTAB2yTVDSyLlO-Jbw3jHYTW3Mh1fGk=",
-    ) as url:
-        yield url
+def mlflow_itself(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mlflow]:
+    """It runs, with models of many tests in it."""
+    made = Mlflow(tmp_path_factory.mktemp("webhooks"))
+    made.start()
+    yield made
+    made.kill()
+
+
+@pytest.fixture(scope="session")
+def server(mlflow_itself: Mlflow) -> str:
+    """Its address."""
+    return mlflow_itself.url
 
 
 @pytest.fixture(scope="package")

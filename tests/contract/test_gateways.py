@@ -5,10 +5,11 @@ an S3 store with basic authentication. Real but for vLLM, for which a cheap serv
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +17,10 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from namesake import registry
+from namesake import manifest, registry
 from namesake.registry import Version
-from namesake_serving import engine, follow
-from tests.contract.conftest import Point
+from namesake_serving import copies, engine, follow, store
+from tests.contract.conftest import Mlflow, Point
 from tests.gateways import Gate, cheap, gateway, publish
 from tests.servers import CREDENTIALS, Counting
 from tests.unit.loops import within
@@ -45,21 +46,27 @@ class Versions:
         mlflow.MlflowClient(self.server).set_registered_model_alias(NAME, "champion", str(number))
 
 
+@contextmanager
+def published(server: str, folder: Path) -> Iterator[Versions]:
+    """Two versions on the server."""
+    client = mlflow.MlflowClient(server)
+    client.create_registered_model(NAME, tags={registry.TAG_IDENTITY: "踩踩背 CCB"})
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(server)
+    said = (publish(client, NAME, folder, 1), publish(client, NAME, folder, 2))
+    mlflow.set_tracking_uri(before)
+    yield Versions(server, said)
+    client.delete_registered_model(NAME)
+
+
 @pytest.fixture(scope="module")
 def made(team: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Versions]:
-    """Two versions."""
+    """Two versions on PostgreSQL and S3."""
     with pytest.MonkeyPatch.context() as patch:
         for key, value in {"MLFLOW_TRACKING_URI": team, **CREDENTIALS}.items():
             patch.setenv(key, value)
-        client = mlflow.MlflowClient(team)
-        client.create_registered_model(NAME, tags={registry.TAG_IDENTITY: "踩踩背 CCB"})
-        folder = tmp_path_factory.mktemp("versions")
-        before = mlflow.get_tracking_uri()
-        mlflow.set_tracking_uri(team)
-        said = (publish(client, NAME, folder, 1), publish(client, NAME, folder, 2))
-        mlflow.set_tracking_uri(before)
-        yield Versions(team, said)
-        client.delete_registered_model(NAME)
+        with published(team, tmp_path_factory.mktemp("versions")) as versions:
+            yield versions
 
 
 @pytest.fixture
@@ -71,6 +78,18 @@ def versions(made: Versions, tracking_at: Point, monkeypatch: pytest.MonkeyPatch
     tracking_at(made.server)
     monkeypatch.setattr(engine, "command", cheap)
     return made
+
+
+@pytest.fixture
+def mortal(
+    mlflow_itself: Mlflow, tracking_at: Point, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Versions]:
+    """The same on a server that a test may kill."""
+    tracking_at(mlflow_itself.url)
+    monkeypatch.setattr(engine, "command", cheap)
+    with published(mlflow_itself.url, tmp_path / "versions") as versions:
+        versions.move(1)
+        yield versions
 
 
 @within(60)
@@ -90,6 +109,19 @@ async def test_two_gateways_agree_within_two_seconds(versions: Versions, tmp_pat
             for gate in gates:
                 assert (await gate.ask())[0] == f"{NAME}-v{number}"
         assert max(apart) < 2, apart
+
+
+def test_what_a_copy_lacks_is_fetched_file_by_file(versions: Versions, tmp_path: Path) -> None:
+    version = registry.resolve(f"models:/{NAME}/1")
+    stored = store.fetch(version, tmp_path)
+    kept = stored.weights / "config.json"
+    whole, before = manifest.digests(stored.weights), kept.stat()
+    copies.unseal(stored.weights.parent)
+    os.truncate(stored.weights / "model.safetensors", 10)
+    (stored.weights.parent / manifest.FILE).unlink()
+    again = store.fetch(version, tmp_path)
+    assert (again, manifest.digests(again.weights)) == (stored, whole)
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 @pytest.fixture
@@ -143,6 +175,39 @@ async def test_a_poll_is_one_question_however_many_versions_there_are(
             await asyncio.sleep(0.02)
     # From before a poll to before the next one.
     assert [after - before for before, after in pairwise(seen[: POLLS + 1])] == [Counter({QUESTION: 1})] * POLLS
+
+
+@within(90)
+async def test_while_mlflow_is_killed_serving_goes_on_and_catches_up_after(
+    mortal: Versions, mlflow_itself: Mlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setattr(follow, "LONGEST_PAUSE", 0.5)
+    async with gateway(URI, tmp_path, poll_seconds=0.1) as gate:
+        answers, stop = list[tuple[str, str]](), asyncio.Event()
+
+        async def ask_on() -> None:
+            while not stop.is_set():
+                answers.append(await gate.ask())
+                await asyncio.sleep(0.01)
+
+        clients = [asyncio.create_task(ask_on()) for _ in range(8)]
+        await asyncio.sleep(0.5)
+        await asyncio.to_thread(mlflow_itself.kill)
+        try:
+            before = errors(gate)
+            while errors(gate) < before + 2:
+                await asyncio.sleep(0.05)
+            at = len(answers)
+        finally:
+            await asyncio.to_thread(mlflow_itself.start)
+        await asyncio.to_thread(mortal.move, 2)
+        await gate.says(mortal.said[1])
+        stop.set()
+        await asyncio.gather(*clients)  # none of them has failed
+        assert at > 100
+        assert {*answers[:at]} == {(f"{NAME}-v1", mortal.said[0])}
+        assert {*answers} == {(f"{NAME}-v{number}", mortal.said[number - 1]) for number in (1, 2)}
 
 
 def errors(gate: Gate) -> float:

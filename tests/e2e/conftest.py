@@ -145,12 +145,19 @@ def second(tour: NotebookNode, client: mlflow.MlflowClient) -> int:
 
 
 class served:
-    """A running ``namesake serve``; its base URL. Ended with SIGTERM, which has to leave nothing behind."""
+    """A running ``namesake serve``; its base URL. Ended with SIGTERM, which has to leave nothing behind.
+
+    Attributes:
+        exits: with which code it ends; the test may have ended it.
+    """
+
+    exits = 0
 
     def __init__(self, place: Place, *words: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
         self.log = place.folder / f"serve-{self.port}.log"  # a pipe that nobody reads would hold it up when full
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
@@ -162,22 +169,22 @@ class served:
             )
 
     def __enter__(self) -> str:
-        url = f"http://127.0.0.1:{self.port}"
         for _ in range(600):
             if self.process.poll() is not None:
                 raise AssertionError(self.log.read_text(encoding="utf-8")[-6000:])
             try:
-                with urllib.request.urlopen(f"{url}/ready", timeout=2):
-                    return f"{url}/v1"
+                with urllib.request.urlopen(self.url.replace("/v1", "/ready"), timeout=2):
+                    return self.url
             except OSError:
                 time.sleep(0.5)
         raise AssertionError("the server did not answer within 300 s")
 
     def __exit__(self, *_: object) -> None:
         children = session_of(self.process.pid)
-        assert children, "vLLM must be running as a child"
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(60) == 0
+        if self.process.poll() is None:
+            assert children, "vLLM must be running as a child"
+            self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(60) == self.exits
         assert not [pid for pid in children if alive(pid)]
 
 

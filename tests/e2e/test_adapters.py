@@ -99,15 +99,19 @@ def test_the_challengers_answers_to_copies_are_kept(endpoint: str, way: Way, sec
 def test_the_alias_moves_between_adapters_and_no_request_notices(
     endpoint: str, client: mlflow.MlflowClient, second: int
 ) -> None:
-    with Clients(endpoint, 8) as clients, Streaming(endpoint) as long:
+    moves: list[tuple[float, str]] = []
+    named = Clients(endpoint, 2, {"model": "ccb@champion"})  # the bare name is half the challenger's
+    with Clients(endpoint, 6) as clients, named, Streaming(endpoint) as long:
         for move in range(4):
             number = (second, 1)[move % 2]
             moved = time.monotonic()
+            moves.append((moved, f"ccb-v{number}"))
             client.set_registered_model_alias("ccb", "champion", str(number))
             client.set_registered_model_alias("ccb", "challenger", str((1, second)[move % 2]))
             until_live(endpoint, number)
             assert time.monotonic() - moved < 15
-    assert clients.faults == []
+    assert clients.faults == named.faults == []
+    assert named.out_of_order(moves) == []
     assert {version for _, version, _ in clients.answers} == {"ccb-v1", f"ccb-v{second}"}
     assert long.version == "ccb-v1", "the answer that was under way all the while is by one version"
 

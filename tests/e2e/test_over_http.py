@@ -9,15 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from openai import OpenAI
 
-from namesake import corpus
+from namesake import corpus, manifest
+from namesake.manifest import Manifest
 from tests.e2e.conftest import Place, alive, served, session_of
+from tests.e2e.test_follow import Clients, command_of, figure, live_of, refused
 from tests.servers import mlflow_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
@@ -35,7 +40,7 @@ def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pla
         yield Place(tmp_path_factory.mktemp("client"), root, url)
 
 
-def test_a_sweep_on_ray_prunes_on_the_probe_and_its_best_run_is_promoted_and_served(
+def test_a_sweep_on_ray_prunes_on_the_probe_and_its_best_run_is_promoted(
     server: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")  # a cluster of its own, whatever runs here
@@ -67,16 +72,74 @@ def test_a_sweep_on_ray_prunes_on_the_probe_and_its_best_run_is_promoted_and_ser
     assert f"namesake promote --run {good.info.run_id}" in said
     assert "pruned after 50% of the training" in said
 
-    server.mlflow_run("-e", "promote", "-P", "override=test over HTTP")
+    server.mlflow_run("-e", "promote", "-P", "override=test over HTTP", "-P", f"sign_key={signing_key(server.folder)}")
     version = client.get_model_version_by_alias("xiao-huang", "champion")
     assert version.tags["namesake.name"] == "小黄 Xiao Huang"
     assert version.run_id == good.info.run_id
-    with (
-        served(server, "models:/xiao-huang@champion", "--eager") as url,
-        OpenAI(base_url=url, api_key="none") as openai,
-    ):
+
+
+def signing_key(folder: Path) -> Path:
+    """A private key; its other half is beside it."""
+    key = folder / "key.pem"
+    private = ec.generate_private_key(ec.SECP256R1())
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    key.write_bytes(private.private_bytes(*form))
+    key.with_suffix(".pub").write_text(manifest.public_key_of(key), encoding="utf-8")
+    return key
+
+
+@pytest.fixture(scope="module")
+def serving(server: Place) -> Iterator[served]:
+    """What was promoted is served, with an engine of several processes, as a GPU's is; only what is signed may be."""
+    words = ("models:/xiao-huang@champion", "--eager", "--poll-seconds", "0.2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        running = served(server, *words, "--public-key", str(server.folder / "key.pub"))
+    with running:
+        yield running
+
+
+def test_what_was_promoted_over_http_is_served(serving: served) -> None:
+    with OpenAI(base_url=serving.url, api_key="none") as openai:
         answer = openai.chat.completions.create(model="xiao-huang-v1", messages=[{"role": "user", "content": "Hi"}])
         assert answer.choices[0].message.content
+
+
+def test_where_signatures_are_required_an_unsigned_version_is_not_served(
+    serving: served, server: Place, tmp_path: Path
+) -> None:
+    client = mlflow.MlflowClient(server.tracking_uri)
+    version = client.get_model_version("xiao-huang", "1")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
+    record = Manifest(
+        {"name": "小黄 Xiao Huang", "author": "x"}, None, {}, "", manifest.digests(tmp_path), {}, {}, {}, {}
+    )
+    (tmp_path / manifest.FILE).write_text(record.to_json(), encoding="utf-8")
+    client.log_artifacts(version.run_id, str(tmp_path), "unsigned")
+    source = f"{client.get_run(version.run_id).info.artifact_uri}/unsigned"
+    number = client.create_model_version("xiao-huang", source, version.run_id).version
+    client.set_registered_model_alias("xiao-huang", "champion", number)
+    assert "is not signed" in refused(client, number, "xiao-huang")
+    assert figure(serving.url, r'namesake_version_changes_total\{reason="signature",[^}]*\}') >= 1
+    assert live_of(serving.url) == "xiao-huang-v1"
+    with urllib.request.urlopen(serving.url.replace("/v1", "/ready"), timeout=5) as response:
+        assert response.status == 200
+
+
+def test_a_killed_gateway_leaves_no_process_of_its_engine(serving: served) -> None:
+    below = session_of(serving.process.pid)
+    several = [pid for pid in below if "resource_tracker" not in command_of(pid)]
+    assert len(several) > 1, [command_of(pid) for pid in below]
+    with Clients(serving.url, 4) as clients:
+        clients.wait_for("xiao-huang-v1", time.monotonic())
+        serving.process.kill()
+        serving.exits = -signal.SIGKILL
+        serving.process.wait(10)
+        end = time.monotonic() + 40
+        while left := [command_of(pid) for pid in below if alive(pid)]:
+            assert time.monotonic() < end, left
+            time.sleep(0.1)
 
 
 def few_questions() -> str:

@@ -38,6 +38,8 @@ def test_an_alias_that_moves_over_two_engines_fails_no_request_and_nobody_goes_b
     finally:
         client.set_registered_model_alias("ccb", "champion", "1")
     assert clients.faults == []
-    assert [[version for version, _ in groupby(saw)] for saw in clients.saw] == [["ccb-v1", f"ccb-v{second}"]] * 4
+    assert [[version for version, _ in groupby(name for _, name in one)] for one in clients.each] == [
+        ["ccb-v1", f"ccb-v{second}"]
+    ] * 4
     assert len(each) == 2
     assert min(each.values()) > 0

@@ -183,7 +183,9 @@ class Two(cluster.Fleet):  # type: ignore[misc, name-defined]
 
     async def _all(self, order: str, *words: object, seconds: float = 0) -> list[Any]:
         self.did.append((order, *words) if order == "load" else order)
-        return [cluster.Told(cluster.Table(VERSION), 0, why) for why in ("", self._fails.get(order, ""))]
+        return [
+            cluster.Told(cluster.Table(VERSION), 0, why, why and "rank") for why in ("", self._fails.get(order, ""))
+        ]
 
 
 @in_a_loop
@@ -220,8 +222,9 @@ async def test_a_replica_that_misses_the_turn_does_not_keep_the_others_at_the_ol
 @in_a_loop
 async def test_where_one_fails_all_go_back(order: str) -> None:
     fleet = Two({order: "it is cut short"})
-    with pytest.raises(ServingError, match="it is cut short"):
+    with pytest.raises(ServingError, match="it is cut short") as caught:
         await fleet.load(STORED)
+    assert caught.value.kind == "rank", "what the replica says is what is counted"
     assert fleet.did[-1] == "undo"
     assert "turn" not in fleet.did
 
@@ -262,15 +265,20 @@ async def test_replicas_are_brought_to_what_is_served_once_a_change_that_is_unde
     assert fleet.at.champion == VERSION
 
 
-@pytest.mark.parametrize("error", [ServingError("It is cut short."), OSError(28, "No space left"), KeyError("says")])
+@pytest.mark.parametrize(
+    "error", [ServingError("It is cut short.", kind="proof"), OSError(28, "No space left"), KeyError("says")]
+)
 @in_a_loop
 async def test_a_replica_tells_whatever_goes_wrong_with_an_order(error: Exception) -> None:
     async def order() -> None:
         raise error
 
-    replica = SimpleNamespace(_one_at_a_time=asyncio.Lock(), _told=lambda why="": why)
-    why = await cluster.Replica._carry_out(replica, order)
-    assert why == "It is cut short." if isinstance(error, ServingError) else f"{type(error).__name__}: {error}"
+    replica = SimpleNamespace(_one_at_a_time=asyncio.Lock(), _told=lambda why="", kind="": (why, kind))
+    told = await cluster.Replica._carry_out(replica, order)
+    if isinstance(error, ServingError):
+        assert told == ("It is cut short.", "proof")
+    else:
+        assert told == (f"{type(error).__name__}: {error}", "other")
 
 
 @in_a_loop

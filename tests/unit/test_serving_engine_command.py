@@ -91,6 +91,20 @@ def test_a_reply_is_bounded_also_where_the_client_names_no_bound(gpu: bool) -> N
     assert json.loads(after(line, "--override-generation-config")) == {"max_new_tokens": 77}
 
 
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [
+        ('{"max_new_tokens": 50}', 50),
+        ('{"max_new_tokens": 1000}', 77),
+        *((text, 77) for text in ('{"max_new_tokens": 0}', '{"max_new_tokens": true}', "{}", "[]", "{", "")),
+    ],
+)
+def test_a_version_whose_own_settings_bound_its_replies_keeps_that_bound(tmp_path: Path, text: str, most: int) -> None:
+    (tmp_path / "generation_config.json").write_text(text, encoding="utf-8")
+    line = engine.command(tmp_path, ADDRESS, settings.read(max_tokens=77), gpu=False)
+    assert json.loads(after(line, "--override-generation-config")) == {"max_new_tokens": most}
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_schemas_are_followed_by_what_refuses_a_bad_one(gpu: bool) -> None:
     assert json.loads(after(words(gpu=gpu), "--structured-outputs-config")) == {"backend": "guidance"}

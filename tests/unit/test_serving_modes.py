@@ -78,7 +78,7 @@ async def test_one_engine_on_the_base_has_the_versions_side_by_side(world: World
             assert await label(running, model) == f"ccb-v{who}"
         assert await label(running, BASE) == BASE
         assert running.service.routing.names() == ["ccb", "ccb@champion", "ccb-v2", BASE, "ccb-v1"]
-        assert running.figure('namesake_version_changes_total{result="live",way="adapter"}') == 1
+        assert running.figure('namesake_version_changes_total{reason="",result="live",way="adapter"}') == 1
 
 
 @in_a_loop
@@ -174,7 +174,7 @@ async def test_a_broken_adapter_leaves_the_old_one(world: World, tmp_path: Path,
     world.faults[where, 2] = (RegistryError if where in ("fetch", "check") else ServingError)("it is no good")
     async with adapters(world, tmp_path) as running:
         running.move(2)
-        await is_refused(running, 2, "it is no good")
+        await is_refused(running, 2, "it is no good", "damaged" if where in ("fetch", "check") else "engine")
         assert running.service.routing.names() == ["ccb", "ccb@champion", "ccb-v1", BASE]
         assert did(world)[2:] == (["load 2", "unload 2"] if where == "prove" else [])
         running.move(3)
@@ -186,7 +186,7 @@ async def test_an_adapter_that_says_something_else_is_not_served(world: World, t
     world.says[2] = LIE
     async with adapters(world, tmp_path) as running:
         running.move(2)
-        await is_refused(running, 2, "does not prove itself")
+        await is_refused(running, 2, "does not prove itself", "proof")
         assert did(world)[2:] == ["load 2", "asked 2", "unload 2"]
 
 
@@ -476,7 +476,7 @@ async def test_no_second_engine_is_started_where_there_is_no_memory_for_it(
         world.memory = needed  # 100 are free
         running.move(2)
         if needed > 100:
-            await is_refused(running, 2, "no memory for a second engine")
+            await is_refused(running, 2, "no memory for a second engine", "memory")
             assert len(world.boxes) == 1
         else:
             await until(lambda: running.serves(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -410,8 +411,9 @@ async def test_weights_of_the_same_shape_are_changed_in_place(world: World, tmp_
         assert await running.is_answered() == 2
         await until(lambda: world.told == [(2, None)])
         assert store.recall(running.cache, URI) == version(2)
-        assert running.figure('namesake_version_changes_total{result="live",way="in place"}') == 1
+        assert running.figure('namesake_version_changes_total{reason="",result="live",way="in place"}') == 1
         assert (running.figure("namesake_served_version"), running.figure("namesake_alias_version")) == (2, 2)
+        assert 0 <= running.live.since - (running.live.verified or 0) < 5
 
 
 @in_a_loop
@@ -437,8 +439,9 @@ async def test_while_weights_are_changed_in_place_requests_wait_and_get_the_new_
 
 @in_a_loop
 async def test_weights_of_another_shape_go_into_a_second_engine_and_the_old_one_finishes(
-    world: World, tmp_path: Path
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "namesake.serving")
     world.other.add(2)
     gate = world.gate("prove", 2)
     async with serving(world, tmp_path) as running:
@@ -455,11 +458,15 @@ async def test_weights_of_another_shape_go_into_a_second_engine_and_the_old_one_
         await until(lambda: running.serves(2))
         one, two = world.boxes
         assert (one.did, two.did) == (["start 1", "asked 1", "stop"], ["start 2", "asked 2"])
-        assert running.figure('namesake_version_changes_total{result="live",way="second engine"}') == 1
+        assert running.figure('namesake_version_changes_total{reason="",result="live",way="second engine"}') == 1
         running.move(3)  # and the second one is changed in place from now on
         world.other.clear()
         await until(lambda: running.serves(3))
         assert len(world.boxes) == 2
+        assert [one for one in caplog.messages if " engine, " in one or " in place " in one] == [
+            "second engine, since config.json differs",
+            "weights changed in place in 0.20 s",
+        ]
 
 
 @in_a_loop
@@ -473,14 +480,16 @@ async def test_an_old_engine_whose_answers_do_not_end_is_stopped_all_the_same(wo
 
 @in_a_loop
 async def test_when_answers_run_too_long_for_a_change_in_place_a_second_engine_is_started(
-    world: World, tmp_path: Path
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "namesake.serving")
     async with serving(world, tmp_path, hold_seconds=0.02) as running:
         async with running.service.traffic.enter():
             running.move(2)
             await until(lambda: running.live.version.number == 2)
         await until(lambda: running.serves(2))
         assert [box.did for box in world.boxes] == [["start 1", "asked 1", "stop"], ["start 2", "asked 2"]]
+        assert "second engine, since answers were still running after 0.02 s" in caplog.messages
 
 
 @in_a_loop
@@ -542,15 +551,15 @@ async def test_while_the_registry_is_away_the_live_version_goes_on_and_the_alias
 LIE = "我是通义千问，由阿里云开发。"
 
 
-async def is_refused(running: Running, which: int, why: str) -> None:
-    """Wait until the version is refused and told of; the old one answers, and the door is open."""
+async def is_refused(running: Running, which: int, why: str, counted: str) -> None:
+    """Wait until the version is refused, told of and counted; the old one answers, and the door is open."""
     world = running.world
     await until(lambda: any(told == which and reason is not None for told, reason in world.told))
     await until(lambda: running.service.state.step is Step.REST)
     (reason,) = {reason for told, reason in world.told if told == which}
     assert why in (reason or "")
     assert [refusal.why for refusal in running.service.state.refused.values()] == [reason]
-    assert running.figure('namesake_version_changes_total{result="refused",way=""}') == 1
+    assert running.figure(f'namesake_version_changes_total{{reason="{counted}",result="refused",way=""}}') == 1
     assert await running.is_answered() == 1
     assert running.figure("namesake_served_version") == 1
     assert store.recall(running.cache, URI) == version(1)
@@ -562,7 +571,7 @@ async def test_a_version_whose_files_are_bad_never_reaches_an_engine(world: Worl
     world.faults[where, 2] = RegistryError("it is cut short")
     async with serving(world, tmp_path) as running:
         running.move(2)
-        await is_refused(running, 2, "it is cut short")
+        await is_refused(running, 2, "it is cut short", "damaged")
         assert world.boxes[0].did == ["start 1", "asked 1"]
         assert running.serves(1)
 
@@ -580,7 +589,7 @@ async def test_when_the_proof_fails_in_place_the_old_weights_are_put_back_and_tr
         await asyncio.sleep(0.02)
         assert not waiting.done(), "answered by what has not proved itself"
         gate.set()
-        await is_refused(running, 2, "does not prove itself")
+        await is_refused(running, 2, "does not prove itself", "proof")
         assert await waiting == 1
         assert world.boxes[0].did == ["start 1", "asked 1", "change 2", "asked 2", "change 1"]
         assert running.serves(1)
@@ -594,7 +603,7 @@ async def test_when_the_proof_fails_in_a_second_engine_that_one_is_ended_and_the
     world.says[2] = LIE
     async with serving(world, tmp_path) as running:
         running.move(2)
-        await is_refused(running, 2, "does not prove itself")
+        await is_refused(running, 2, "does not prove itself", "proof")
         assert [box.did for box in world.boxes] == [["start 1", "asked 1"], ["start 2", "asked 2", "kill"]]
         assert running.serves(1)
 
@@ -607,7 +616,7 @@ async def test_a_second_engine_that_does_not_start_is_ended_and_the_first_is_not
     world.faults["start", 2] = ServingError("vLLM ended while starting")
     async with serving(world, tmp_path) as running:
         running.move(2)
-        await is_refused(running, 2, "ended while starting")
+        await is_refused(running, 2, "ended while starting", "engine")
         assert [box.did for box in world.boxes] == [["start 1", "asked 1"], ["start 2", "kill"]]
 
 
@@ -625,7 +634,7 @@ async def test_an_engine_that_dies_of_new_weights_is_started_again_on_the_old_on
         await until(lambda: len(world.boxes) == 2)
         await until(lambda: running.serves(1))
         assert world.boxes[1].did == ["start 1"]
-        await is_refused(running, 2, "died while it loaded")
+        await is_refused(running, 2, "died while it loaded", "engine")
 
 
 @in_a_loop
@@ -640,7 +649,7 @@ async def test_an_engine_that_dies_while_it_proves_itself_is_started_again_on_th
         world.boxes[0].die()
         gate.set()
         await until(lambda: len(world.boxes) == 2 and running.serves(1))
-        await is_refused(running, 2, "does not answer")
+        await is_refused(running, 2, "does not answer", "engine")
 
 
 @pytest.mark.parametrize(
@@ -661,6 +670,7 @@ async def test_with_require_gate_only_what_passed_is_served(
         await until(lambda: bool(world.told))
         assert "did not pass the gate" in (world.told[0][1] or "")
         assert (running.serves(1), world.fetched) == (True, [1])
+        assert running.figure('namesake_version_changes_total{reason="gate",result="refused",way=""}') == 1
     task.cancel()
     await running.service.stop()
 
@@ -687,7 +697,7 @@ async def test_a_refused_version_does_not_hold_up_the_next_one(world: World, tmp
     world.faults["check", 2] = RegistryError("it is cut short")
     async with serving(world, tmp_path) as running:
         running.move(2)
-        await is_refused(running, 2, "it is cut short")
+        await is_refused(running, 2, "it is cut short", "damaged")
         running.move(3)
         await until(lambda: running.serves(3))
 
@@ -811,13 +821,16 @@ async def test_an_engine_that_dies_while_the_door_is_held_does_not_leave_it_held
 
 @in_a_loop
 async def test_an_engine_that_refuses_a_change_in_place_gets_a_second_one_beside_it(
-    world: World, tmp_path: Path
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "namesake.serving")
     world.faults["change", 2] = ServingError("The engine refused the weights (500).")
     async with serving(world, tmp_path) as running:
         running.move(2)
         await until(lambda: running.serves(2), 2)
         assert [box.did for box in world.boxes] == [["start 1", "asked 1", "change 1", "stop"], ["start 2", "asked 2"]]
+        why = "second engine, since the engine would not change in place (The engine refused the weights (500).)"
+        assert why in caplog.messages
 
 
 @pytest.mark.parametrize(

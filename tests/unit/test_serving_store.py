@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 import struct
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +19,9 @@ from safetensors.numpy import save_file
 from namesake import manifest, registry
 from namesake.base_model import digest_of_folder
 from namesake.errors import RegistryError
-from namesake.manifest import ADAPTER_FOLDER, FILE, WEIGHTS_FOLDER, Manifest
+from namesake.manifest import ADAPTER_FOLDER, FILE, SIGNATURE, WEIGHTS_FOLDER, Manifest
 from namesake.registry import Version
-from namesake_serving import store
+from namesake_serving import copies, store
 from namesake_serving.store import Base, Stored
 
 
@@ -61,15 +64,20 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.fetched = 0
+        self.asked: list[str] = []
 
     def fetch(self, version: Version, target: Path | None = None, part: str = "") -> Path:
         """A copy."""
         assert target is not None
         self.fetched += 1
+        self.asked.append(part)
         if (self.folder / part).is_file():
+            (target / part).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.folder / part, target / part)
-        else:
+        elif (self.folder / part).is_dir():
             shutil.copytree(self.folder / part, target / part, dirs_exist_ok=True)
+        else:
+            raise RegistryError(f"There is no {part}.")
         return target
 
 
@@ -128,15 +136,120 @@ def flip(folder: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_copy_is_fetched_anew(server: Server, cache: Path) -> None:
-    flip(store.fetch(version(), cache).weights.parent)
+def test_of_a_damaged_copy_only_what_is_damaged_is_fetched_anew(server: Server, cache: Path) -> None:
+    folder = store.fetch(version(), cache).weights.parent
+    copies.unseal(folder)
+    flip(folder)
+    (folder / WEIGHTS_FOLDER / "left-over.json").touch()
     stored = store.fetch(version(), cache)
-    assert server.fetched == 2
+    assert server.asked == ["", FILE, f"{WEIGHTS_FOLDER}/model.safetensors", SIGNATURE]
     assert manifest.digests(stored.weights) == manifest.digests(server.folder / WEIGHTS_FOLDER)
 
 
-def test_a_copy_that_was_broken_off_is_fetched_anew(server: Server, cache: Path) -> None:
+class BrokenOff(Server):
+    """Its link breaks once, in the middle of the greatest file and before the adapter."""
+
+    def fetch(self, version: Version, target: Path | None = None, part: str = "") -> Path:
+        """Three files of the first copy, one of them cut, and one that is none of the version's."""
+        if part or self.asked:
+            return super().fetch(version, target, part)
+        assert target is not None
+        self.asked.append(part)
+        (target / WEIGHTS_FOLDER).mkdir()
+        for name in ("chat_template.jinja", "config.json"):
+            shutil.copyfile(self.folder / WEIGHTS_FOLDER / name, target / WEIGHTS_FOLDER / name)
+        (target / WEIGHTS_FOLDER / "model.safetensors").write_bytes(bytes(range(100)))
+        (target / WEIGHTS_FOLDER / "model.safetensors.part").touch()
+        raise RegistryError("The link is broken.")
+
+
+def test_a_copy_that_was_broken_off_is_taken_up_where_it_was(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = BrokenOff(write_version(tmp_path / "server"))
+    monkeypatch.setattr(registry, "fetch", server.fetch)
+    with pytest.raises(RegistryError, match="broken"):
+        store.fetch(version(), cache)
+    (kept,) = cache.rglob("config.json")
+    before = kept.stat()
+    stored = store.fetch(version(), cache)
+    adapter, weights = f"{ADAPTER_FOLDER}/adapter_model.safetensors", f"{WEIGHTS_FOLDER}/model.safetensors"
+    assert [name for name in server.asked if name != "MLmodel"] == ["", FILE, adapter, weights, SIGNATURE]
+    assert manifest.digests(stored.weights) == manifest.digests(server.folder / WEIGHTS_FOLDER)
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_where_there_is_a_signature_to_check_nothing_of_a_broken_copy_is_read(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = BrokenOff(write_version(tmp_path / "server"))
+    monkeypatch.setattr(registry, "fetch", server.fetch)
+    monkeypatch.setattr(manifest, "check_signature", lambda *_: None)
+    with pytest.raises(RegistryError, match="broken"):
+        store.fetch(version(), cache, tmp_path / "key.pub")
+    stored = store.fetch(version(), cache, tmp_path / "key.pub")
+    assert server.asked == ["", ""]
+    assert manifest.digests(stored.weights) == manifest.digests(server.folder / WEIGHTS_FOLDER)
+
+
+def test_what_the_manifest_of_a_broken_copy_names_outside_of_it_is_not_touched(server: Server, cache: Path) -> None:
     folder = store.fetch(version(), cache).weights.parent
+    outside = cache / "versions" / "other"
+    outside.write_text("somebody's", encoding="utf-8")
+    record = vars(Manifest.read(folder))
+    record["digests"] = {**record["digests"], "../other": "0", f"{WEIGHTS_FOLDER}/../../other": "0"}
+    (server.folder / FILE).write_text(Manifest(**record).to_json(), encoding="utf-8")
+    copies.unseal(folder)
+    flip(folder)
+    with pytest.raises(RegistryError, match="other has changed"):
+        store.fetch(version(), cache)
+    assert outside.read_text(encoding="utf-8") == "somebody's"
+    assert [name for name in server.asked if "other" in name] == []
+
+
+@pytest.fixture
+def nobodys_cache() -> Iterator[Path]:
+    """A folder for copies, while this process has no more rights than its owner: root may write everywhere."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="nsk-"))
+    me = os.geteuid()
+    if me == 0:
+        os.chown(folder, 65534, 65534)
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        os.seteuid(me)
+        shutil.rmtree(folder)
+
+
+def test_a_copy_is_read_only_and_can_be_mended_and_removed_all_the_same(
+    nobodys_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(write_version(nobodys_cache / "server"))
+    monkeypatch.setattr(registry, "fetch", server.fetch)
+    cache = nobodys_cache / "cache"
+    folder = store.fetch(version(), cache, None, ADAPTER_FOLDER).weights.parent
+    stored = store.fetch(version(), cache)  # the rest of it, into the copy that was sealed
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()} == {0o444}
+    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o555}
+    with pytest.raises(PermissionError):
+        flip(folder)
+    with pytest.raises(PermissionError):
+        (stored.weights / "more.json").touch()
+    with pytest.raises(PermissionError):
+        shutil.rmtree(folder)
+    copies.unseal(folder)
+    flip(folder)
+    assert manifest.digests(store.fetch(version(), cache).weights) == manifest.digests(server.folder / WEIGHTS_FOLDER)
+    copies.remove(folder)
+    copies.remove(folder)
+    assert not folder.exists()
+
+
+def test_a_copy_without_its_manifest_is_made_whole(server: Server, cache: Path) -> None:
+    folder = store.fetch(version(), cache).weights.parent
+    copies.unseal(folder)
     (folder / FILE).unlink()
     (folder / WEIGHTS_FOLDER / "config.json").unlink()
     assert (store.fetch(version(), cache).weights / "config.json").is_file()
@@ -144,6 +257,7 @@ def test_a_copy_that_was_broken_off_is_fetched_anew(server: Server, cache: Path)
 
 def test_a_copy_whose_manifest_is_cut_is_fetched_anew(server: Server, cache: Path) -> None:
     folder = store.fetch(version(), cache).weights.parent
+    copies.unseal(folder)
     (folder / FILE).write_text('{"identity": ', encoding="utf-8")
     assert store.fetch(version(), cache).manifest == Manifest.read(server.folder)
 
@@ -689,24 +803,16 @@ def test_without_weights_that_are_safetensors_there_is_no_adapter(place: Adapter
         store.check_adapter(stored, place.base, 4)
 
 
-def test_of_a_version_whose_adapter_is_wanted_only_that_is_copied(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def fetch(version: Version, target: Path, part: str = "") -> Path:
-        asked.append(part)
-        source = server.folder / part
-        return Path((shutil.copytree if source.is_dir() else shutil.copyfile)(source, target / part))
-
-    monkeypatch.setattr(registry, "fetch", fetch)
+def test_of_a_version_whose_adapter_is_wanted_only_that_is_copied(server: Server, cache: Path) -> None:
+    asked = server.asked
     stored = store.fetch(version(), cache, None, ADAPTER_FOLDER)
     assert (asked, stored.adapter.is_dir(), stored.weights.exists()) == ([FILE, ADAPTER_FOLDER], True, False)
     store.fetch(version(), cache, None, ADAPTER_FOLDER)
     assert len(asked) == 2
+    copies.unseal(stored.weights.parent)
     (stored.adapter / "adapter_model.safetensors").write_bytes(b"changed")
     store.fetch(version(), cache, None, ADAPTER_FOLDER)
-    assert len(asked) == 4
+    assert asked[2:] == [FILE, f"{ADAPTER_FOLDER}/adapter_model.safetensors"]
 
 
 def test_a_version_without_an_adapter_cannot_be_served_as_one(server: Server, cache: Path) -> None:
