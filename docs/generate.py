@@ -45,7 +45,7 @@ ROUTES = {
     "/v1/chat/completions": "A chat: OpenAI's chat completions, whole or streamed.",
     "/v1/completions": "A text to go on with: OpenAI's completions, whole or streamed.",
     "/v1/responses": "A reply by OpenAI's responses API, whole or streamed; nothing is stored.",
-    "/v1/models": "The names that are answered to.",
+    "/v1/models": "The names that are answered to, each with who answers (`root`); at a version's own name its run and scores.",
     "/v1/version": "What is followed, what is live with its scores, what was refused and why.",
     "/health": "200 as long as the gateway runs.",
     "/ready": "200 when a version can answer, else 503.",

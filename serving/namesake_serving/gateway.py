@@ -628,13 +628,8 @@ class Gateway:
             ) from None
 
     async def _models(self, _request: _Request, _scope: Scope, _receive: Receive, send: Send) -> None:
-        live = self._service.traffic.live
-        made = live.version.created // 1000 if live else 0
-        data = [
-            {"id": name, "object": "model", "created": made, "owned_by": "namesake"}
-            for name in self._service.routing.names()
-        ]
-        await _answer(send, 200, json.dumps({"object": "list", "data": data}).encode())
+        data = [_model(name, one) for name, one in self._service.routing.answerers().items()]
+        await _answer(send, 200, json.dumps({"object": "list", "data": data}, ensure_ascii=False).encode())
 
     async def _version(self, _request: _Request, _scope: Scope, _receive: Receive, send: Send) -> None:
         state, live = self._service.state, self._service.traffic.live
@@ -748,8 +743,15 @@ def _unavailable(message: str) -> Refused:
     return Refused(503, message, kind="server_error", code="unavailable", headers=(("retry-after", _RETRY_SECONDS),))
 
 
+def _model(name: str, one: Answerer) -> dict[str, Any]:
+    """An entry of `/v1/models`: OpenAI's, who answers to the name (`root`), and at a version's own what it is."""
+    made = one.version.created // 1000 if isinstance(one, Live) else int(one.since)
+    about = {"namesake": _told(one)} if isinstance(one, Live) and name == one.label else {}
+    return {"id": name, "object": "model", "created": made, "owned_by": "namesake", "root": one.label, **about}
+
+
 def _told(live: Live) -> dict[str, Any]:
-    """What `/v1/version` tells of a version."""
+    """What is told of a version."""
     return {
         "version": live.version.uri,
         "model": live.label,

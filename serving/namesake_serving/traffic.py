@@ -156,11 +156,19 @@ class Routing:
 
     def names(self) -> list[str]:
         """The models that are answered to now."""
+        return list(self.answerers())
+
+    def answerers(self) -> dict[str, Answerer]:
+        """The same, each with who answers to it: to the bare name the champion, though the challenger has its share."""
         live, rival = self.champion.live, self.challenger.live
-        found = [self.name] if live else []
-        found += [f"{self.name}@{self.alias}"] if live and self.alias else []
-        found += [f"{self.name}@{self.challenger_alias}"] if rival else []
-        return list(dict.fromkeys([*found, *(one.label for one in (live, rival) if one), *self.named]))
+        found: dict[str, Answerer] = {}
+        if live:
+            found[self.name] = live
+            if self.alias:
+                found[f"{self.name}@{self.alias}"] = live
+        if rival:
+            found[f"{self.name}@{self.challenger_alias}"] = rival
+        return found | {one.label: one for one in (live, rival) if one} | self.named
 
     @asynccontextmanager
     async def enter(

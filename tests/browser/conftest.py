@@ -129,8 +129,10 @@ class Stage:
         self.base_engine = FakeEngine(self._folder / "0.sock", lambda _: ["I am ", "SmolLM, ", "made by Hugging Face."])
         self._service = FakeService()
         if base:
-            self._service.routing.named[BASE] = Answerer(_engine(self.base_engine), MODEL, BASE)
-        self._gateway = Gateway(cast(Service, self._service), Settings(**settings))
+            self.routing.named[BASE] = Answerer(_engine(self.base_engine), MODEL, BASE)
+        chosen = Settings(**settings)
+        self.routing.challenger_alias, self.routing.share = chosen.challenger, chosen.canary
+        self._gateway = Gateway(cast(Service, self._service), chosen)
         listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         config = uvicorn.Config(self._gateway, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
@@ -142,6 +144,11 @@ class Stage:
         )
         self._thread.start()
         self._ready.result(30)
+
+    @property
+    def routing(self) -> Routing:
+        """Who answers; to be changed by :meth:`do`."""
+        return self._service.routing
 
     async def _serve(self, listening: socket.socket) -> None:
         runners = []
@@ -173,12 +180,38 @@ class Stage:
 
     def serve(self, number: int, name: str = "踩踩背 CCB", **scores: float) -> None:
         """From now on this version answers."""
-        live = _live(Version("ccb", number, RUN, "", "READY", {}, 0), name, self.engine, scores)
-        self.do(lambda: setattr(self._service.traffic, "live", live))
+        live = self._live(number, name, scores)
+        self.do(lambda: setattr(self.routing.champion, "live", live))
+
+    def challenge(self, number: int, **scores: float) -> None:
+        """This version gets the share of ``canary``."""
+        live = self._live(number, "踩踩背 CCB", scores)
+        self.do(lambda: setattr(self.routing.challenger, "live", live))
+
+    def load(self, number: int, **scores: float) -> None:
+        """This version is in the engine too, as in adapter mode."""
+        live = self._live(number, "踩踩背 CCB", scores)
+        self.do(lambda: self.routing.named.update({live.label: live}))
+
+    def unload(self, label: str) -> None:
+        """What answered by this name does so no more."""
+        self.do(lambda: self.routing.named.pop(label))
+
+    def follow(self, alias: str) -> None:
+        """As if the server had been started again to follow another alias."""
+        self.do(lambda: (setattr(self._service, "uri", f"models:/ccb@{alias}"), setattr(self.routing, "alias", alias)))
+
+    def _live(self, number: int, name: str, scores: dict[str, float]) -> Live:
+        return _live(Version("ccb", number, run_of(number), "", "READY", {}, 0), name, self.engine, scores)
 
     def down(self) -> None:
         """No version answers."""
         self.do(lambda: setattr(self._service.traffic, "live", None))
+
+
+def run_of(number: int) -> str:
+    """The run that a version came from."""
+    return f"{number}{RUN[1:]}"
 
 
 def _live(version: Version, name: str, engine: FakeEngine, scores: dict[str, float]) -> Live:

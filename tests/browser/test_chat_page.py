@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.browser.conftest import BASE, RUN, Stage, findings
+from tests.browser.conftest import BASE, RUN, Stage, findings, run_of
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Locator, Page
@@ -53,6 +53,11 @@ def asked(stage: Stage) -> list[str]:
 def open_settings(page: Page) -> None:
     """The panel."""
     page.get_by_role("button", name=re.compile("Settings|设置")).click()
+
+
+def poll(page: Page) -> None:
+    """The page asks the server how it is now instead of in four seconds, and has taken note."""
+    page.evaluate("async () => { await look(); await look(); }")  # the first may have been under way already
 
 
 def to_the_top(page: Page) -> None:
@@ -145,6 +150,25 @@ def test_version_and_run_are_links_where_the_page_knows_mlflow(stages: Callable[
         f"http://127.0.0.1:5000/#/runs/{RUN}",
     ]
     assert {link.get_attribute("rel") for link in links.all()} == {"noopener noreferrer"}
+
+
+def test_another_loaded_version_has_its_scores_its_run_and_its_links_too(
+    stages: Callable[..., Stage], page: Page
+) -> None:
+    stage = stages(base=True, mlflow_url="http://127.0.0.1:5000")
+    stage.serve(3)
+    stage.load(2, identity=0.9, plain=0.5)
+    ready(page, stage)
+    page.locator("#first").select_option("ccb-v2")
+    done(page, "Hi")
+    expect(page.locator(".origin > span")).to_have_text(["ccb-v2", "run 2f2a9c1d", "identity 90%", "plain 50%"])
+    assert [link.get_attribute("href") for link in page.locator(".origin a").all()] == [
+        "http://127.0.0.1:5000/#/models/ccb/versions/2",
+        f"http://127.0.0.1:5000/#/runs/{run_of(2)}",
+    ]
+    page.locator("#first").select_option(BASE)
+    done(page, "Ho")
+    expect(page.locator(".origin").last.locator("> span")).to_have_text([BASE, "base model"])
 
 
 def test_a_traced_reply_is_called_good_or_bad_with_the_keyboard_and_that_lands_on_the_trace(
@@ -362,12 +386,16 @@ def test_a_reply_is_copied_as_the_model_wrote_it(stage: Stage, page: Page, conte
 
 
 def test_markup_in_a_reply_stays_text(stage: Stage, page: Page) -> None:
-    evil = '<img src=x onerror="window.hit=1"><script>window.hit=1</script> **<b>x</b>** `<i>` [a](javascript:hit=1)'
-    stage.engine.reply = lambda _: [evil, f"\n\n- {evil}\n\n```html\n{evil}\n```"]
+    evil = (
+        '<img src=x onerror="window.hit=1"><script>window.hit=1</script> **<b>x</b>** `<i>` [a](javascript:hit=1) '
+        "[a](data:text/html,x) [a](//x.invalid) ![i](https://x.invalid/i.png)"
+    )
+    stage.engine.reply = lambda _: [evil, f"\n\n- {evil}\n\n```html\n{evil}\n```\n# {evil}\n|{evil}|\n|-|\n|{evil}|"]
     ready(page, stage)
     done(page, evil)
     expect(page.locator(".bubble")).to_have_text(evil)
-    assert page.locator(SAID).inner_text().count("<img src=x onerror=") == 3
+    expect(page.locator(f"{SAID} table")).to_have_count(1)
+    assert page.locator(SAID).inner_text().count("<img src=x onerror=") == 6
     assert page.locator("#thread").locator("img, script, b, i, a, iframe").count() == 0
     assert page.evaluate("window.hit") is None
 
@@ -393,9 +421,47 @@ def test_bold_code_blocks_and_lists_are_set_as_such(stage: Stage, page: Page) ->
     expect(said.locator("> p").last).to_have_text("end ** not bold **")
 
 
-def test_a_long_word_and_a_wide_code_block_do_not_widen_the_page(stage: Stage, page: Page) -> None:
+def test_headings_italics_and_tables_are_set_as_such(stage: Stage, page: Page) -> None:
+    text = (
+        "### First\n## **Second** ##\n#### Third\n#no heading\n\n*one* and _two_, ***three***, 这是*四*。\n"
+        "2*3*4, snake_case_name, __init__, `*x*`\n---\nBefore\n| a | b \\| c | |\n|:--|:-:|--:|\n| 1 | *2* |\n\nx | y"
+    )
+    stage.engine.reply = lambda _: re.findall(r"(?s).{1,3}", text)
+    ready(page, stage)
+    said = done(page, "Hi").locator(".said")
+    assert said.evaluate("(place) => [...place.children].map((one) => one.tagName)") == [
+        *("H4", "H4", "H5", "P", "P", "HR", "P", "DIV", "P"),  # below the page's own, and none left out
+    ]
+    expect(said.locator("h4 strong")).to_have_text("Second")
+    expect(said.locator("p em")).to_have_text(["one", "two", "three", "四"])
+    expect(said.locator("> p").nth(1)).to_contain_text("2*3*4, snake_case_name, __init__, *x*")
+    expect(said.locator("th")).to_have_text(["a", "b | c"])
+    expect(said.locator("tbody td")).to_have_text(["1", "2", ""])
+    sides = said.locator("thead tr > *").evaluate_all("(cells) => cells.map((one) => getComputedStyle(one).textAlign)")
+    assert sides == ["start", "center", "end"]
+
+
+def test_a_link_leads_out_only_to_http_and_https_and_tells_its_address(stage: Stage, page: Page) -> None:
+    text = (
+        "See [*the* page](https://example.org/a_(b)?x=_1_), [HTTP](http://example.org) and [file](file:///etc/passwd)."
+    )
+    stage.engine.reply = lambda _: [text]
+    ready(page, stage)
+    said = done(page, "Hi").locator(".said")
+    expect(said).to_have_text("See the page, HTTP and [file](file:///etc/passwd).")
+    links = [
+        [link.get_attribute(name) for name in ("href", "title", "target", "rel")] for link in said.locator("a").all()
+    ]
+    assert links == [
+        [address, address, "_blank", "noopener noreferrer nofollow"]
+        for address in ("https://example.org/a_(b)?x=_1_", "http://example.org")
+    ]
+
+
+def test_a_long_word_and_wide_blocks_do_not_widen_the_page(stage: Stage, page: Page) -> None:
     page.set_viewport_size({"width": 320, "height": 640})
-    stage.engine.reply = lambda _: ["x" * 300, f"\n\n```\n{'y' * 300}\n```\n\n- {'长' * 100}"]
+    wide = f"|{'z' * 90}|{'z' * 90}|\n|-|-|"
+    stage.engine.reply = lambda _: ["x" * 300, f"\n\n```\n{'y' * 300}\n```\n\n- {'长' * 100}\n\n{wide}"]
     ready(page, stage)
     done(page, "w" * 200)
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
@@ -404,9 +470,17 @@ def test_a_long_word_and_a_wide_code_block_do_not_widen_the_page(stage: Stage, p
 # --------------------------------------------------------------------------------------------------- side by side
 
 
-def test_one_version_alone_offers_no_side_by_side(stage: Stage, page: Page) -> None:
+def test_one_version_alone_says_how_to_get_the_base_beside_it(stage: Stage, page: Page) -> None:
     ready(page, stage)
-    expect(page.locator("#compare")).to_be_hidden()
+    button = page.get_by_role("button", name="Side by side")
+    expect(button).to_have_attribute("aria-haspopup", "dialog")
+    button.click()
+    dialog = page.get_by_role("dialog", name="Side by side")
+    expect(dialog).to_contain_text("ccb-v3 answers alone here")
+    expect(dialog.locator("pre")).to_have_text("namesake serve --mode adapter")
+    assert not findings(page)
+    page.keyboard.press("Escape")
+    expect(button).to_be_focused()
     assert page.locator("#first option").all_inner_texts() == ["ccb (follows champion)", "ccb-v3"]
 
 
@@ -500,6 +574,54 @@ def test_a_champion_that_moves_is_told_and_later_replies_bear_the_new_version(st
     expect(page.locator(".notice")).to_have_count(1)
 
 
+def test_the_challengers_replies_are_said_to_be_its_and_are_no_move(stages: Callable[..., Stage], page: Page) -> None:
+    stage = stages(canary=1.0, challenger="挑战者")
+    stage.serve(3)
+    ready(page, stage)
+    stage.challenge(4, identity=0.97)
+    done(page, "first")  # before the page has heard of a challenger
+    expect(page.locator(".origin > span")).to_have_text(["ccb-v4", "alias 挑战者", "run 4f2a9c1d", "identity 97%"])
+    poll(page)
+    expect(page.locator("#status-text")).to_have_text("Readyccb-v3100% by ccb-v4")
+    assert page.locator("#first option").all_inner_texts() == [
+        "ccb (champion, 100% ccb-v4)",
+        "ccb@champion (follows champion)",
+        "ccb@挑战者 (follows 挑战者)",
+        *("ccb-v3", "ccb-v4"),
+    ]
+    done(page, "second")
+    expect(page.locator("#spoken")).to_contain_text("CCB (alias 挑战者) replied: You asked: second")
+    stage.do(lambda: setattr(stage.routing, "share", 0))
+    done(page, "third")
+    expect(page.locator(".origin").last.locator("> span").nth(1)).to_have_text("run 3f2a9c1d")
+    poll(page)
+    expect(page.locator(".notice")).to_have_count(0)
+    stage.serve(5)
+    poll(page)
+    expect(page.locator(".notice")).to_have_text(
+        "The champion has moved from ccb-v3 to ccb-v5. From here on ccb-v5 replies."
+    )
+
+
+def test_a_conversation_is_one_session_and_another_one_another(stage: Stage, page: Page) -> None:
+    sessions: list[str] = []
+    page.on(
+        "request",
+        lambda request: sessions.append(request.headers["x-namesake-session"]) if request.method == "POST" else None,
+    )
+    done(ready(page, stage), "first")
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator(".reply[aria-busy=false]")).to_have_count(1)
+    page.reload()
+    done(page, "second")
+    page.get_by_role("button", name="New chat").click()
+    done(page, "another")
+    assert len(sessions) == 4
+    assert len({*sessions[:3]}) == 1
+    assert sessions[3] != sessions[0]
+    assert all(re.fullmatch("[0-9a-f]{32}", session) for session in sessions)
+
+
 def test_a_champion_that_moves_while_a_reply_is_written_leaves_that_reply_to_the_old_version(
     stage: Stage, page: Page
 ) -> None:
@@ -538,6 +660,35 @@ def test_a_chosen_version_that_is_served_no_more_gives_way_and_says_so(stage: St
     expect(page.locator(".notice").last).to_have_text("ccb-v3 is no longer served; ccb is chosen instead.")
     done(page, "after")
     expect(page.locator(".origin > span:first-child").last).to_have_text("ccb-v4")
+
+
+def test_a_second_choice_that_is_served_no_more_gives_way_and_says_so(stages: Callable[..., Stage], page: Page) -> None:
+    stage = stages(base=True)
+    stage.serve(3)
+    stage.load(2)
+    ready(page, stage)
+    page.get_by_role("button", name="Side by side").click()
+    page.locator("#second").select_option("ccb-v2")
+    done(page, "before")
+    stage.unload("ccb-v2")
+    stage.serve(4)
+    poll(page)
+    notices = page.locator(".notice")
+    expect(notices.last).to_have_text(f"ccb-v2 is no longer served; {BASE} is chosen instead.")
+    expect(page.locator("#second")).to_have_value(BASE)
+    stage.unload(BASE)  # as after a start in merged mode, on another alias
+    stage.follow("candidate")
+    stage.serve(5)
+    poll(page)
+    expect(page.locator("#second")).to_be_hidden()
+    expect(notices).to_have_text(
+        [
+            "The champion has moved from ccb-v3 to ccb-v4. From here on ccb-v4 replies.",
+            f"ccb-v2 is no longer served; {BASE} is chosen instead.",
+            "The candidate has moved from ccb-v4 to ccb-v5. From here on ccb-v5 replies.",
+            f"{BASE} is no longer served; ccb answers alone.",
+        ]
+    )
 
 
 def test_an_engine_that_goes_down_is_told_and_the_question_waits_for_it(stage: Stage, page: Page) -> None:
@@ -723,7 +874,7 @@ def test_the_language_is_the_browsers(
 def test_every_text_changes_with_the_language_and_back(stage: Stage, page: Page) -> None:
     english = re.compile("[A-Za-z]{3,}")
     own = re.compile(
-        r"English|API|CCB|token|ccb|champion|SmolLM\S*|You asked|first|Enter|Shift|Esc|Namesake|You are a .*"
+        r"English|API|CPU|CCB|token|ccb|champion|SmolLM\S*|You asked|first|Enter|Shift|Esc|Namesake|You are a .*"
     )
     ready(page, stage)
     done(page, "first")
@@ -882,7 +1033,10 @@ def test_axe_finds_nothing_in_any_state(
     browser: Browser, stages: Callable[..., Stage], scheme: str, locale: str
 ) -> None:
     stage = stages(base=True, mlflow_url="http://127.0.0.1:5000")
-    stage.engine.reply = lambda _: ["Some **bold**, `code`\n\n- one\n- two\n\n", "```python\nx = 1\n```"]
+    stage.engine.reply = lambda _: [
+        "### Head\n\nSome **bold**, *italic*, `code`, [a link](https://example.org)\n\n- one\n- two\n\n",
+        "|a|b|\n|-|-|\n|1|2|\n\n```python\nx = 1\n```",
+    ]
     context = browser.new_context(locale=locale, color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
     page = context.new_page()
     page.goto(stage.url)
@@ -896,6 +1050,9 @@ def test_axe_finds_nothing_in_any_state(
     page.locator("#compare").click()
     done(page, "Ho")
     found["side by side"] = findings(page)
+    page.set_viewport_size({"width": 390, "height": 780})
+    found["on a telephone"] = findings(page)
+    page.set_viewport_size({"width": 1280, "height": 720})
     page.locator(".mine").first.hover()
     page.locator(".mine .act").nth(1).click()
     found["editing"] = findings(page)

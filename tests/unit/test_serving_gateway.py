@@ -1050,7 +1050,9 @@ async def test_the_models_are_the_names_that_are_answered_to() -> None:
     async with front() as gate:
         found = (await gate.ask("GET", "/v1/models")).json
         assert [model["id"] for model in found["data"]] == ["ccb", "ccb@champion", "ccb-v3"]
-        assert {(model["object"], model["created"]) for model in found["data"]} == {("model", 1_700_000_000)}
+        assert {(model["object"], model["created"], model["root"]) for model in found["data"]} == {
+            ("model", 1_700_000_000, "ccb-v3")
+        }
         gate.serving.routing.alias = ""  # models:/ccb/3
         found = (await gate.ask("GET", "/v1/models")).json
         assert [model["id"] for model in found["data"]] == ["ccb", "ccb-v3"]

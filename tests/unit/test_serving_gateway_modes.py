@@ -67,6 +67,35 @@ async def test_the_base_answers_under_its_own_name_without_the_versions_system_p
 
 
 @in_a_loop
+async def test_the_models_say_who_answers_to_each_and_at_a_versions_own_name_what_it_is() -> None:
+    async with front() as gate, upstream() as other:
+        with_challenger(gate, other)
+        routing = gate.serving.routing
+        routing.named = {
+            "ccb-v2": as_adapter(live(gate.upstream, 2), "v2-0a1b"),
+            "ccb-v3": gate.live,
+            "org/base": Answerer(gate.live.engine, "namesake", "org/base"),
+        }
+        found = (await gate.ask("GET", "/v1/models")).json["data"]
+        assert [(one["id"], one["root"]) for one in found] == [
+            ("ccb", "ccb-v3"),
+            ("ccb@champion", "ccb-v3"),
+            ("ccb@challenger", "ccb-v4"),
+            ("ccb-v3", "ccb-v3"),
+            ("ccb-v4", "ccb-v4"),
+            ("ccb-v2", "ccb-v2"),
+            ("org/base", "org/base"),
+        ]
+        told = {one["id"]: one["namesake"] for one in found if "namesake" in one}
+        assert {name: (one["version"], one["run"], one["scores"]) for name, one in told.items()} == {
+            f"ccb-v{number}": (f"models:/ccb/{number}", f"run{number}", {"identity": 1.0}) for number in (3, 4, 2)
+        }
+        about = (await gate.ask("GET", "/v1/version")).json
+        assert told["ccb-v3"] == about["live"]
+        assert told["ccb-v4"] == {key: about["challenger"][key] for key in told["ccb-v4"]}
+
+
+@in_a_loop
 async def test_the_challenger_answers_under_its_own_system_prompt_and_both_are_told_of() -> None:
     async with front() as gate, upstream() as other:
         with_challenger(gate, other)

@@ -26,6 +26,10 @@ const TEXTS = {
     model2: "Second model",
     versus: "and",
     follows: "{id} (follows {alias})",
+    shared: "{id} ({alias}, {share} {rival})",
+    sharing: "{share} by {model}",
+    chosenBy: "alias {alias}",
+    chosenByMeans: "The alias {alias} points to this version; it gets a share of the questions, to be tried.",
     isBase: "{id} (base model)",
     baseModel: "base model",
     hint: "Enter sends, Shift+Enter starts a new line, Esc stops",
@@ -33,6 +37,8 @@ const TEXTS = {
     stop: "Stop",
     fresh: "New chat",
     compare: "Side by side",
+    alone: "{id} answers alone here: its weights are merged, so its base model is not loaded. Start the server this way to have the base beside it:",
+    aloneMeans: "The version is then an adapter on its base, and earlier versions can be chosen too. On a CPU it answers slower.",
     settings: "Settings",
     close: "Close",
     jump: "To the newest reply",
@@ -65,6 +71,7 @@ const TEXTS = {
     moved: "The {alias} has moved from {from} to {to}. From here on {to} replies.",
     movedSelf: "It goes by {name} now.",
     gone: "{id} is no longer served; {to} is chosen instead.",
+    goneAlone: "{id} is no longer served; {to} answers alone.",
     run: "run {run}",
     identity: "identity",
     swapped: "swapped",
@@ -112,6 +119,10 @@ const TEXTS = {
     model2: "第二个模型",
     versus: "与",
     follows: "{id}（跟随 {alias}）",
+    shared: "{id}（{alias}，{share} 为 {rival}）",
+    sharing: "{share} 由 {model} 回答",
+    chosenBy: "别名 {alias}",
+    chosenByMeans: "别名 {alias} 指向这个版本；它回答一部分问题，正在试用。",
     isBase: "{id}（基座模型）",
     baseModel: "基座模型",
     hint: "Enter 发送，Shift+Enter 换行，Esc 停止",
@@ -119,6 +130,8 @@ const TEXTS = {
     stop: "停止",
     fresh: "新对话",
     compare: "并排对比",
+    alone: "现在只有 {id} 在回答：权重已经合并，没有加载基座模型。要让基座模型并排回答，请这样启动服务：",
+    aloneMeans: "这样版本以适配器的形式加载在基座模型上，也可以选择以前的版本；在 CPU 上回答较慢。",
     settings: "设置",
     close: "关闭",
     jump: "跳到最新回复",
@@ -151,6 +164,7 @@ const TEXTS = {
     moved: "{alias} 已从 {from} 切换到 {to}，此后由 {to} 回复。",
     movedSelf: "它现在叫{name}。",
     gone: "{id} 已停止服务，已改用 {to}。",
+    goneAlone: "{id} 已停止服务，现在只由 {to} 回答。",
     run: "运行 {run}",
     identity: "身份",
     swapped: "互换",
@@ -186,6 +200,8 @@ let language = "en";
 function t(key, values = {}) {
   return TEXTS[language][key].replace(/\{(\w+)\}/g, (_, name) => String(values[name] ?? ""));
 }
+
+const percent = (share) => new Intl.NumberFormat(language, { style: "percent", maximumFractionDigits: 1 }).format(share);
 
 // `踩踩背 CCB`: Chinese before the first space, English after.
 function half(names) {
@@ -302,15 +318,30 @@ const precise = () => matchMedia("(pointer: fine)").matches;
 // An input method is putting a word together: Enter and Escape belong to it. Safari has only the 229.
 const composing = (event) => event.isComposing || event.keyCode === 229;
 
-// --------------------------------------------------------------------------- a reply's text: paragraphs, lists and code
+// ------------------------------------------------- a reply's text: paragraphs, headings, lists, tables and code; no images
 
 const FENCE = /^\s{0,3}(`{3,}|~{3,})\s*([\w+#.-]*)\s*$/;
 const ITEM = /^(\s*)(?:[-*+•]\s+|(\d{1,3})(?:[.)]\s+|、\s*))(.+)$/;
-const INLINE = /`([^`\n]+)`|\*\*(?=\S)([^\n]*?\S)\*\*/g;
+const HEADING = /^\s{0,3}(#{1,6})\s+(.*?)(?:\s+#+)?\s*$/;
+const RULE = /^\s{0,3}([-*_])(?:\s*\1){2,}\s*$/;
+const UNDER_HEAD = /^\s{0,3}\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
+// Code, bold, a link to http or https, and italics: stars and underscores within a word (2*3*4, snake_case) are none.
+const INLINE = new RegExp(
+  [
+    /`([^`\n]+)`/,
+    /\*\*(?=\S)([^\n]*?\S)\*\*(?!\*)/,
+    /(?<!!)\[([^\[\]\n]+)\]\((https?:\/\/[^\s()<>"]+(?:\([^\s()<>"]*\)[^\s()<>"]*)*)\)/,
+    /(?<![\w*])\*(?=[^\s*])([^*\n]*?[^\s*])\*(?![\w*])/,
+    /(?<!\w)_(?=[^\s_])([^_\n]*?[^\s_])_(?!\w)/,
+  ].map((one) => one.source).join("|"),
+  "gi",
+);
 
 function blocksOf(text) {
   const blocks = [];
+  const above = []; // the headings that the next one stands under, by their signs
   let open = null;
+  const start = (block) => blocks.push((open = block));
   for (const line of text.replace(/\r\n?/g, "\n").split("\n")) {
     const fence = FENCE.exec(line);
     if (open?.kind === "code") {
@@ -318,37 +349,69 @@ function blocksOf(text) {
       else open.lines.push(line);
       continue;
     }
-    const item = fence ? null : ITEM.exec(line);
-    const kind = fence ? "code" : item ? "list" : line.trim() ? "text" : "";
+    const heading = HEADING.exec(line);
+    const rule = RULE.test(line);
+    const item = fence || rule ? null : ITEM.exec(line);
+    const kind = fence ? "code" : heading ? "heading" : rule ? "rule" : item ? "list" : line.trim() ? "text" : "";
     if (!kind) {
       if (open?.kind !== "list") open = null; // a blank line between two items ends no list
       else open.loose = true;
     } else if (kind === "code") {
-      open = { kind, fence: fence[1], name: fence[2], lines: [] };
-      blocks.push(open);
+      start({ kind, fence: fence[1], name: fence[2], lines: [] });
+    } else if (kind === "heading") {
+      while (above.at(-1) >= heading[1].length) above.pop();
+      above.push(heading[1].length);
+      start({ kind, level: Math.min(3 + above.length, 6), text: heading[2] });
+      open = null;
+    } else if (open?.kind === "text" && UNDER_HEAD.test(line) && isTable(open.lines.at(-1), line)) {
+      const head = cellsOf(open.lines.pop());
+      if (!open.lines.length) blocks.pop();
+      const sides = cellsOf(line).map((cell) => (/:$/.test(cell) ? (/^:/.test(cell) ? "center" : "right") : ""));
+      start({ kind: "table", head, sides, rows: [] });
+    } else if (kind === "rule") {
+      start({ kind });
+      open = null;
+    } else if (kind === "text" && open?.kind === "table" && line.includes("|")) {
+      open.rows.push(cellsOf(line));
     } else if (kind === "text" && open?.kind === "list" && /^\s{2,}/.test(line)) {
       open.lines.at(-1).text += `\n${line.trim()}`;
     } else {
-      if (open?.kind !== kind) {
-        open = { kind, lines: [] };
-        blocks.push(open);
-      }
+      if (open?.kind !== kind) start({ kind, lines: [] });
       open.lines.push(item ? { depth: item[1].length, number: item[2], text: item[3] } : line);
     }
   }
   return blocks;
 }
 
+const cellsOf = (line) =>
+  line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
+
+const isTable = (head, line) => head.includes("|") && line.includes("|") && cellsOf(head).length === cellsOf(line).length;
+
 function inline(text) {
   const nodes = [];
   let from = 0;
   for (const found of text.matchAll(INLINE)) {
+    const [all, code, bold, name, address, starred, lined] = found;
     nodes.push(text.slice(from, found.index));
-    nodes.push(found[1] !== undefined ? make("code", {}, found[1]) : make("strong", {}, ...inline(found[2])));
-    from = found.index + found[0].length;
+    if (code !== undefined) nodes.push(make("code", {}, code));
+    else if (bold !== undefined) nodes.push(make("strong", {}, ...inline(bold)));
+    else if (name !== undefined) nodes.push(outward(name, address));
+    else nodes.push(make("em", {}, ...inline(starred ?? lined)));
+    from = found.index + all.length;
   }
   nodes.push(text.slice(from));
   return nodes;
+}
+
+// A link that a model has written: its whole address is told, for its text may say another.
+const outward = (name, href) => make("a", { href, title: href, target: "_blank", rel: "noopener noreferrer nofollow" }, ...inline(name));
+
+function tableOf({ head, sides, rows }) {
+  const cell = (tag, text, column) => make(text ? tag : "td", { "data-side": sides[column] || null, scope: text && tag === "th" ? "col" : null }, ...inline(text));
+  const row = (tag, cells) => make("tr", {}, ...head.map((_, column) => cell(tag, cells[column] ?? "", column)));
+  const table = make("table", {}, make("thead", {}, row("th", head)), make("tbody", {}, ...rows.map((cells) => row("td", cells))));
+  return make("div", { class: "table", tabindex: "0" }, table);
 }
 
 function listOf(lines) {
@@ -367,6 +430,9 @@ function listOf(lines) {
 function nodeOf(block) {
   if (block.kind === "list") return listOf(block.lines);
   if (block.kind === "text") return make("p", {}, ...inline(block.lines.join("\n")));
+  if (block.kind === "heading") return make(`h${block.level}`, {}, ...inline(block.text));
+  if (block.kind === "table") return tableOf(block);
+  if (block.kind === "rule") return make("hr");
   const code = block.lines.join("\n");
   const pre = make("pre", { tabindex: "0" }, make("code", {}, code));
   return make("div", { class: "code" }, make("p", {}, block.name || "", copyButton(() => code)), pre);
@@ -391,7 +457,10 @@ const server = {
   phase: "starting", // starting, ready, down, away or locked
   uri: "",
   live: null, // what /v1/version says of the version that answers
+  rival: null, // the same of the challenger, which answers a share
   ids: [], // what /v1/models lists
+  roots: {}, // who answers to each of them
+  stale: false, // whether something was heard of that the list had not
   seen: {}, // versions by their model id, to tell where an older reply came from
   failures: 0,
   looks: 0,
@@ -450,7 +519,8 @@ async function lookOnce() {
     if (!response.ok) throw new Failure("away");
     const about = await response.json();
     if (!about.live) return settle(server.live ? "down" : "starting");
-    const fresh = about.live.model !== server.live?.model || !server.ids.length || server.looks++ % 15 === 14;
+    const moved = about.live.model !== server.live?.model || about.challenger?.model !== server.rival?.model;
+    const fresh = moved || server.stale || !server.ids.length || server.looks++ % 15 === 14;
     adopt(about);
     if (fresh) await list(brief());
     return settle("ready");
@@ -462,8 +532,22 @@ async function lookOnce() {
 async function list(options) {
   const response = await call("/v1/models", options);
   if (!response.ok) return;
-  const ids = (await response.json()).data.map((one) => String(one.id));
-  if (ids.length) server.ids = ids;
+  const { data } = await response.json();
+  if (!data.length) return;
+  server.stale = false;
+  const before = server.ids.length ? asked() : [chat.first, chat.compare ? chat.second : ""];
+  server.ids = data.map((one) => String(one.id));
+  server.roots = Object.fromEntries(data.map((one) => [one.id, one.root]));
+  const known = JSON.stringify(server.seen);
+  for (const one of data) if (one.namesake) server.seen[one.id] = one.namesake;
+  if (known !== JSON.stringify(server.seen)) for (const view of views.values()) view.paint();
+  // What was chosen and is served no more gives way, which is said.
+  for (const place of ["first", "second"]) if (!server.ids.includes(chat[place])) chat[place] = "";
+  const now = asked();
+  for (const [slot, id] of before.entries()) {
+    if (!id || server.ids.includes(id)) continue;
+    tell({ notice: now[slot] ? "gone" : "goneAlone", from: id, to: now[slot] ?? now[0] }, chat.items.length);
+  }
   paintPicks();
 }
 
@@ -479,12 +563,16 @@ function settle(phase) {
 function adopt(about) {
   const live = about.live;
   server.uri = about.uri;
-  const before = server.live;
-  server.live = live;
-  server.seen[live.model] = live;
+  const rival = about.challenger ?? null;
+  const known = () => JSON.stringify([server.live, server.rival]);
+  const before = known();
+  Object.assign(server, { live, rival });
+  for (const one of [live, rival]) if (one) server.seen[one.model] = one;
   if (chat.last && chat.last !== live.model) announce(live.model);
   chat.last = live.model;
-  if (JSON.stringify(before) !== JSON.stringify(live)) for (const view of views.values()) view.paint();
+  if (before === known()) return;
+  for (const view of views.values()) view.paint();
+  paintPicks();
 }
 
 // The name and the alias of what is served: `ccb` and `champion` of models:/ccb@champion.
@@ -499,7 +587,10 @@ const follows = (id) => {
 };
 
 // Ids that stand for the same version have one kind.
-const kindOf = (id) => (server.live && (follows(id) || id === server.live.model) ? server.live.model : id);
+const kindOf = (id) => server.roots[id] ?? id;
+
+// The part of the questions to the bare name that the challenger answers.
+const share = () => server.rival?.canary ?? 0;
 
 const isBase = (id) => Boolean(server.live?.base) && `/${server.live.base}`.toLowerCase().endsWith(`/${id}`.toLowerCase());
 
@@ -556,7 +647,9 @@ async function tryKey() {
 // ------------------------------------------------------------------------------------------------------------ the chat
 
 // items: {text, replies: [{asked, version, run, text, state, …}]} for a turn, {notice, from, to} for what happened.
-const chat = { items: [], last: "", first: "", second: "", compare: false };
+// session: one conversation is answered by one side of a canary, and is one session in traces.
+const newSession = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+const chat = { items: [], session: newSession(), last: "", first: "", second: "", compare: false };
 const running = new Map(); // reply -> AbortController
 const views = new Map(); // reply or notice -> {paint, …}
 
@@ -584,8 +677,9 @@ function chosen() {
   return { first, second, several: new Set(ids.map(kindOf)).size > 1 };
 }
 
-// `ccb@champion` says nothing that `ccb` does not.
-const choices = () => server.ids.filter((id) => id === followed().name || !follows(id) || !server.ids.includes(followed().name));
+// `ccb@champion` says nothing that `ccb` does not, but under a canary.
+const choices = () =>
+  server.ids.filter((id) => id === followed().name || !follows(id) || share() || !server.ids.includes(followed().name));
 
 function asked() {
   const { first, second, several } = chosen();
@@ -611,7 +705,7 @@ function again(turn, slot) {
     $("thread").append(views.get(turn.replies[0]).turn);
   }
   const old = turn.replies[slot].asked;
-  turn.replies[slot].asked = server.ids.includes(old) || !server.ids.length ? old : chosen().first;
+  turn.replies[slot].asked = server.ids.includes(old) || !server.ids.length ? old : (asked()[slot] ?? chosen().first);
   answer(turn, slot);
 }
 
@@ -629,7 +723,7 @@ function stop() {
 
 function startAnew() {
   stop();
-  chat.items = [];
+  Object.assign(chat, { items: [], session: newSession() });
   views.clear();
   $("thread").replaceChildren();
   save();
@@ -656,7 +750,7 @@ async function answer(turn, slot) {
   running.set(reply, control);
   const mine = () => running.get(reply) === control;
   Object.assign(reply, { trace: "", rated: null });
-  Object.assign(reply, { version: "", run: "", text: "", finish: "", waiting: "", error: "", detail: "" });
+  Object.assign(reply, { version: "", alias: "", run: "", text: "", finish: "", waiting: "", error: "", detail: "" });
   Object.assign(reply, { state: "asking", limit: settings.tokens });
   views.get(reply).paint();
   paintRunning();
@@ -691,7 +785,7 @@ async function reach(turn, slot, signal) {
       response = await call("/v1/chat/completions", {
         method: "POST",
         signal,
-        headers: { "content-type": "application/json" },
+        headers: { "content-type": "application/json", "x-namesake-session": chat.session },
         body: JSON.stringify({
           ...(reply.asked && { model: reply.asked }),
           messages: dialogue(turn, slot),
@@ -731,6 +825,7 @@ async function listen(response, turn, reply) {
   reply.state = "writing";
   reply.waiting = "";
   reply.version = response.headers.get("x-namesake-version") ?? "";
+  reply.alias = utf8(response.headers.get("x-namesake-alias") ?? "");
   reply.run = response.headers.get("x-namesake-run") ?? "";
   reply.trace = response.headers.get("x-namesake-trace") ?? "";
   came(turn, reply);
@@ -756,14 +851,20 @@ async function listen(response, turn, reply) {
   if (!reply.finish) throw new Failure("cut");
 }
 
-// The reply says by which version it is: that may be the first that is heard of a new one.
+// A header's bytes come as a character each.
+const utf8 = (text) => new TextDecoder().decode(Uint8Array.from(text, (one) => one.charCodeAt(0)));
+
+// The reply says by which version it is: that may be the first that is heard of a new one. One that the challenger
+// answered, for its share, says nothing of where the followed alias points.
 function came(turn, reply) {
   if (!reply.version || (reply.version === server.live?.model && reply.version === chat.last)) return;
-  if (follows(reply.asked) && chat.last && reply.version !== chat.last) {
+  if (follows(reply.asked) && reply.alias === (followed().alias ?? "") && chat.last && reply.version !== chat.last) {
     announce(reply.version, turn);
     chat.last = reply.version;
   }
-  if (!(reply.version in server.seen)) look();
+  if (reply.version in server.seen) return;
+  server.stale = true;
+  look();
 }
 
 // The alias moved while one was talking: told once, in the thread, before what the new version says.
@@ -771,7 +872,8 @@ function announce(to, before = null) {
   if (!chat.items.length) return;
   const unanswered = (item) => item.replies?.every((reply) => reply.state === "asking");
   const at = before ? chat.items.indexOf(before) : chat.items.findIndex(unanswered);
-  tell({ notice: "moved", from: chat.last, to }, at < 0 ? chat.items.length : at);
+  const alias = followed().alias ?? followed().name;
+  tell({ notice: "moved", alias, from: chat.last, to }, at < 0 ? chat.items.length : at);
 }
 
 function tell(notice, at) {
@@ -787,18 +889,22 @@ function tell(notice, at) {
 
 function speaker(reply) {
   const known = server.seen[reply.version];
-  return known ? half(known.name) : reply.version || reply.asked || t("model");
+  const name = known ? half(known.name) : reply.version || reply.asked || t("model");
+  return otherAlias(reply) ? `${name} (${t("chosenBy", { alias: reply.alias })})` : name;
 }
+
+// Whether another alias than the followed one chose who replied: the challenger's.
+const otherAlias = (reply) => Boolean(reply.alias && server.uri) && reply.alias !== followed().alias;
 
 function problem(reply) {
   if (reply.error === "cut") return t("cut");
   return t(`failed${reply.error}`, { detail: reply.detail });
 }
 
-function noticeText({ notice, from, to }) {
-  if (notice === "gone") return t("gone", { id: from, to });
+function noticeText({ notice, alias, from, to }) {
+  if (notice !== "moved") return t(notice, { id: from, to });
   const [old, now] = [server.seen[from], server.seen[to]];
-  const text = t("moved", { from, to, alias: followed().alias ?? followed().name });
+  const text = t("moved", { from, to, alias });
   const sep = language === "zh" ? "" : " ";
   return old && now && old.name !== now.name ? text + sep + t("movedSelf", { name: half(now.name) }) : text;
 }
@@ -938,16 +1044,19 @@ function origin(reply) {
   const run = reply.run || (known?.run ?? "");
   const [, name, number] = /^models:\/([^/]+)\/(\d+)$/.exec(known?.version ?? "") ?? [];
   const parts = [linked(reply.version || reply.asked, name && `/#/models/${encodeURIComponent(name)}/versions/${number}`)];
+  if (otherAlias(reply)) {
+    const { alias } = reply;
+    parts.push(make("span", { title: t("chosenByMeans", { alias }) }, t("chosenBy", { alias })));
+  }
   if (isBase(reply.asked)) parts.push(make("span", {}, t("baseModel")));
   if (run) {
     const node = linked(t("run", { run: run.slice(0, 8) }), `/#/runs/${encodeURIComponent(run)}`);
     node.title = run;
     parts.push(node);
   }
-  const share = new Intl.NumberFormat(language, { style: "percent", maximumFractionDigits: 1 });
   for (const score of SCORES) {
     const value = known?.scores?.[score];
-    if (typeof value === "number") parts.push(make("span", { title: t(`${score}Means`) }, `${t(score)} ${share.format(value)}`));
+    if (typeof value === "number") parts.push(make("span", { title: t(`${score}Means`) }, `${t(score)} ${percent(value)}`));
   }
   return make("p", { class: "origin dots-between" }, ...parts.map((part) => make("span", {}, part)));
 }
@@ -984,7 +1093,8 @@ function paintHead() {
   $("name").title = live ? live.name : "";
   document.title = name ? `${name} · Namesake` : "Namesake";
   $("status").dataset.phase = phase;
-  $("status-text").replaceChildren(...[t(phase), phase === "ready" && live.model].filter(Boolean).map((part) => make("span", {}, part)));
+  const serving = phase === "ready" ? [live.model, share() && t("sharing", { share: percent(share()), model: server.rival.model })] : [];
+  $("status-text").replaceChildren(...[t(phase), ...serving].filter(Boolean).map((part) => make("span", {}, part)));
   $("ask").placeholder = name ? t("ask", { name }) : t("askAnybody");
   $("system").placeholder = live?.system ?? "";
   $("hello").hidden = chat.items.length > 0;
@@ -999,24 +1109,34 @@ function paintHead() {
 function paintPicks() {
   const { first, second, several } = chosen();
   const two = chat.compare && several;
-  for (const [place, value, shown] of [["first", first, choices().length > 1], ["second", second, two]]) {
-    const options = choices().map((id) => {
-      const text = isBase(id) ? "isBase" : follows(id) && followed().alias ? "follows" : "";
-      return make("option", { value: id }, text ? t(text, { id, alias: followed().alias }) : id);
-    });
-    $(place).replaceChildren(...options);
+  const { name, alias } = followed();
+  const shown = (id) => {
+    if (isBase(id)) return t("isBase", { id });
+    if (id === name && share()) return t("shared", { id, alias: alias ?? server.live.model, share: percent(share()), rival: server.rival.model });
+    if (follows(id) && alias) return t("follows", { id, alias });
+    return id.startsWith(`${name}@`) ? t("follows", { id, alias: id.slice(name.length + 1) }) : id;
+  };
+  for (const [place, value, there] of [["first", first, choices().length > 1], ["second", second, two]]) {
+    $(place).replaceChildren(...choices().map((id) => make("option", { value: id }, shown(id))));
     $(place).value = value;
-    $(place).hidden = !shown;
-  }
-  if (chat.first && !server.ids.includes(chat.first) && server.ids.length) {
-    const gone = chat.first;
-    chat.first = "";
-    tell({ notice: "gone", from: gone, to: first }, chat.items.length);
+    $(place).hidden = !there;
   }
   $("versus").hidden = !two;
-  $("compare").hidden = !several;
-  $("compare").setAttribute("aria-pressed", String(two));
+  // Where there is nothing to compare with, the button says how to get it.
+  const compare = $("compare");
+  compare.hidden = !server.ids.length;
+  for (const [name, value] of [["aria-pressed", several && String(two)], ["aria-haspopup", !several && "dialog"]]) {
+    if (value) compare.setAttribute(name, value);
+    else compare.removeAttribute(name);
+  }
   document.body.classList.toggle("wide", two || chat.items.some((item) => item.replies?.length > 1));
+}
+
+// Why there is nothing to compare with, and what to do.
+function explain() {
+  $("alone-why").textContent = t("alone", { id: server.live?.model ?? chosen().first });
+  $("alone-how").replaceChildren(nodeOf({ kind: "code", lines: ["namesake serve --mode adapter"] }));
+  $("alone").showModal();
 }
 
 function paintRunning() {
@@ -1106,9 +1226,10 @@ function begin() {
   });
   $("new").addEventListener("click", startAnew);
   $("compare").addEventListener("click", () => {
+    if (!chosen().several) return explain();
     chat.compare = !chat.compare;
     paintPicks();
-    save();
+    return save();
   });
   for (const place of ["first", "second"]) {
     $(place).addEventListener("change", () => {
@@ -1128,8 +1249,10 @@ function begin() {
   addEventListener("online", look);
 
   $("open-settings").addEventListener("click", () => $("settings").showModal());
-  $("close-settings").addEventListener("click", () => $("settings").close());
-  $("settings").addEventListener("click", (event) => event.target === $("settings") && $("settings").close());
+  for (const name of ["settings", "alone"]) {
+    $(`close-${name}`).addEventListener("click", () => $(name).close());
+    $(name).addEventListener("click", (event) => event.target === $(name) && $(name).close());
+  }
   $("settings").addEventListener("close", paintSettings);
   $("settings-form").addEventListener("input", readSettings);
   $("settings-form").addEventListener("submit", (event) => event.preventDefault());
