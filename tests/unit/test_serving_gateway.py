@@ -228,11 +228,11 @@ class Serving:
         self.noted.append((answerer.label, failed))
 
 
-ROUTES = [
+ROUTES = sorted(
     (method, path)
     for path, methods in Gateway(cast(Service, Serving()), settings.read(**EVERY))._routes.items()
     for method in methods
-]
+)
 """Every route that there can be, by the gateway's own table."""
 
 
