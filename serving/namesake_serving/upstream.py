@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -67,26 +68,37 @@ class Sockets:
     """An engine's private socket."""
 
     def __init__(self) -> None:
-        self._sessions: dict[Path, aiohttp.ClientSession] = {}
+        self._sessions: dict[tuple[Path, bool], aiohttp.ClientSession] = {}
 
     @asynccontextmanager
     async def post(self, live: Answerer, path: str, body: bytes, session: str = "") -> AsyncIterator[Reply]:
-        """Ask the engine; there is one, so that every session goes to it."""
+        """Ask the engine; there is one, so that every session goes to it.
+
+        Its server may close a connection that has rested just as it is used again: then the request is asked once more,
+        on a new one. An engine that has ended refuses that.
+        """
         del session
+        asked = partial(self._ask, live.engine.socket, path, body)
         try:
-            async with self._session(live).post(
-                f"http://engine{path}", data=body, headers={"content-type": "application/json"}
-            ) as response:
+            try:
+                response = await asked()
+            except aiohttp.ClientConnectorError as error:
+                raise Gone(str(error)) from error
+            except aiohttp.ClientConnectionError:
+                response = await asked(anew=True)
+            async with response:
                 yield _Response(response)
-        except aiohttp.ClientConnectorError as error:
-            raise Gone(str(error)) from error
         except aiohttp.ClientError as error:
             raise Cut(str(error)) from error
+
+    async def _ask(self, address: Path, path: str, body: bytes, *, anew: bool = False) -> aiohttp.ClientResponse:
+        session = self._session(address, anew=anew)
+        return await session.post(f"http://engine{path}", data=body, headers={"content-type": "application/json"})
 
     async def figures(self, live: Answerer) -> bytes:
         """vLLM's metrics."""
         try:
-            async with self._session(live).get("http://engine/metrics") as response:
+            async with self._session(live.engine.socket).get("http://engine/metrics") as response:
                 return await response.read()
         except aiohttp.ClientError as error:
             raise Gone(str(error)) from error
@@ -95,16 +107,16 @@ class Sockets:
         """Close every socket."""
         await asyncio.gather(*(session.close() for session in self._sessions.values()))
 
-    def _session(self, live: Answerer) -> aiohttp.ClientSession:
-        address = live.engine.socket
-        if address not in self._sessions:
-            self._sessions[address] = aiohttp.ClientSession(
-                connector=aiohttp.UnixConnector(str(address), limit=0, keepalive_timeout=IDLE_SECONDS),
+    def _session(self, address: Path, *, anew: bool = False) -> aiohttp.ClientSession:
+        if (address, anew) not in self._sessions:
+            kept = {"force_close": True} if anew else {"keepalive_timeout": IDLE_SECONDS}
+            self._sessions[address, anew] = aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(str(address), limit=0, **kept),
                 timeout=aiohttp.ClientTimeout(total=None),
                 auto_decompress=False,
                 read_bufsize=1 << 18,
             )
-        return self._sessions[address]
+        return self._sessions[address, anew]
 
 
 class _Response:

@@ -260,12 +260,16 @@ def test_every_row_has_a_name_of_its_own_in_both_languages() -> None:
 # --------------------------------------------------------------------------------------------------- the alias moved
 
 
-def test_after_an_odd_number_of_moves_the_next_ones_are_moves_too(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    client = mlflow.MlflowClient(uri, uri)
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[mlflow.MlflowClient]:
+    """A registry of the test's own, whatever another test has set."""
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    yield mlflow.MlflowClient()
+    mlflow.set_tracking_uri(before)
+
+
+def test_after_an_odd_number_of_moves_the_next_ones_are_moves_too(client: mlflow.MlflowClient, tmp_path: Path) -> None:
     client.create_registered_model(servers.MODEL)
     for alias in ("champion", "challenger"):
         made = client.create_model_version(servers.MODEL, str(tmp_path))

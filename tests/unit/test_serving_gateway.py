@@ -100,6 +100,7 @@ class Upstream:
 
     ``whole`` is a reply in one piece, where ``of_path`` has none; ``script`` is what it does for a streamed reply:
     bytes are sent, an event is waited for, ``DIE`` cuts the connection. ``begin`` is waited for before any reply.
+    ``drop`` is for how many requests the connection is closed, as if it had rested for too long.
     """
 
     def __init__(self, socket: Path) -> None:
@@ -109,6 +110,7 @@ class Upstream:
         self.connections: list[object] = []
         self.arrived, self.aborted, self.begin = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.begin.set()
+        self.drop = 0
         self.status, self.whole = 200, whole("我是踩踩背。")
         self.of_path: dict[str, bytes] = {}
         self.script: Sequence[bytes | asyncio.Event | str] = (event("我是"), event("踩踩背。"), END)
@@ -120,6 +122,11 @@ class Upstream:
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         self.connections.append(request.transport)
         self.arrived.set()
+        if self.drop:
+            self.drop -= 1
+            assert request.transport is not None
+            request.transport.abort()
+            raise ConnectionResetError
         try:
             await self.begin.wait()
             if not body.get("stream"):
@@ -1725,6 +1732,19 @@ async def test_a_connection_that_has_rested_is_not_asked_again(monkeypatch: pyte
         first, second, third = gate.upstream.connections
     assert first is not second
     assert second is third
+
+
+@in_a_loop
+@pytest.mark.parametrize("body", [BODIES[CHAT], STREAM], ids=["whole", "streamed"])
+async def test_a_connection_that_is_closed_just_as_it_is_used_again_costs_no_request(body: dict[str, Any]) -> None:
+    async with front() as gate:
+        assert (await gate.ask("POST", CHAT)).status == 200
+        gate.upstream.drop = 1
+        assert (await gate.ask("POST", CHAT, body=body)).status == 200
+        gate.upstream.drop = 2  # no accident: the engine takes no request
+        assert told_to_come_again(await gate.ask("POST", CHAT, body=body))
+        assert len(gate.upstream.asked) == 5
+        await gate.at_rest()
 
 
 @in_a_loop
