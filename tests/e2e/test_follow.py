@@ -129,6 +129,12 @@ class Clients:
                     found.append(seen)
         return found
 
+    def wait_for_each(self, version: str, since: float, seconds: float = 60) -> None:
+        """Until each client has an answer by the version."""
+        while not all(any(when > since and name == version for when, name in answers) for answers in self.each):
+            assert time.monotonic() < since + seconds, f"{version} did not answer each client"
+            time.sleep(0.05)
+
     def wait_for(self, version: str, since: float, seconds: float = 60) -> float:
         """Seconds from the moment until the version's first answer."""
         while time.monotonic() < since + seconds:
