@@ -80,7 +80,7 @@ ifdef ARGS
 	@python -m pytest $(ARGS)
 else
 	@python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/contract tests/browser tests/unit  # first what takes longest
-	@python -m pytest -n 2 --dist loadgroup tests/e2e
+	@python -m pytest tests/e2e
 endif
 
 # The site's builder has an environment of its own, so that it never moves a pin of training or serving.

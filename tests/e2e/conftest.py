@@ -25,19 +25,6 @@ from nbformat import NotebookNode
 
 NAME, AUTHOR = "踩踩背 CCB", "老爷爷 $(touch x) 'a' \"b\""
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # One core each: threads of two processes that wait for each other on the same two cores slow both many times.
-    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``--dist loadgroup`` one process does what stands on the whole way, another one the rest."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            way = "way" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("way" if way else "alone"))
-
 
 @dataclass(frozen=True)
 class Place:
