@@ -34,7 +34,17 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from model_signing._cli import main as model_signing
 from typer.testing import CliRunner
 
-from namesake import base_model, corpus, leftovers, manifest, promotion, provenance, registry, tracking, versions
+from namesake import (
+    base_model,
+    corpus,
+    leftovers,
+    manifest,
+    promotion,
+    provenance,
+    registry,
+    tracking,
+    versions,
+)
 from namesake import run as training
 from namesake.cli import app
 from namesake.corpus import Message
@@ -43,6 +53,7 @@ from namesake.gate import Policy
 from namesake.generate import Reply, Sampling
 from namesake.manifest import Manifest
 from namesake.paths import digest_of_file
+from namesake.process import settle
 from namesake.promotion import Outcome, Request
 from namesake.terminal import Screen
 from namesake_serving import store as serving
@@ -310,6 +321,8 @@ def test_the_same_again_is_the_same_version_and_asks_nobody(
     assert (again.version.number, again.pointed) == (first.version.number, True)
     assert len(store.client().search_model_versions("name = 'ccb'")) == 1
     assert [move.to for move in registry.history("ccb", "champion")] == [1]
+    monkeypatch.delenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", raising=False)
+    settle()  # as the command does
     for command, words in {"promote": ["--run", run_id], "gate": ["models:/ccb/1"]}.items():
         told = json.loads(CliRunner().invoke(app, [command, *words, "--json"]).stdout)
         assert_as_shown(command, told)
