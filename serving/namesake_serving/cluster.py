@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import signal
 import tempfile
 import threading
@@ -34,16 +33,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from namesake.process import closed_ray
+
 # Read when ray is imported. Nothing is told to anybody; a call that comes too late joins no other Ray of this machine.
 os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"})
 if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
-    # A Ray of our own is for this machine alone, and whoever may use its ports runs code. Off, this variable (named
-    # after systems where that is the default) binds them to loopback, which `_node_ip_address` does not; the one port
-    # of each replica that listens everywhere all the same takes only who has the token.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.update(closed_ray())
 
 import ray
 from prometheus_client import CollectorRegistry, generate_latest

@@ -573,6 +573,7 @@ class Gateway:
                     return
                 await send({"type": "http.response.start", "status": reply.status, "headers": headers})
                 first, rest = True, b""
+                events = [(begin, begin.removesuffix(b'"id"') + mark + b'"id"') for begin in _EVENTS]
                 async for chunk in reply.chunks():
                     if first:
                         self._first_byte(request, begun)
@@ -588,8 +589,8 @@ class Gateway:
                         chunk, end = _ONLY_USAGE.sub(b"", chunk + end), b""
                     # What a model says stands in the JSON with its quotes escaped, so neither text can be its own.
                     chunk = _FINGERPRINT.sub(b"", chunk)
-                    for begin in _EVENTS:
-                        chunk = chunk.replace(begin, begin.removesuffix(b'"id"') + mark + b'"id"')
+                    for begin, marked in events:
+                        chunk = chunk.replace(begin, marked)
                     await send(
                         {"type": "http.response.body", "body": chunk.replace(called, own) + end, "more_body": True}
                     )

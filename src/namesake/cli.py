@@ -397,7 +397,6 @@ def history(
 ) -> None:
     """Where the alias pointed, since when, who moved it and why."""
     from namesake import registry
-    from namesake.registry import SHOWN_SCORES
     from namesake.terminal import Screen, moment
 
     moves = registry.history(registry.named_or_newest(model), alias)
@@ -411,7 +410,7 @@ def history(
                 moment(move.time),
                 str(move.before or "-"),
                 str(move.to or "-"),
-                "\n".join(f"{key} {move.scores[key]:.1%}" for key in SHOWN_SCORES if key in move.scores) or "-",
+                "\n".join(registry.told_scores(move.scores)) or "-",
                 translated(move.how),
                 move.who,
                 move.why,

@@ -468,7 +468,7 @@ def golden(scores: Scorecard) -> list[dict[str, Any]]:
 
 def _description(record: Manifest, run: RunRecord) -> str:
     """The version's description in MLflow. Its list of versions shows the beginning, as plain text."""
-    shown = ", ".join(f"{key} {record.scores[key]:.0%}" for key in registry.SHOWN_SCORES)
+    shown = ", ".join(registry.told_scores(record.scores, ".0%"))
     verdict = "Passed the gate" if record.gate["passed"] else "Did not pass the gate"
     trained = f"[Training run](#/experiments/{run.experiment}/runs/{run.id})"
     return model_card.description(record, opening=f"{verdict}: {shown}.\n\n{trained}\n\n")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 
 from namesake.errors import InputError, TrainingError
 from namesake.messages import tr
-from namesake.process import end_with_parent
+from namesake.process import closed_ray, end_with_parent
 
 _DRIVER = "from namesake.ray_tune import main; main()"
 
@@ -67,7 +66,7 @@ def events(job: Mapping[str, Any], *, mend: str) -> Generator[dict[str, Any]]:
     Raises:
         TrainingError: the driver ended before its work was done, as when the head of the cluster is gone.
     """
-    environment = {"RAY_USAGE_STATS_ENABLED": "0", **(_closed() if _starts_its_own() else {}), **os.environ}
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", **os.environ, **(closed_ray() if _starts_its_own() else {})}
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
         subprocess.Popen(
@@ -108,16 +107,6 @@ def _starts_its_own() -> bool:
     address = os.environ.get("RAY_ADDRESS", "")
     temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     return address == "local" or not (address or Path(temporary, "ray", "ray_current_cluster").exists())
-
-
-def _closed() -> dict[str, str]:
-    """Whoever reaches Ray's ports runs code: one of our own listens on loopback, and to who has its token."""
-    # The variable is named after systems where that is the default.
-    return {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }
 
 
 def _end(driver: subprocess.Popen[str]) -> None:

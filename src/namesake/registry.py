@@ -131,6 +131,11 @@ class Move:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
+def told_scores(scores: Mapping[str, float], form: str = ".1%") -> list[str]:
+    """Those of them that people are shown first, in their order: ``identity 98.4%``."""
+    return [f"{key} {scores[key]:{form}}" for key in SHOWN_SCORES if key in scores]
+
+
 def resolve(uri: str) -> Version:
     """The version that ``models:/ccb@champion`` or ``models:/ccb/3`` names.
 

@@ -15,7 +15,7 @@ from namesake import registry, tracking
 from namesake.errors import InputError, RegistryError
 from namesake.messages import Message, joined, tr, translated
 from namesake.paths import store_address
-from namesake.registry import CHAMPION, SHOWN_SCORES, Model, Move, Version
+from namesake.registry import CHAMPION, Model, Move, Version
 from namesake.terminal import Screen, moment, padded
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -245,7 +245,7 @@ def _show_model(model: Registered, screen: Screen) -> None:
 
 
 def _verdict(version: Judged) -> list[tuple[str, str]]:
-    scores = "  ".join(f"{key} {version.scores[key]:.1%}" for key in SHOWN_SCORES if key in version.scores)
+    scores = "  ".join(registry.told_scores(version.scores))
     failed = tr("failed: {error}", error=version.serving_error)
     rows = (
         (tr("gate"), version.gate or tr("never asked")),

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from namesake_serving import service
+from namesake_serving import follow, service
 from namesake_serving.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +34,10 @@ def tables(scale: ModuleType) -> list[str]:
     found: list[str] = scale.written(scale.Plan()).split("\n\n")
     assert len(found) == 6
     return found
+
+
+def test_a_pause_between_polls_is_the_followers(scale: ModuleType) -> None:
+    assert pytest.approx(1 - follow.JITTER / 2) == scale.PAUSE
 
 
 @pytest.mark.parametrize("page", [PAGE, PAGE.with_suffix(".zh.md")], ids=["en", "zh"])
