@@ -38,6 +38,7 @@ class Engine(socketserver.ThreadingUnixStreamServer):
     """One model."""
 
     daemon_threads = True
+    request_queue_size = 2048  # as vLLM's; Python's 5 refuse a burst of clients
 
     def __init__(self, socket: str, weights: Path) -> None:
         super().__init__(socket, Handler)

@@ -45,7 +45,8 @@ store itself where that is local: name and number that were asked for. Nothing r
 """
 
 _LONGEST_FETCHED = 2000
-_FETCHED = re.compile(rb"model_name: .{1,1100}\nmodel_version: ('\d{1,10}'|null)\n", re.DOTALL)
+_FETCHED = re.compile(rb"(model_name: .{1,1100}\nmodel_version: ('\d{1,10}'|null)\n)?", re.DOTALL)
+"""Or nothing: so it lies there for the moment in which another process fetches the version."""
 
 _SAFE = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".tiktoken", ".yaml"}
 """Kinds of file that a version may hold: weights, tokenizer, template, text."""

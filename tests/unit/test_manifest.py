@@ -206,7 +206,9 @@ def test_what_mlflow_writes_when_it_fetches_is_let_be_and_nothing_else_in_its_pl
     ModelsArtifactRepository._add_registered_model_meta_file(repository, str(folder))
     assert (folder / FETCHED).is_file()
     assert strange(folder, record) == []
-    for other in ("import os\n", "model_name: x\nmodel_version: '1'\nmore: 1\n", "x" * 3000, ""):
+    (folder / FETCHED).write_bytes(b"")  # another process is just about to write it again
+    assert strange(folder, record) == []
+    for other in ("import os\n", "model_name: x\nmodel_version: '1'\nmore: 1\n", "x" * 3000, "\n"):
         (folder / FETCHED).write_text(other, encoding="utf-8")
         assert strange(folder, record) == [f"{FETCHED} is not what MLflow writes there"]
 
