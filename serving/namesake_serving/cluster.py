@@ -94,7 +94,7 @@ _OURS = (
 
 _SHARED = (
     *("public_key", "require_gate", "engine_args", "eager", "max_streams", "max_tokens", "replicas", "ray_options"),
-    *("poll_seconds", "hold_seconds", "start_seconds", "shutdown_seconds"),
+    *("poll_seconds", "hold_seconds", "start_seconds", "shutdown_seconds", "keep_versions"),
     *("mode", "base", "max_adapters", "max_lora_rank", "any_version"),
     *("challenger", "canary", "canary_errors", "canary_latency", "canary_least", "shadow"),
 )
@@ -250,7 +250,8 @@ class Replica:
                 return self._told(f"{type(error).__name__}: {error}", kind_of(error))
 
     async def _verified(self, version: Version, part: str) -> Stored:
-        return await asyncio.to_thread(verified, version, self._settings, cache_folder(), part)
+        stay = [one.stored.id for one in self._answerers() if isinstance(one, Live)]
+        return await asyncio.to_thread(verified, version, self._settings, cache_folder(), part, stay)
 
     def _answerers(self) -> Sequence[Answerer]:
         """Whatever its engine answers by."""

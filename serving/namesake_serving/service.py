@@ -7,7 +7,7 @@ import difflib
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,8 +237,7 @@ class Track:
         leaving, self._withdrawn = [*self._withdrawn, *([old] if old is not None else [])], []
         await self.host.turned(loaded, leaving)
         await asyncio.to_thread(self._tell_registry, version, None)
-        if self.champion:
-            await asyncio.to_thread(store.remember, self._service.cache, self.uri, version)
+        await asyncio.to_thread(store.remember, self._service.cache, self.uri, version)
 
     async def _retire(self) -> None:
         leaving, self._withdrawn = self._withdrawn, []
@@ -448,8 +447,11 @@ def number_in(model: object, settings: Settings, routing: Routing) -> int | None
     return int(found[1])
 
 
-def verified(version: Version, settings: Settings, cache: Path, part: str) -> Stored:
-    """A version's files on this machine, checked.
+def verified(version: Version, settings: Settings, cache: Path, part: str, stay: Collection[str] = ()) -> Stored:
+    """A version's files on this machine, checked; copies of others go where there are too many.
+
+    Args:
+        stay: ids of versions whose copies must not go.
 
     Raises:
         RegistryError: it may not be served, or cannot be.
@@ -460,6 +462,8 @@ def verified(version: Version, settings: Settings, cache: Path, part: str) -> St
     stored = store.fetch(version, cache, settings.public_key, part)
     if part == WEIGHTS_FOLDER:
         store.check_weights(stored.weights)
+    if gone := store.prune(cache, version.name, settings.keep_versions, stay):
+        _log.info("copies of versions removed: %s", ", ".join(gone))
     return stored
 
 

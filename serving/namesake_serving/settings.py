@@ -93,6 +93,8 @@ class Settings(BaseSettings):
         hold_seconds: how long new requests may be held while running answers finish before weights are changed in
             place; after that a second engine is started instead.
         read_seconds: how long the head, and then the body, of a request may take to arrive.
+        keep_versions: how many copies of the model's versions lie on this machine; of more, the one that was fetched
+            longest ago goes, unless it answers.
         require_gate: serve only versions that passed the gate.
         public_key: PEM file; serve only versions that were signed by its private half (``promote --sign-key``).
         shutdown_seconds: how long running answers may take to finish after SIGTERM.
@@ -146,6 +148,7 @@ class Settings(BaseSettings):
     webhook_secret: str = ""
     hold_seconds: Annotated[float, Field(ge=0, le=600)] = 10.0
     read_seconds: Annotated[float, Field(ge=0.1, le=600)] = 10.0
+    keep_versions: Annotated[int, Field(ge=1, le=1_000_000)] = 5
     require_gate: bool = False
     public_key: Path | None = None
     shutdown_seconds: Annotated[int, Field(ge=0, le=3600)] = 30

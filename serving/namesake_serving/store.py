@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,15 +97,58 @@ def fetch(version: Version, cache: Path, public_key: Path | None = None, part: s
     with _FETCHING, _alone(folder):  # champion, challenger, a client, another server here may want one at one moment
         stored = _fetch(version, folder, public_key, part)
         copies.seal(folder)
+        os.utime(_lock(folder))
         return stored
 
 
+def prune(cache: Path, name: str, keep: int, stay: Collection[str] = ()) -> list[str]:
+    """Remove copies of the model's versions but the ``keep`` that were fetched last, or the disk fills move by move.
+
+    One that a server of this machine answers with stays too, by what :func:`remember` wrote: it is loaded from there
+    again when its engine has died, also while the registry is away.
+
+    Args:
+        stay: ids of versions that stay, too.
+
+    Returns:
+        Names of the folders that are gone.
+    """
+    versions = cache / "versions"
+    pattern = re.compile(rf"{re.escape(name)}-v\d+-[0-9a-f]{{16}}")
+    copied = [path for path in versions.glob("*") if path.is_dir() and pattern.fullmatch(path.name)]
+    served = {f"{one.name}-{id_of(one)}" for one in map(_remembered, versions.glob("last-*.json")) if one}
+    served |= {f"{name}-{one}" for one in stay}
+    gone = []
+    for folder in sorted(copied, key=_used, reverse=True)[keep:]:
+        if folder.name in served:
+            continue
+        with suppress(OSError), _alone(folder, wait=False):  # else somebody is at it, or may not remove it
+            copies.remove(folder)
+            gone.append(folder.name)
+    return gone
+
+
+def _used(folder: Path) -> float:
+    try:
+        return _lock(folder).stat().st_mtime
+    except OSError:  # an older release made it
+        return 0.0
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other process of this machine is at the folder meanwhile."""
+def _alone(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """No other process of this machine is at the folder meanwhile.
+
+    Raises:
+        BlockingIOError: another is, and is not waited for.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _lock(folder).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 
@@ -320,8 +365,12 @@ def remember(cache: Path, uri: str, version: Version) -> None:
 
 def recall(cache: Path, uri: str) -> Version | None:
     """The version that was served last under the reference; none where there was none."""
+    return _remembered(_memory(cache, uri))
+
+
+def _remembered(path: Path) -> Version | None:
     with suppress(OSError, ValueError, TypeError):
-        return Version(**json.loads(_memory(cache, uri).read_text(encoding="utf-8")))
+        return Version(**json.loads(path.read_text(encoding="utf-8")))
     return None
 
 

@@ -11,6 +11,7 @@ from typing import cast
 import pytest
 
 from namesake.errors import NamesakeError, RegistryError, ServingError
+from namesake_serving import store
 from namesake_serving.hosts import Adapters
 from namesake_serving.rollout import Step
 from namesake_serving.traffic import Live, UnknownModel
@@ -296,8 +297,21 @@ async def compared(world: World, folder: Path, mode: str, **given: object) -> As
     """Version 1 serves, version 2 is its challenger and answers half of the requests."""
     world.challenger = version(2)
     async with serving(world, folder, mode=mode, **{"canary": "50%", "canary_least": 10, **given}) as running:
-        await until(lambda: running.service.routing.challenger.live is not None)
+        await until(lambda: running.service.routing.challenger.live is not None and running.service.at_rest())
         yield running
+
+
+@pytest.mark.parametrize("mode", ["merged", "adapter"])
+@in_a_loop
+async def test_copies_of_versions_go_but_those_of_champion_and_challenger_are_known_to_every_server(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    asked = list[tuple[str, int]]()
+    monkeypatch.setattr(store, "prune", lambda _cache, name, keep, _stay: asked.append((name, keep)) or [])
+    async with compared(world, tmp_path, mode, keep_versions=7) as running:
+        assert store.recall(running.cache, "models:/ccb@champion") == version(1)
+        assert store.recall(running.cache, "models:/ccb@challenger") == version(2)
+    assert asked == [("ccb", 7)] * 2
 
 
 @pytest.mark.parametrize("mode", ["merged", "adapter"])

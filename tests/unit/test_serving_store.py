@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -81,6 +83,9 @@ class Server:
         return target
 
 
+ticks = itertools.count(1_000_000_000).__next__
+
+
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     """A store with a good version in it."""
@@ -118,6 +123,45 @@ def test_every_version_has_a_copy_of_its_own(server: Server, cache: Path) -> Non
     asked = [version(3), version(4), replace(version(3), name="xiao-huang")]
     assert len({store.fetch(one, cache).weights for one in asked}) == 3
     assert server.fetched == 3
+
+
+def copied(cache: Path) -> set[str]:
+    """The versions that have a copy."""
+    return {path.name.rpartition("-")[0] for path in (cache / "versions").iterdir() if path.is_dir()}
+
+
+def test_of_many_copies_those_fetched_longest_ago_go(server: Server, cache: Path) -> None:
+    for number in (1, 2, 3, 1, 4):
+        store.fetch(version(number), cache)
+        store.fetch(replace(version(number), name="ccb-v2"), cache)
+        os.utime(cache / "versions" / f".ccb-{store.id_of(version(number))}.lock", (0, ticks()))
+    assert len(store.prune(cache, "ccb", 2)) == 2
+    assert copied(cache) == {"ccb-v1", "ccb-v4", *(f"ccb-v2-v{number}" for number in (1, 2, 3, 4))}
+    assert store.prune(cache, "ccb", 2) == []
+    assert store.fetch(version(2), cache).weights.is_dir()  # one that went is fetched again
+
+
+def test_the_copy_of_a_version_that_answers_stays(server: Server, cache: Path) -> None:
+    for number in (1, 2, 3, 4):
+        store.fetch(version(number), cache)
+    store.remember(cache, "models:/ccb@champion", version(1))
+    store.remember(cache, "models:/ccb@other", version(3))
+    (cache / "versions" / "last-0.json").write_text("{", encoding="utf-8")
+    store.prune(cache, "ccb", 1, stay=[store.id_of(version(2))])
+    assert copied(cache) == {"ccb-v1", "ccb-v2", "ccb-v3", "ccb-v4"}
+    store.prune(cache, "ccb", 1)
+    assert copied(cache) == {"ccb-v1", "ccb-v3", "ccb-v4"}
+
+
+def test_a_copy_that_another_process_is_at_stays(server: Server, cache: Path) -> None:
+    for number in (1, 2):
+        store.fetch(version(number), cache)
+        os.utime(cache / "versions" / f".ccb-{store.id_of(version(number))}.lock", (0, ticks()))
+    with (cache / "versions" / f".ccb-{store.id_of(version(1))}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.utime(file.name, (0, 0))
+        assert store.prune(cache, "ccb", 1) == []
+    assert copied(cache) == {"ccb-v1", "ccb-v2"}
 
 
 def test_a_version_made_anew_under_the_same_number_is_not_taken_from_the_old_copy(server: Server, cache: Path) -> None:
