@@ -60,9 +60,10 @@ class Served:
     def engine_socket(self) -> str:
         """The Unix socket of the engine behind the gateway."""
         for one in psutil.Process(self.process.pid).children(recursive=True):
-            with suppress(psutil.Error, ValueError):
-                words = one.cmdline()
-                return words[words.index("--uds") + 1]
+            with suppress(psutil.Error):
+                for connection in one.net_connections("unix"):
+                    if str(connection.laddr).endswith(".sock"):
+                        return str(connection.laddr)
         raise SystemExit("the gateway has no engine")
 
 

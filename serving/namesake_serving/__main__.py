@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, NoReturn
@@ -23,7 +23,7 @@ from namesake.errors import InputError, NamesakeError, RegistryError, ServingErr
 from namesake.messages import tr, translated
 from namesake.paths import cache_folder
 from namesake.registry import CHAMPION, Version
-from namesake_serving import logs, settings, store
+from namesake_serving import engine, logs, settings, store
 from namesake_serving.front import Server, Tls, tls
 from namesake_serving.gateway import Gateway
 from namesake_serving.metrics import Metrics
@@ -174,20 +174,22 @@ def serve(
     cluster = ray_backend(given) if given.backend == "ray" else None
     certificate = tls(given)
     listening = listen(given.host, given.port)
-    uri, first = choose(given.model)
-    if (given.canary or given.shadow) and registry.alias_in(uri) == given.challenger:
-        raise InputError(
-            "challenger",
-            given.challenger,
-            tr("is what is served ({uri}); it cannot be compared with itself", uri=uri),
-            mend="Serve another alias, or name another one: NAMESAKE_SERVE_CHALLENGER=candidate.",
-        )
-    logs.begin(given.log_format, "quiet" if quiet else "verbose" if verbose else "normal")
     with (
         tempfile.TemporaryDirectory(prefix="namesake-serve-") as folder,
-        tracking.project_run(f"{first.name} · serve", {tracking.TAG_KIND: "serve"}),
+        # Before anything is asked of the registry: vLLM takes seconds to import, and so does MLflow.
+        engine.preloaded(given, Path(folder)) if cluster is None else nullcontext() as ready,
     ):
-        uvloop.run(_serve(uri, first, given, certificate, listening, Path(folder), cluster))
+        uri, first = choose(given.model)
+        if (given.canary or given.shadow) and registry.alias_in(uri) == given.challenger:
+            raise InputError(
+                "challenger",
+                given.challenger,
+                tr("is what is served ({uri}); it cannot be compared with itself", uri=uri),
+                mend="Serve another alias, or name another one: NAMESAKE_SERVE_CHALLENGER=candidate.",
+            )
+        logs.begin(given.log_format, "quiet" if quiet else "verbose" if verbose else "normal")
+        with tracking.project_run(f"{first.name} · serve", {tracking.TAG_KIND: "serve"}):
+            uvloop.run(_serve(uri, first, given, certificate, listening, Path(folder), cluster, ready))
 
 
 def _check_needs(given: settings.Settings) -> None:
@@ -301,9 +303,10 @@ async def _serve(
     listening: socket.socket,
     folder: Path,
     cluster: ModuleType | None,
+    ready: engine.Preloaded | None,
 ) -> None:
     if cluster is None:
-        service = Service(uri, given, cache_folder(), folder, Metrics())
+        service = Service(uri, given, cache_folder(), folder, Metrics(), ready=ready)
         gateway = Gateway(service, given)
     else:
         service = cluster.Cluster(uri, given)

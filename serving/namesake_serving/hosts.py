@@ -18,7 +18,7 @@ from namesake.errors import ServingError
 from namesake.manifest import ADAPTER_FOLDER, WEIGHTS_FOLDER
 from namesake.messages import tr
 from namesake_serving import engine, store
-from namesake_serving.engine import Engine
+from namesake_serving.engine import Engine, Preloaded
 from namesake_serving.settings import Settings
 from namesake_serving.store import Stored
 from namesake_serving.traffic import Answerer, Live, Routing, Traffic
@@ -70,10 +70,14 @@ class Host(Protocol):
 
 
 class Engines:
-    """Every engine that was started, so that none is left behind."""
+    """Every engine that was started, so that none is left behind.
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        self._settings, self._folder = settings, folder
+    Args:
+        ready: what the first one is started from, where there is something.
+    """
+
+    def __init__(self, settings: Settings, folder: Path, ready: Preloaded | None = None) -> None:
+        self._settings, self._folder, self._ready = settings, folder, ready
         self._number = 0
         self.started: list[Engine] = []
 
@@ -86,7 +90,8 @@ class Engines:
         self._check_memory()
         self._number += 1
         name = f"engine-{self._number}"
-        running = await asyncio.to_thread(engine.start, weights, self._settings, self._folder, name, adapters)
+        ready, self._ready = self._ready, None
+        running = await asyncio.to_thread(engine.start, weights, self._settings, self._folder, name, adapters, ready)
         self.started.append(running)
         try:
             await asyncio.to_thread(running.wait_ready, self._settings.start_seconds, tick)

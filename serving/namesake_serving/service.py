@@ -19,7 +19,7 @@ from namesake.messages import tr
 from namesake.registry import Move, Version
 from namesake_serving import engine, rollout, store
 from namesake_serving.canary import Judge
-from namesake_serving.engine import Engine
+from namesake_serving.engine import Engine, Preloaded
 from namesake_serving.follow import Follower, where_it_points
 from namesake_serving.hosts import Adapters, Engines, Host, Loaded, Merged
 from namesake_serving.metrics import Metrics
@@ -272,6 +272,7 @@ class Service:
         cache: where verified copies of versions lie.
         folder: private folder for sockets, logs and adapters.
         host: makes what gets versions into engines, if that is not on this machine.
+        ready: what the first engine is started from, where there is something.
     """
 
     def __init__(
@@ -282,12 +283,13 @@ class Service:
         folder: Path,
         metrics: Metrics,
         host: Callable[[Routing], Host] | None = None,
+        ready: Preloaded | None = None,
     ) -> None:
         self.uri, self.settings, self.cache, self.metrics = uri, settings, cache, metrics
         compared = bool(settings.canary or settings.shadow)
         self.routing = Routing(uri, settings.challenger if compared else "", settings.canary)
         self.judge = Judge(settings.canary_errors, settings.canary_latency, settings.canary_least)
-        self._engines = Engines(settings, folder)
+        self._engines = Engines(settings, folder, ready)
         self._background: set[asyncio.Task[None]] = set()
         self._summoned: dict[int, asyncio.Task[None]] = {}
         self._refused: dict[int, float] = {}

@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import mlflow
+import psutil
 import pytest
 
 from namesake import manifest
@@ -257,10 +258,15 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 def past_the_gateway(url: str, body: dict[str, Any]) -> dict[str, Any]:
     """A whole answer by the engine itself."""
-    words = next(command_of(pid).split() for pid in session_of(server_of(url)) if "--uds" in command_of(pid))
+    (address,) = {
+        str(one.laddr)
+        for pid in session_of(server_of(url))
+        for one in psutil.Process(pid).net_connections("unix")
+        if str(one.laddr).endswith(".sock")
+    }
     connection = http.client.HTTPConnection("engine", timeout=60)
     connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.connect(words[words.index("--uds") + 1])
+    connection.sock.connect(address)
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
     answer: dict[str, Any] = json.load(connection.getresponse())
     connection.close()

@@ -579,6 +579,72 @@ def test_the_server_that_is_started_finds_our_plugin_and_leads_a_session_of_its_
     assert (folder / "new" / "engine-7.log").is_file()
 
 
+SERVER = """
+import sys, time
+import heavy
+if __name__ == "__main__":
+    print(*sys.argv, sys.stdin.read() == "", heavy.imported(), flush=True)
+"""
+
+HEAVY = """
+times = 0
+def imported():
+    global times
+    times += 1
+    return times
+imported()
+print("imported", flush=True)
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path, installed: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module that stands where vLLM's server would; its file."""
+    for name, text in (("its_entry", SERVER), ("heavy", HEAVY)):
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(engine, "_ENTRY", "its_entry")
+    monkeypatch.setattr(engine, "command", lambda *_, **__: [sys.executable, "-m", "its_entry", "--model", "踩 踩"])
+    return tmp_path / "its_entry.py"
+
+
+def test_what_was_imported_before_is_told_what_to_serve_and_is_the_engine(folder: Path, server: Path) -> None:
+    with engine.preloaded(settings.read(), folder) as ready:
+        assert ready is not None
+        wait_for(lambda: "imported" in (folder / "engine-1.log").read_text(), 20)
+        assert ready.process.poll() is None
+        one = engine.start(WEIGHTS, settings.read(), folder, "engine-1", ready=ready)
+        assert one.pid == ready.process.pid
+        wait_for(lambda: not one.alive(), 20)
+    assert one.tail().splitlines() == ["imported", f"{server} --model 踩 踩 True 2"]
+
+
+@pytest.mark.usefixtures("server")
+def test_what_was_imported_and_is_not_needed_ends(folder: Path) -> None:
+    with engine.preloaded(settings.read(), folder) as ready:
+        assert ready is not None
+        assert runs(ready.process.pid)
+    assert ready.process.poll() is not None
+
+
+@pytest.mark.usefixtures("server")
+def test_where_the_import_failed_the_engine_is_started_anew(folder: Path) -> None:
+    with engine.preloaded(settings.read(), folder) as ready:
+        assert ready is not None
+        os.kill(ready.process.pid, signal.SIGKILL)
+        ready.process.wait()
+        one = engine.start(WEIGHTS, settings.read(), folder, "engine-1", ready=ready)
+        assert one.pid != ready.process.pid
+        wait_for(lambda: not one.alive(), 20)
+        assert one.tail().endswith("--model 踩 踩 True 2")
+
+
+def test_without_vllm_nothing_is_imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with engine.preloaded(settings.read(), folder) as ready:
+        assert ready is None
+
+
 KILLED = """
 import importlib.machinery, sys, time, types
 from pathlib import Path

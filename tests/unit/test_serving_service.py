@@ -18,7 +18,7 @@ from namesake.errors import NamesakeError, RegistryError, ServingError
 from namesake.manifest import ADAPTER_FOLDER, Manifest
 from namesake.registry import Version
 from namesake_serving import engine, rollout, service, settings, store
-from namesake_serving.engine import MODEL, Adapters, Engine
+from namesake_serving.engine import MODEL, Adapters, Engine, Preloaded
 from namesake_serving.follow import Follower
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import Step
@@ -232,9 +232,16 @@ class World:
         self.pass_gate("check", stored.version.number)
 
     def start(
-        self, weights: Path, _settings: Settings, _folder: Path, name: str, adapters: Adapters | None = None
+        self,
+        weights: Path,
+        _settings: Settings,
+        _folder: Path,
+        name: str,
+        adapters: Adapters | None = None,
+        ready: Preloaded | None = None,
     ) -> Engine:
         """A new engine."""
+        assert ready is None
         box = Box(self, weights, name)
         box.room = adapters.count if adapters else 0
         self.boxes.append(box)
