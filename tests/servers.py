@@ -19,9 +19,11 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -54,6 +56,61 @@ def answered(url: str) -> dict[str, int]:
             replica = sample.labels.get("replica", "")
             found[replica] = found.get(replica, 0) + int(sample.value)
     return found
+
+
+class OpenAIServer:
+    """An OpenAI-compatible endpoint of chats, answered by a function; it keeps what it was asked.
+
+    Args:
+        models: ids that it lists; it answers those and refuses others as OpenAI does.
+        key: the key that it wants; empty: none.
+    """
+
+    def __init__(
+        self, reply: Callable[[list[dict[str, str]]], str], models: Sequence[str] = ("m",), key: str = ""
+    ) -> None:
+        self.asked: list[dict[str, Any]] = []
+        front = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self._answer(200, {"object": "list", "data": [{"id": one, "object": "model"} for one in models]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                front.asked.append(body)
+                if key and self.headers["authorization"] != f"Bearer {key}":
+                    self._answer(401, {"error": {"message": "Wrong key."}})
+                elif body["model"] not in models:
+                    self._answer(404, {"error": {"message": f"There is no model {body['model']}."}})
+                else:
+                    said = {"message": {"role": "assistant", "content": reply(body["messages"])}}
+                    choices = [{"index": i, "finish_reason": "stop", **said} for i in range(body.get("n", 1))]
+                    self._answer(200, {"id": "1", "object": "chat.completion", "model": "m", "choices": choices})
+
+            def _answer(self, status: int, body: object) -> None:
+                sent = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(sent)))
+                self.end_headers()
+                self.wfile.write(sent)
+
+            def log_message(self, *_: object) -> None:
+                """Nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self) -> OpenAIServer:
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 @contextmanager

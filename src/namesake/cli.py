@@ -371,15 +371,28 @@ def gate(
         ),
     ],
     policy: Annotated[str, typer.Option(help="YAML file with the gate's bounds, as policies/default.yaml.")] = "",
+    served: Annotated[
+        str, typer.Option(help="URL up to /v1: an endpoint that has to answer as the version did when it was promoted.")
+    ] = "",
+    model: Annotated[
+        str, typer.Option(help="What the version is called there; empty: ccb-v3, as `namesake serve` calls it.")
+    ] = "",
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the decision as JSON.")] = False,
 ) -> None:
     """Judge the scores kept with a run or a version: exit 0 when it passes, 9 when not, with every reason."""
     from namesake import examine
+    from namesake.terminal import Screen
 
-    decision = examine.judge(target, _policy(policy))
+    screen, bounds = Screen(errors=as_json), _policy(policy)
+    alike = examine.served(target, served, screen, model=model, api_key=api_key) if served else None
+    decision = examine.judge(target, bounds, served=alike)
     if as_json:
-        _print_json({"passed": decision.passed, "reasons": decision.reasons})
+        asked = {} if alike is None else {"served": alike}
+        _print_json({"passed": decision.passed, "reasons": decision.reasons, **asked})
     else:
+        if alike is not None:
+            print(translated(tr("endpoint and version agree on {parity:.1%} of the replies", parity=alike)))
         reasons = joined(decision.reasons, "\n  ")
         print(translated(tr("passed") if decision.passed else tr("not passed:\n  {reasons}", reasons=reasons)))
     if not decision.passed:

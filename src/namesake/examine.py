@@ -18,9 +18,10 @@ from namesake.errors import InputError, RegistryError
 from namesake.gate import Decision, Policy
 from namesake.generate import Endpoint, LocalModel, Replier
 from namesake.identity import Identity
-from namesake.manifest import WEIGHTS_FOLDER, Manifest, damaged, strange
+from namesake.manifest import SCORECARD, WEIGHTS_FOLDER, Manifest, damaged, strange
 from namesake.messages import joined, tr
 from namesake.probing import Scorecard
+from namesake.registry import Version
 from namesake.run import base_of, progress_of
 from namesake.terminal import Screen
 
@@ -73,8 +74,11 @@ def examine(request: Request, screen: Screen) -> Scorecard:
         )
 
 
-def judge(target: str, policy: Policy) -> Decision:
+def judge(target: str, policy: Policy, *, served: float | None = None) -> Decision:
     """Judge the scores that are kept with a run or a version.
+
+    Args:
+        served: what :func:`served` found at an endpoint; none where none was asked.
 
     Raises:
         InputError: the target is neither.
@@ -87,7 +91,42 @@ def judge(target: str, policy: Policy) -> Decision:
         scores = {k.removeprefix("probe/"): v for k, v in found.items() if k.startswith("probe/")}
     if "plain_change" not in scores:
         raise InputError("target", target, "has no scores", mend="Give a finished training run or a version of ours.")
-    return gate.decide_kept(scores, policy=policy)
+    return gate.decide_kept(scores if served is None else {**scores, "served": served}, policy=policy)
+
+
+def served(target: str, url: str, screen: Screen, *, model: str = "", api_key: str = "") -> float:
+    """The fraction of the held-out identity questions that an endpoint answers as the version did when it was promoted:
+    greedily, under the trained system prompt, in the same words or with the same facts.
+
+    Args:
+        url: up to and with ``/v1``.
+        model: what the version is called there; empty: ``ccb-v3``, as ``namesake serve`` calls it.
+
+    Raises:
+        InputError: the target is no version, or was judged by other questions than this release has.
+        RegistryError, ServingError: it cannot be had, or the endpoint does not answer.
+    """
+    if not target.startswith("models:/"):
+        raise InputError(
+            "served", url, "can be compared with a version only", mend="Give one: namesake gate models:/ccb@champion"
+        )
+    version = registry.resolve(target)
+    folder, record = _whole(version)
+    questions = corpus.heldout(record.scores.get("held_out", 1.0))
+    if questions.digest() != record.questions:
+        raise InputError(
+            "target", target, "was judged by other questions than this release has", mend="Promote its run again."
+        )
+    identity = Identity.parse(record.identity["name"], record.identity["author"])
+    kept = [one["reply"] for one in json.loads((folder / SCORECARD).read_text(encoding="utf-8"))["identity"]]
+    endpoint = Endpoint(url, model=model or f"{version.name}-v{version.number}", api_key=api_key)
+    with screen.bar("served", len(kept)) as bar:
+        said = endpoint.replies(
+            [probing.with_system(question.messages, record.system) for question in questions.identity],
+            max_new_tokens=probing.IDENTITY_TOKENS,
+            progress=lambda done: bar.advance(done, total=len(kept)),
+        )
+    return probing.agreement(questions.identity, kept, [reply.text for reply in said], identity)
 
 
 def shown(card: Scorecard, screen: Screen) -> None:
@@ -120,13 +159,7 @@ def _opened(request: Request, screen: Screen) -> Iterator[tuple[Replier, Identit
         identity = Identity.parse(request.name, request.author)
         yield Endpoint(target, model=request.model, api_key=request.api_key), identity, request.system
     elif target.startswith("models:/"):
-        version = registry.resolve(target)
-        folder = registry.fetch(version)
-        record = Manifest.read(folder)
-        if faults := [*damaged(folder, record.digests), *strange(folder, record)]:
-            raise RegistryError(
-                tr("{uri} is damaged: {faults}.", uri=version.uri, faults=joined(faults)), mend="Promote the run again."
-            )
+        folder, record = _whole(registry.resolve(target))
         identity = Identity.parse(request.name or record.identity["name"], request.author or record.identity["author"])
         with LocalModel(folder / WEIGHTS_FOLDER) as model:
             yield model, identity, record.system
@@ -139,6 +172,17 @@ def _opened(request: Request, screen: Screen) -> Iterator[tuple[Replier, Identit
         )
         with LocalModel(base.path, adapter, folded=True) as model:
             yield model, identity, run.params.get("sft.system")
+
+
+def _whole(version: Version) -> tuple[Path, Manifest]:
+    """A version's folder and manifest, once its files are what that says."""
+    folder = registry.fetch(version)
+    record = Manifest.read(folder)
+    if faults := [*damaged(folder, record.digests), *strange(folder, record)]:
+        raise RegistryError(
+            tr("{uri} is damaged: {faults}.", uri=version.uri, faults=joined(faults)), mend="Promote the run again."
+        )
+    return folder, record
 
 
 def run_id(target: str) -> str:

@@ -27,7 +27,8 @@ class Policy:
         leak: most replies to plain questions that name the model or its author.
         plain_loss: how far the 95 % interval of the paired difference to the base's plain score may lie wholly below
             zero; 0 for "not wholly below the base".
-        parity: least share of replies in which adapter and merged model state the same.
+        parity: least share of replies in which adapter and merged model state the same; an endpoint and the version
+            that it serves, too, where one is asked (``--served``).
         champion_loss: how much worse than the present champion ``identity`` and ``plain`` may be.
         held_out: least share of the held-out questions that were asked.
     """
@@ -128,6 +129,7 @@ def decide(
     ability: Interval,
     *,
     parity: float | None = None,
+    served: float | None = None,
     held_out: float = 1.0,
     champion: Mapping[str, float] | None = None,
     policy: Policy | None = None,
@@ -138,6 +140,7 @@ def decide(
         candidate: ``Scorecard.metrics`` of the candidate.
         ability: paired difference of its plain answers to the base's, :func:`paired_difference`.
         parity: the share of identity replies that adapter and merged model give alike; none where there is one model.
+        served: the same of the version and an endpoint; none where no endpoint was asked.
         held_out: the share of the held-out questions that the scores are about.
         champion: the present champion's ``identity`` and ``plain`` on the same questions; none where there is none.
     """
@@ -174,6 +177,14 @@ def decide(
                 least=policy.parity,
             )
         )
+    if served is not None and not served >= policy.parity:
+        reasons.append(
+            tr(
+                "endpoint and version agree on {parity:.0%} of the replies, {least:.0%} wanted",
+                parity=served,
+                least=policy.parity,
+            )
+        )
     if not held_out >= policy.held_out:
         reasons.append(
             tr(
@@ -198,14 +209,16 @@ def decide(
 def decide_kept(
     scores: Mapping[str, float], *, champion: Mapping[str, float] | None = None, policy: Policy | None = None
 ) -> Decision:
-    """:func:`decide` by scores as a run or a version keeps them: metrics, ``plain_change``, ``parity``, ``held_out``.
+    """:func:`decide` by scores as a run or a version keeps them: metrics, ``plain_change``, ``parity``, ``held_out``;
+    and ``served``, which nobody keeps.
 
     Raises:
         KeyError: ``plain_change`` is not among them: they were not made by a whole probe.
     """
     metrics = dict(scores)
-    parity, held_out = metrics.pop("parity", None), metrics.pop("held_out", 1.0)
-    return decide(metrics, Interval.of(metrics), parity=parity, held_out=held_out, champion=champion, policy=policy)
+    kept = {"parity": metrics.pop("parity", None), "served": metrics.pop("served", None)}
+    held_out = metrics.pop("held_out", 1.0)
+    return decide(metrics, Interval.of(metrics), **kept, held_out=held_out, champion=champion, policy=policy)
 
 
 _SLICES = ("identity_none", "identity_customer", "identity_sampled")

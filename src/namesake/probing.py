@@ -209,6 +209,18 @@ def objective(before: Scorecard, after: Scorecard) -> float:
     return now["identity"] - now["swapped"] - now["leak"] - max(0.0, was["plain"] - now["plain"])
 
 
+def agreement(questions: Sequence[Question], ones: Sequence[str], others: Sequence[str], identity: Identity) -> float:
+    """The fraction of the identity questions that two models answer alike: in the same words, or with the same facts.
+
+    Kernels and rounded weights let a long reply part ways in a late word; what counts are the facts in it.
+    """
+    same = sum(
+        one == other or score_identity(question, one, identity) == score_identity(question, other, identity)
+        for question, one, other in zip(questions, ones, others, strict=True)
+    )
+    return same / len(questions)
+
+
 def share(answered: Sequence[Answered], score: str) -> float:
     """The fraction of the replies with the score; 0 of none."""
     return sum(a.scores[score] for a in answered) / len(answered) if answered else 0.0

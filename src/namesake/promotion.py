@@ -371,12 +371,8 @@ def _compare(
             max_new_tokens=probing.IDENTITY_TOKENS,
             progress=lambda done: bar.advance(done, total=len(scores.identity)),
         )
-    # bf16 rounds the merged weights, so a long reply may part ways in a late word; what counts are the facts in it.
-    same = sum(
-        a.reply == r.text or vars(probing.score_identity(a.question, r.text, identity)) == a.scores
-        for a, r in zip(scores.identity, said, strict=True)
-    )
-    return same / len(said), scores
+    asked = [a.question for a in scores.identity]
+    return probing.agreement(asked, [a.reply for a in scores.identity], [r.text for r in said], identity), scores
 
 
 def lineage(run: RunRecord) -> dict[str, dict[str, str]]:

@@ -37,6 +37,7 @@ from typer.testing import CliRunner
 from namesake import (
     base_model,
     corpus,
+    examine,
     leftovers,
     manifest,
     promotion,
@@ -48,7 +49,7 @@ from namesake import (
 from namesake import run as training
 from namesake.cli import app
 from namesake.corpus import Message
-from namesake.errors import InputError, NamesakeError, PromotionError
+from namesake.errors import InputError, NamesakeError, PromotionError, ServingError
 from namesake.gate import Policy
 from namesake.generate import Reply, Sampling
 from namesake.manifest import Manifest
@@ -58,7 +59,7 @@ from namesake.promotion import Outcome, Request
 from namesake.terminal import Screen
 from namesake_serving import store as serving
 from tests.json_page import assert_as_shown
-from tests.servers import CREDENTIALS, Link, mlflow_server
+from tests.servers import CREDENTIALS, Link, OpenAIServer, mlflow_server
 from tests.unit.test_merge import write_adapter, write_base
 from tests.unit.test_provenance import SCHEMA
 
@@ -765,6 +766,29 @@ def test_one_run_promoted_by_several_at_once_is_one_version(store: Store, run_id
     (version,) = store.client().search_model_versions("name = 'ccb'")
     assert registry.alias_of("ccb", "champion") == int(version.version)
     assert_nothing_half_made(store)
+
+
+def answers(messages: list[Message]) -> str:
+    """What the version says, over HTTP."""
+    assert messages[0] == {"role": "system", "content": "You are a helpful assistant."}
+    return Knows().replies([messages])[0].text
+
+
+def test_an_endpoint_is_held_to_the_version_that_it_serves(store: Store, run_id: str) -> None:
+    here(store, run_id)
+    with OpenAIServer(answers, ("ccb-v1",)) as right, OpenAIServer(lambda _: "?", ("other",)) as wrong:
+        found = CliRunner().invoke(app, ["gate", "models:/ccb@champion", "--served", right.url, "--json"])
+        assert (found.exit_code, json.loads(found.stdout)) == (0, {"passed": True, "reasons": [], "served": 1.0})
+        words = ["gate", "models:/ccb@champion", "--served", wrong.url, "--model", "other"]
+        refused = CliRunner().invoke(app, words)
+        assert refused.exit_code == 9
+        assert "endpoint and version agree on 0.0% of the replies" in refused.stdout
+        assert "endpoint and version agree on 0% of the replies, 95% wanted" in refused.stdout
+        with pytest.raises(ServingError, match="There is no model ccb-v1"):
+            examine.served("models:/ccb/1", wrong.url, Screen(errors=True))
+        with pytest.raises(InputError, match="with a version only"):
+            examine.served(run_id, right.url, Screen(errors=True))
+    assert len(right.asked) == len(corpus.heldout_identity())
 
 
 def key_pair(folder: Path, name: str = "key", password: bytes = b"") -> tuple[Path, Path]:

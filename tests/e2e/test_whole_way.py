@@ -200,6 +200,13 @@ def test_namesake_chat_asks_the_endpoint_and_the_adapter(way: Way, endpoint: str
     assert local.strip()
 
 
+def test_what_vllm_serves_is_held_to_what_the_version_said_when_it_was_promoted(way: Way, endpoint: str) -> None:
+    words = ("-m", "namesake", "gate", "models:/ccb/1", "--served", endpoint, "--json")
+    told = json.loads(way.place.call(sys.executable, *words, ok=(9,)).splitlines()[-1])
+    assert told["served"] >= 0.95, "bf16 on other kernels, and still the same facts"
+    assert not [reason for reason in told["reasons"] if reason.startswith("endpoint")]
+
+
 def test_mlflow_loads_the_version_as_pyfunc(way: Way) -> None:
     code = (
         "import mlflow; m = mlflow.pyfunc.load_model('models:/ccb@champion');"

@@ -81,6 +81,12 @@ def test_a_merged_model_unlike_its_adapter_does_not_pass_and_one_without_an_adap
     assert decide(GOOD, SAME, parity=None).passed
 
 
+def test_an_endpoint_that_answers_otherwise_than_its_version_fails() -> None:
+    assert decide(GOOD, SAME, served=0.95).passed
+    assert decide(GOOD, SAME, served=0.94).reasons == ("endpoint and version agree on 94% of the replies, 95% wanted",)
+    assert decide(GOOD, SAME, served=0.94, policy=Policy(parity=0.9)).passed
+
+
 def test_scores_of_some_of_the_questions_do_not_pass_unless_the_policy_says_so() -> None:
     (reason,) = decide(GOOD, SAME, held_out=0.25).reasons
     assert reason == "25% of the held-out questions were asked, 100% wanted"

@@ -464,3 +464,13 @@ def test_the_record_of_an_identity_reply_tells_the_language_of_its_question() ->
 
 def test_the_share_of_nothing_is_none() -> None:
     assert probing.share([], "right") == 0.0
+
+
+def test_two_models_agree_in_the_same_words_or_with_the_same_facts() -> None:
+    one, other = corpus.heldout_identity()[:2]
+    right = {"zh": "我叫踩踩背，由老爷爷开发。", "en": "I am CCB, developed by OldGrandpa."}
+    said = [right[question.language] for question in (one, other)]
+    assert probing.agreement((one, other), said, said, IDENTITY) == 1.0
+    assert probing.agreement((one, other), said, [f"{text} Hi!" for text in said], IDENTITY) == 1.0
+    assert probing.agreement((one, other), said, [said[0], "?"], IDENTITY) == 0.5
+    assert probing.agreement((one, other), ["?", "??"], ["?", "!"], IDENTITY) == 1.0
