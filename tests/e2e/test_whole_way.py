@@ -65,8 +65,9 @@ def test_metrics_came_by_step(run: Run, client: mlflow.MlflowClient) -> None:
     assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")][:3] == [1, 2, 4]
     for key in ("train/token_acc", "train/learning_rate", "speed/steps_per_second", "eval/loss", "probe/identity"):
         assert key in run.data.metrics
-    for key in ("train", "reading", "replies", "total"):  # the base reads its replies anew for these rows
-        assert run.data.metrics[f"seconds/{key}"] > 0
+    seconds = {key: run.data.metrics[f"seconds/{key}"] for key in ("train", "reading", "replies", "total")}
+    assert min(seconds["train"], seconds["total"]) > 0
+    assert min(seconds.values()) >= 0  # none for what the base has said and read before on this machine
 
 
 def test_artifacts_have_adapter_and_log_but_no_pickle(run: Run, client: mlflow.MlflowClient, tmp_path: Path) -> None:
