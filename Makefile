@@ -45,8 +45,8 @@ $(STAMP): $(PINS) pyproject.toml
 	@$(PIP) install --no-deps --no-build-isolation -e . 2> >(grep -v "Location 'file" >&2)
 	@touch $@
 
-$(DEV_STAMP): $(STAMP) requirements/dev.txt requirements/ray.txt
-	@$(call PINNED,requirements/dev.txt -r requirements/ray.txt) 2> >(grep -v "Location 'file" >&2)
+$(DEV_STAMP): $(STAMP) requirements/dev.txt requirements/ray.txt requirements/harness.txt
+	@$(call PINNED,requirements/dev.txt -r requirements/ray.txt -r requirements/harness.txt) 2> >(grep -v "Location 'file" >&2)
 	@touch $@
 
 run: setup ## train: make run NAME="踩踩背 CCB" AUTHOR="老爷爷 OldGrandpa" ARGS="-P recipe=tutorial"

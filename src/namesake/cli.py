@@ -363,6 +363,35 @@ def probe(
 
 
 @app.command()
+def harness(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="Run id, models:/NAME@ALIAS or models:/NAME/VERSION.", autocompletion=_completing("targets")
+        ),
+    ],
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, with commas between: arc_easy,hellaswag.")],
+    include_path: Annotated[str, typer.Option(help="Folder with task files of your own (YAML).")] = "",
+    limit: Annotated[int, typer.Option(min=0, help="At most so many questions of each task; 0: all.")] = 0,
+    chat_template: Annotated[
+        bool, typer.Option(help="Ask in the model's chat template, under the system prompt it was trained with.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores of both as JSON.")] = False,
+) -> None:
+    """Ask base and tuned model the tasks of a public harness (lm-eval), and show both side by side."""
+    from namesake import harness as use_case
+    from namesake.terminal import Screen
+
+    screen = Screen(errors=as_json)
+    request = use_case.Request(target, tasks, include_path, limit, chat_template)
+    outcome = use_case.run(request, screen)
+    if as_json:
+        _print_json(outcome.record())
+    else:
+        use_case.show(outcome, screen)
+
+
+@app.command()
 def gate(
     target: Annotated[
         str,

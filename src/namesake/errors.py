@@ -13,10 +13,11 @@ The tree::
     ├── RegistryError             exit 6   the MLflow model registry
     ├── PromotionError            exit 7   a version that may not, or could not, be made
     ├── ServingError              exit 8   vLLM, or an endpoint that does not answer
-    └── HubError                  exit 10  a model hub that cannot be reached or refuses
+    ├── HubError                  exit 10  a model hub that cannot be reached or refuses
+    └── HarnessError              exit 11  lm-eval is not installed, or failed
 
-Errors of a vendor (mlflow, swift, vllm, transformers) end at the one module that imports it and go on as one of
-these, with the vendor's own words in ``__cause__``.
+Errors of a vendor (mlflow, swift, vllm, transformers, lm_eval) end at the one module that imports it and go on as one
+of these, with the vendor's own words in ``__cause__``.
 """
 
 from __future__ import annotations
@@ -116,6 +117,12 @@ class HubError(NamesakeError):
     """A model hub cannot be reached, refuses the token, or did not take the files."""
 
     exit_code = 10
+
+
+class HarnessError(NamesakeError):
+    """The evaluation harness, lm-eval, is not installed, or failed."""
+
+    exit_code = 11
 
 
 class Stopped(Exception):

@@ -89,6 +89,11 @@ class LocalModel(AbstractContextManager["LocalModel"]):
         model.get_output_embeddings().register_forward_pre_hook(lambda _module, given: (given[0].contiguous(),))
         self._model: Any = model.eval()
 
+    @property
+    def loaded(self) -> tuple[Any, Any]:
+        """The transformers model and its tokenizer."""
+        return self._model, self._tokenizer
+
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
