@@ -373,6 +373,7 @@ def harness(
     tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, with commas between: arc_easy,hellaswag.")],
     include_path: Annotated[str, typer.Option(help="Folder with task files of your own (YAML).")] = "",
     limit: Annotated[int, typer.Option(min=0, help="At most so many questions of each task; 0: all.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time; fewer take less memory.")] = 16,
     chat_template: Annotated[
         bool, typer.Option(help="Ask in the model's chat template, under the system prompt it was trained with.")
     ] = True,
@@ -383,7 +384,9 @@ def harness(
     from namesake.terminal import Screen
 
     screen = Screen(errors=as_json)
-    request = use_case.Request(target, tasks, include_path, limit, chat_template)
+    request = use_case.Request(
+        target, tasks, include_path, limit=limit, batch_size=batch_size, chat_template=chat_template
+    )
     outcome = use_case.run(request, screen)
     if as_json:
         _print_json(outcome.record())

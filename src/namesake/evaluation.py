@@ -23,7 +23,7 @@ from namesake.errors import HarnessError, InputError, said
 from namesake.generate import LocalModel
 from namesake.messages import joined, tr
 
-BATCH = 8
+BATCH = 16
 """Prompts at a time. Their logits are kept whole, so that memory grows with batch, prompt length and vocabulary."""
 
 _NEAR = 5
@@ -82,6 +82,7 @@ class Harness:
         system: str | None,
         chat_template: bool = True,
         limit: int | None = None,
+        batch: int = BATCH,
         progress: Callable[[int, int], None] | None = None,
     ) -> Evaluation:
         """Ask the model all of it; the same call gives the same scores.
@@ -90,6 +91,7 @@ class Harness:
             system: the system prompt; none, or without ``chat_template``: none is given.
             chat_template: put every question into the model's chat template.
             limit: only the first questions of each task, at most so many.
+            batch: prompts at a time; another number rounds elsewhere, which can move a score by an answer.
             progress: is told how many prompts are done, and of how many that are known so far.
 
         Raises:
@@ -100,19 +102,19 @@ class Harness:
         try:
             with _without_its_output():
                 found = simple_evaluate(
-                    model=_counted(model, progress),
+                    model=_counted(model, batch, progress),
                     tasks=list(self._names),
                     task_manager=self._manager,
                     limit=limit,
                     system_instruction=system if chat_template else None,
                     apply_chat_template=chat_template,
                     log_samples=False,
-                    batch_size=BATCH,
+                    batch_size=batch,
                 )
         except Exception as error:  # whatever a task's file makes of its data and of the replies
             raise HarnessError(
                 tr("lm-eval failed ({kind}: {error}).", kind=type(error).__name__, error=said(error)),
-                mend="Look at the tasks' files; with --verbose lm-eval says what it does.",
+                mend="If memory ran out, lower --batch-size; else look at the tasks' files: --verbose shows lm-eval's log.",
             ) from error
         return Evaluation(scores(found), _plain(found))
 
@@ -140,7 +142,7 @@ class Harness:
                 "tasks",
                 name,
                 tr("lm-eval cannot read it ({kind}: {error})", kind=type(error).__name__, error=said(error)),
-                mend="Look at the task's file; with --verbose lm-eval says what it does.",
+                mend="Look at the task's file; --verbose shows lm-eval's log.",
             ) from error
         return tasks
 
@@ -226,7 +228,7 @@ def _check_runs(name: str, tasks: Mapping[str, Any]) -> None:
             raise InputError("tasks", name, "is about images or sound", mend="Give tasks of text.")
 
 
-def _counted(model: LocalModel, progress: Callable[[int, int], None] | None) -> Any:
+def _counted(model: LocalModel, batch: int, progress: Callable[[int, int], None] | None) -> Any:
     """The model as the harness takes it, telling how far it is."""
     from lm_eval.models.huggingface import HFLM
 
@@ -266,7 +268,7 @@ def _counted(model: LocalModel, progress: Callable[[int, int], None] | None) -> 
 
     loaded, tokenizer = model.loaded
     # In bfloat16, which models mostly come in, the log-probabilities of several choices would often be equal.
-    return Counted(pretrained=loaded, tokenizer=tokenizer, batch_size=BATCH, softmax_dtype="float32")
+    return Counted(pretrained=loaded, tokenizer=tokenizer, batch_size=batch, softmax_dtype="float32")
 
 
 @contextmanager

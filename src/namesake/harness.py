@@ -19,7 +19,7 @@ from typing import Any
 from namesake import examine, registry, tracking
 from namesake.base_model import BaseModel
 from namesake.errors import InputError
-from namesake.evaluation import Evaluation, Harness, Score, check
+from namesake.evaluation import BATCH, Evaluation, Harness, Score, check
 from namesake.generate import LocalModel
 from namesake.manifest import WEIGHTS_FOLDER, Manifest
 from namesake.messages import Message, tr
@@ -47,6 +47,7 @@ class Request:
         tasks: names of tasks, groups or tags, with commas between.
         include_path: folder of further task files; empty for none.
         limit: at most so many questions of each task; 0 for all.
+        batch_size: prompts that are asked at a time.
         chat_template: whether questions are put into the chat template, under the training's system prompt.
     """
 
@@ -54,6 +55,7 @@ class Request:
     tasks: str
     include_path: str = ""
     limit: int = 0
+    batch_size: int = BATCH
     chat_template: bool = True
 
 
@@ -141,6 +143,7 @@ def run(request: Request, screen: Screen) -> Outcome:
                 system=system,
                 chat_template=request.chat_template,
                 limit=request.limit or None,
+                batch=request.batch_size,
                 progress=progress_of(bar),
             )
     pairs = paired(found["base"].scores, found["tuned"].scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name
 
-from namesake import harness
+from namesake import cli, harness
 from namesake.errors import HarnessError, InputError
 from namesake.evaluation import Score
 from namesake.harness import Outcome, Pair, Request, metrics, paired
@@ -90,6 +91,10 @@ def test_what_cannot_be_asked_is_refused(target: str, tasks: str, fault: str, mo
     monkeypatch.setattr(harness, "check", lambda: None)  # also where lm-eval is not installed
     with pytest.raises(InputError, match=fault):
         harness.run(Request(target, tasks), Screen())
+
+
+def test_the_command_asks_as_many_prompts_at_a_time_as_the_use_case() -> None:
+    assert inspect.signature(cli.harness).parameters["batch_size"].default == Request("", "").batch_size
 
 
 def test_without_lm_eval_nothing_else_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
