@@ -114,7 +114,7 @@ class Harness:
         except Exception as error:  # whatever a task's file makes of its data and of the replies
             raise HarnessError(
                 tr("lm-eval failed ({kind}: {error}).", kind=type(error).__name__, error=said(error)),
-                mend="If memory ran out, lower --batch-size; else look at the tasks' files: --verbose shows lm-eval's log.",
+                mend="Lower --batch-size if memory ran out, else look at the tasks' files; see --verbose.",
             ) from error
         return Evaluation(scores(found), _plain(found))
 

@@ -205,7 +205,7 @@ def show(outcome: Outcome, screen: Screen) -> None:
             for pair in outcome.pairs
         ],
     )
-    screen.line(f"  {_form(outcome)}")
+    screen.line(_form(outcome))
     screen.line(tr("  kept with run {id}: metrics and files under {folder}/", id=outcome.run, folder=FOLDER))
 
 
@@ -221,11 +221,11 @@ def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
 
 def _form(outcome: Outcome) -> Message:
     if not outcome.chat_template:
-        return tr("± is one standard error; both asked without chat template and system prompt")
+        return tr("  ± is one standard error; both asked without chat template and system prompt")
     if outcome.system is None:
-        return tr("± is one standard error; both asked in their chat template, no system prompt given")
+        return tr("  ± is one standard error; both asked in their chat template, no system prompt given")
     return tr(
-        "± is one standard error; both asked in their chat template under the system prompt {system}",
+        "  ± is one standard error; both asked in their chat template under the system prompt {system}",
         system=repr(outcome.system),
     )
 

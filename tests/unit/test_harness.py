@@ -71,6 +71,9 @@ def test_the_table_has_both_their_difference_and_how_they_were_asked(
     out = capfd.readouterr().out
     for cell in ("acc ↑", "0.5000 ± 0.0300", "0.6250 ± 0.0400", "+0.1250 ± 0.0500", "-0.1250", "200", told, "r" * 32):
         assert cell in out
+    monkeypatch.setenv("NAMESAKE_LANG", "zh")
+    harness.show(outcome, Screen())
+    assert "± 为一个标准误" in capfd.readouterr().out
 
 
 def test_the_json_is_as_the_guide_shows_it() -> None:
