@@ -3,10 +3,11 @@
     python benchmarks/follow.py --clients 64 --moves 20            # trains two small versions first, some minutes
     python benchmarks/follow.py --store FOLDER                     # a folder with mlflow.db and two versions of ccb
 
-Every client asks again as soon as it is answered, streamed. Counted are requests that failed, streams that were cut,
-and streams in which two versions spoke. Seconds are from the call that moves the alias (polling included) to the first
-answer begun by the new version; to the same answer from fetched and verified (``/v1/version`` tells when that was); and
-from fetched and verified to live, by the server's own metrics.
+Every client asks again as soon as it is answered, streamed; beside them one asks for a single token at a time, so that
+somebody always comes just after a move, however long the others' answers are. Counted are requests that failed, streams
+that were cut, and streams in which two versions spoke. Seconds are from the call that moves the alias (polling
+included) to the first answer begun by the new version; to the same answer from fetched and verified (``/v1/version``
+tells when that was); and from fetched and verified to live, by the server's own metrics.
 """
 
 from __future__ import annotations
@@ -50,12 +51,13 @@ class Load:
 
     async def run(self, session: aiohttp.ClientSession) -> None:
         """Until cancelled."""
-        await asyncio.gather(*(self._client(session) for _ in range(self._clients)))
+        lengths = [1, *[self._tokens] * self._clients]
+        await asyncio.gather(*(self._client(session, tokens) for tokens in lengths))
 
-    async def _client(self, session: aiohttp.ClientSession) -> None:
+    async def _client(self, session: aiohttp.ClientSession, tokens: int) -> None:
         body = {
             "messages": [{"role": "user", "content": "Tell me a short story."}],
-            "max_tokens": self._tokens,
+            "max_tokens": tokens,
             "temperature": 0,
             "stream": True,
         }
