@@ -113,7 +113,7 @@ def served(target: str, url: str, screen: Screen, *, model: str = "", api_key: s
     version = registry.resolve(target)
     folder, record = _whole(version)
     questions = corpus.heldout(record.scores.get("held_out", 1.0))
-    if questions.digest() != record.questions:
+    if questions.digest() != record.questions or SCORECARD not in record.digests:
         raise InputError(
             "target", target, "was judged by other questions than this release has", mend="Promote its run again."
         )
