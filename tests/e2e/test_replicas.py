@@ -15,7 +15,7 @@ from tests.e2e.test_follow import Clients, live_of
 from tests.servers import answered
 
 pytest.importorskip("ray.serve", reason="requirements/ray.txt is not installed", exc_type=ImportError)
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 def test_an_alias_that_moves_over_two_engines_fails_no_request_and_nobody_goes_back(
