@@ -157,6 +157,14 @@ class served:
             )
 
     def __enter__(self) -> str:
+        try:
+            return self._wait()
+        except BaseException:  # a test that is out of time among them: nobody else would end it
+            self.process.terminate()
+            self.process.wait(60)
+            raise
+
+    def _wait(self) -> str:
         for _ in range(600):
             if self.process.poll() is not None:
                 raise AssertionError(self.log.read_text(encoding="utf-8")[-6000:])
