@@ -272,8 +272,8 @@ class Adapters:
 class Preloaded:
     """vLLM's server, importing: it is told what to serve when that is known."""
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path, name: str) -> None:
-        self.process, self.folder, self.name = process, folder, name
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
 
     def tell(self, words: list[str]) -> bool:
         """Its command line; whether it was there to take it."""
@@ -297,7 +297,7 @@ def preloaded(settings: Settings, folder: Path) -> Iterator[Preloaded | None]:
         yield None
         return
     words = [sys.executable, "-m", vllm_preload.__name__, _ENTRY]
-    ready = Preloaded(_popen(words, settings, folder, "engine-1", stdin=subprocess.PIPE), folder, "engine-1")
+    ready = Preloaded(_popen(words, settings, folder, "engine-1", stdin=subprocess.PIPE))
     try:
         yield ready
     finally:
