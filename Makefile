@@ -26,6 +26,8 @@ DOCS_VENV := .venv-docs
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PYTHONUTF8 := 1
+# Where it is set, every process would compile MLflow, Ray and vLLM anew: five seconds a start (docs/lab-notes.md).
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup run sweep ui promote serve chat check test docs bench screenshots lock generate format clean
 

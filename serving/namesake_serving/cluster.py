@@ -33,12 +33,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from namesake.process import closed_ray
+from namesake.process import own_ray
 
 # Read when ray is imported. Nothing is told to anybody; a call that comes too late joins no other Ray of this machine.
 os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"})
 if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
-    os.environ.update(closed_ray())
+    os.environ.update(own_ray())
 
 import ray
 from prometheus_client import CollectorRegistry, generate_latest

@@ -6,6 +6,7 @@ Each look is at one thing. All begin at once, each in a thread that is left behi
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import locale
 import os
 import re
@@ -116,10 +117,14 @@ def sound(checks: Sequence[Check]) -> bool:
 
 
 def python(version: Sequence[int] = sys.version_info[:3]) -> Iterator[Check]:
-    """The interpreter's release."""
+    """The interpreter's release, and whether it keeps what it has compiled."""
     found = f"{'.'.join(map(str, version))} ({sys.executable})"
     if tuple(version) < _PYTHON:
         yield Check("Python", "fault", found, _MEND_PYTHON)
+    elif sys.dont_write_bytecode and not _is_compiled("mlflow"):
+        slow = tr("{found}; keeps no bytecode: every command compiles MLflow anew", found=found)
+
+        yield Check("Python", "warning", slow, "unset PYTHONDONTWRITEBYTECODE, or once: python -m compileall -q .venv")
     else:
         yield Check("Python", "ok", found)
 
@@ -378,6 +383,12 @@ def installed(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _is_compiled(package: str) -> bool:
+    """Whether its bytecode is there; so it is where the package is not, which is another look's matter."""
+    found = importlib.util.find_spec(package)
+    return found is None or found.origin is None or Path(importlib.util.cache_from_source(found.origin)).exists()
 
 
 def _take(look: Look, checks: list[Check]) -> None:

@@ -26,14 +26,15 @@ def settle() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
-def closed_ray() -> dict[str, str]:
+def own_ray() -> dict[str, str]:
     """Environment of a Ray of our own: for this machine alone, and for who has its token, since whoever may use its
-    ports runs code. What the user has set stays.
+    ports runs code. What it starts gets as much of the processors as who starts it, where Ray's own default would have
+    replicas and trials wait for every other process. What the user has set stays.
     """
     # Off, this variable (named after systems where that is the default) binds Ray to loopback, which
     # `_node_ip_address` does not; the one port of each replica of Ray Serve that listens everywhere all the same takes
     # only who has the token.
-    wanted = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+    wanted = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     return {name: value for name, value in wanted.items() if name not in os.environ}

@@ -20,7 +20,7 @@ from typing import Any
 
 from namesake.errors import InputError, TrainingError
 from namesake.messages import tr
-from namesake.process import closed_ray, end_with_parent
+from namesake.process import end_with_parent, own_ray
 
 _DRIVER = "from namesake.ray_tune import main; main()"
 
@@ -66,7 +66,7 @@ def events(job: Mapping[str, Any], *, mend: str) -> Generator[dict[str, Any]]:
     Raises:
         TrainingError: the driver ended before its work was done, as when the head of the cluster is gone.
     """
-    environment = {"RAY_USAGE_STATS_ENABLED": "0", **os.environ, **(closed_ray() if _starts_its_own() else {})}
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", **os.environ, **(own_ray() if _starts_its_own() else {})}
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
         subprocess.Popen(

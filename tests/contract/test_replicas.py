@@ -315,6 +315,13 @@ async def test_a_replica_and_the_follower_killed_amid_a_move_cost_no_request(ser
     assert len(served.processes("ray::Conductor")) == 1
 
 
+def test_replicas_and_engines_get_as_much_of_the_processors_as_the_gateway(served: Served) -> None:
+    replicas = served.processes("ray::ServeReplica:namesake-ccb")
+    engines = [below for one in replicas for below in one.children(recursive=True)]
+    assert len(replicas) == REPLICAS <= len(engines)
+    assert {one.nice() for one in [*replicas, *engines]} == {psutil.Process(served.process.pid).nice()}
+
+
 def test_nobody_uses_its_ray_from_outside(served: Served) -> None:
     below = [psutil.Process(served.process.pid), *served.processes("")]
     listening = [

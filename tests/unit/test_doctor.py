@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import importlib.metadata
 import json
 import os
@@ -95,6 +96,20 @@ def test_an_old_python_is_a_fault() -> None:
     assert one(doctor.python()).state == "ok"
     old = one(doctor.python((3, 10, 14)))
     assert (old.state, "3.10.14" in old.found, "3.11" in old.mend) == ("fault", True, True)
+
+
+def test_a_python_that_compiles_everything_at_each_start_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    slow = one(doctor.python())
+    assert (slow.state, "PYTHONDONTWRITEBYTECODE" in slow.mend) == ("warning", True)
+    compileall.compile_dir(tmp_path, quiet=1)
+    assert one(doctor.python()).state == "ok"
 
 
 def test_packages_as_pinned_are_fine_whatever_their_build(requirements: Path, installed: Installed) -> None:
