@@ -123,7 +123,6 @@ def python(version: Sequence[int] = sys.version_info[:3]) -> Iterator[Check]:
         yield Check("Python", "fault", found, _MEND_PYTHON)
     elif sys.dont_write_bytecode and not _is_compiled("mlflow"):
         slow = tr("{found}; keeps no bytecode: every command compiles MLflow anew", found=found)
-
         yield Check("Python", "warning", slow, "unset PYTHONDONTWRITEBYTECODE, or once: python -m compileall -q .venv")
     else:
         yield Check("Python", "ok", found)
