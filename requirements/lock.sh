@@ -8,5 +8,6 @@ pin --override excluded.txt --override excluded-cpu.txt -c cpu.txt dev.in -o dev
 pin --override excluded-gpu.txt gpu.in -o gpu.txt
 pin -c cpu.txt conda.in -o conda.txt
 pin -c cpu.txt ray.in -o ray.txt
+pin -c cpu.txt -c ray.txt kuberay.in -o kuberay.txt
 pin --override excluded-harness.txt -c cpu.txt harness.in -o harness.txt
 pin docs.in -o docs.txt

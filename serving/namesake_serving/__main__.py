@@ -125,6 +125,9 @@ def serve(
         str | None,
         typer.Option(help="More for Ray Serve's deployment, as JSON: autoscaling_config, ray_actor_options."),
     ] = None,
+    ray_join: Annotated[
+        bool | None, typer.Option("--ray-join", help="Join replicas that a RayService has deployed; never start any.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only results, warnings and errors.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Let through what libraries warn and log.")] = False,
 ) -> None:
@@ -165,6 +168,7 @@ def serve(
         backend=backend,
         replicas=replicas,
         ray_options=ray_options,
+        ray_join=ray_join,
     )
     if given.webhook_url and not given.webhook_secret:
         given = given.model_copy(update={"webhook_secret": secrets.token_urlsafe(32)})
@@ -203,6 +207,7 @@ def _check_needs(given: settings.Settings) -> None:
         ("traces_share", given.traces, "--traces"),
         ("replicas", given.backend == "ray", "--backend ray"),
         ("ray_options", given.backend == "ray", "--backend ray"),
+        ("ray_join", given.backend == "ray", "--backend ray"),
     ):
         value = getattr(given, name)
         if not there and value != settings.Settings.model_fields[name].default:

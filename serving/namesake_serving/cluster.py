@@ -65,7 +65,7 @@ from namesake_serving.hosts import Adapters, Engines, Loaded, Merged, Tick, no_p
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import State
 from namesake_serving.service import Service, key_of, kind_of, number_in, prove_once, verified
-from namesake_serving.settings import Settings, has_gpu
+from namesake_serving.settings import Settings, has_gpu, read
 from namesake_serving.store import Stored, id_of
 from namesake_serving.traffic import Answerer, Live, Routing, Traffic
 from namesake_serving.upstream import Cut, Gone, Moved, Reply, Sockets
@@ -808,11 +808,12 @@ class Conductor:
 
     Args:
         first: the version that the first replicas begin with.
+        stays: somebody else takes it and the replicas down, whatever gateways come and go.
     """
 
-    def __init__(self, uri: str, first: Version, settings: Settings, app: str) -> None:
+    def __init__(self, uri: str, first: Version, settings: Settings, app: str, *, stays: bool = False) -> None:
         _log_to_stderr(settings)
-        self._first, self._trouble, self._failed = first, "", ""
+        self._first, self._trouble, self._failed, self._stays = first, "", "", stays
         self._published: tuple[Table | None, Sequence[Stored]] = (None, ())
         self._since, self._number, self._replicas = 0.0, 0, 1
         self._settings, self._metrics = settings, Metrics()
@@ -872,9 +873,9 @@ class Conductor:
         self._service.wake()
 
     async def leave(self, gateway: str) -> bool:
-        """A gateway stops; whether it was the last one."""
+        """A gateway stops; whether it was the last one, which takes down what does not stay."""
         self._gateways.pop(gateway, None)
-        return all(time.monotonic() - seen > _GONE_SECONDS for seen in self._gateways.values())
+        return not self._stays and all(time.monotonic() - seen > _GONE_SECONDS for seen in self._gateways.values())
 
     def _take(self, seen: Seen) -> None:
         if not isinstance(self._fleet, AdapterFleet):
@@ -978,7 +979,7 @@ class Cluster:
         compared = bool(settings.canary or settings.shadow)
         self.routing = Routing(uri, settings.challenger if compared else "", settings.canary)
         self.state = State()
-        self.app = f"namesake-{self.routing.name}"
+        self.app = _app(self.routing.name)
         self.upstream = Handles(self)
         self._id, self._seen = uuid.uuid4().hex, 0
         self._answerers: dict[str, Answerer] = {}
@@ -1146,26 +1147,29 @@ class Cluster:
         _join(self.settings)
         if self._leaving.is_set():
             return
-        name = f"{self.app}-follower"
-        # What clients authenticate by stays with the gateway.
-        theirs = self.settings.model_copy(update={"api_keys": (), "webhook_secret": ""})
-        lasting = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": -1, "num_cpus": 0}
-        self._conductor = (
-            ray.remote(Conductor)
-            .options(name=name, namespace=NAMESPACE, get_if_exists=True, **lasting)
-            .remote(self.uri, first, theirs, self.app)
-        )
+        if self.settings.ray_join:
+            self._await()
+            return
+        self._conductor = _conductor(self.uri, first, self.settings, self.app)
         serve.start(proxy_location="Disabled")  # the gateway is the only way in
         _check_same(ray.get(self._conductor.settings.remote()), self.settings)
         if self._is_deployed():
             return
         if self._leaving.is_set():
             return
-        application = serve.deployment(_kind(theirs)).options(**deployment(self.settings)).bind(name, theirs)
-        target = serve.RunTarget(application, name=self.app, route_prefix=None)
+        target = serve.RunTarget(_replicas(self.settings, self.app), name=self.app, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)  # that would wait for a GPU and say nothing
         if not self._is_deployed() and not self._leaving.is_set():
             raise _taken_down()
+
+    def _await(self) -> None:
+        """Until somebody has deployed conductor and replicas."""
+        _log.info("joins %s, as soon as it is deployed", self.app)
+        while not self._leaving.is_set() and not self._is_deployed():
+            self._leaving.wait(_LOOK_SECONDS)
+        if not self._leaving.is_set():
+            self._conductor = ray.get_actor(_follower(self.app), namespace=NAMESPACE)
+            _check_same(ray.get(self._conductor.settings.remote()), self.settings)
 
     def _is_deployed(self) -> bool:
         """Whether the replicas are there; waits while they come or go, until told to leave, and says what for."""
@@ -1173,7 +1177,7 @@ class Cluster:
         told = ""
         while (found := serve.status().applications.get(self.app)) is not None and not self._leaving.is_set():
             if found.status == ApplicationStatus.DEPLOY_FAILED:
-                why = ray.get(self._conductor.trouble.remote()) or found.message
+                why = (self._conductor is not None and ray.get(self._conductor.trouble.remote())) or found.message
                 raise ServingError(tr("The replicas do not come up: {why}", why=why))
             if found.status not in under_way:
                 return True
@@ -1192,6 +1196,65 @@ class Cluster:
                 serve.delete(self.app)
                 ray.kill(self._conductor)
         ray.shutdown()
+
+
+def _follower(app: str) -> str:
+    """The conductor's name."""
+    return f"{app}-follower"
+
+
+def _conductor(uri: str, first: Version, settings: Settings, app: str, *, stays: bool = False) -> Any:
+    """The one conductor of the application, made where there is none."""
+    lasting = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": -1, "num_cpus": 0}
+    return (
+        ray.remote(Conductor)
+        .options(name=_follower(app), namespace=NAMESPACE, get_if_exists=True, **lasting)
+        .remote(uri, first, _theirs(settings), app, stays=stays)
+    )
+
+
+def _replicas(settings: Settings, app: str) -> serve.Application:
+    """What Ray Serve deploys."""
+    made = serve.deployment(_kind(settings)).options(**deployment(settings))
+    return made.bind(_follower(app), _theirs(settings))
+
+
+def _theirs(settings: Settings) -> Settings:
+    """Without what clients authenticate by, which stays with the gateway."""
+    return settings.model_copy(update={"api_keys": (), "webhook_secret": ""})
+
+
+def application(given: Mapping[str, object]) -> serve.Application:
+    """Conductor and replicas for a configuration of Ray Serve's own, as KubeRay's RayService submits it; gateways join
+    them (``--ray-join``) and come and go as they like::
+
+        applications:
+        - name: namesake-ccb
+          import_path: namesake_serving.cluster:application
+          route_prefix: null
+          args: {model: models:/ccb@champion, replicas: 2}
+
+    Args:
+        given: settings by their names; the application's name is ``namesake-`` and the registered model's.
+
+    Raises:
+        InputError: a setting is wrong.
+        NamesakeError: the registry does not answer, or the conductor that is there has other settings.
+    """
+    settings = read(**{**given, "backend": "ray"})
+    check(settings)
+    if not settings.model.startswith("models:/"):
+        raise InputError("model", settings.model, "has to say what is served", mend="Give model: models:/ccb@champion.")
+    first = registry.resolve(settings.model)
+    app = _app(first.name)
+    conductor = _conductor(settings.model, first, settings, app, stays=True)
+    _check_same(ray.get(conductor.settings.remote()), settings)
+    return _replicas(settings, app)
+
+
+def _app(name: str) -> str:
+    """The application that serves a registered model."""
+    return f"namesake-{name}"
 
 
 def _there(wanted: str, model: str, label: str) -> Answerer:
@@ -1233,6 +1296,10 @@ def check(settings: Settings) -> None:
                 "goes with the backend ray in adapter mode only",
                 mend="Give --mode adapter, or leave it out.",
             )
+    if settings.ray_join and _ADDRESS == "local":
+        raise InputError(
+            "ray_join", "", "needs a Ray that runs", mend="Say which: RAY_ADDRESS=auto, or the address of its head."
+        )
     try:
         serve.deployment(_kind(settings)).options(**deployment(settings))
     except (TypeError, ValueError) as error:

@@ -104,6 +104,8 @@ class Settings(BaseSettings):
         replicas: how many of them, on Ray.
         ray_options: more for Ray Serve's deployment, as JSON and as Ray Serve names them:
             ``{"autoscaling_config": {"max_replicas": 4}, "ray_actor_options": {"num_gpus": 1}}``.
+        ray_join: with Ray, join the replicas that a configuration of Ray Serve's own has deployed (a RayService of
+            KubeRay), once they are there, and leave them running; never start any.
         engine_args: more arguments for vLLM, as it names them.
         log_format: ``text``, or ``json``: each line of the log is an object; a request's has its id, status, version,
             key and seconds.
@@ -156,6 +158,7 @@ class Settings(BaseSettings):
     backend: Literal["local", "ray"] = "local"
     replicas: Annotated[int, Field(ge=1, le=1000)] = 1
     ray_options: Annotated[dict[str, Any], BeforeValidator(_json)] = {}
+    ray_join: bool = False
     engine_args: tuple[str, ...] = ()
     log_format: Literal["text", "json"] = "text"
 

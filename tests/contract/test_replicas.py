@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -63,12 +64,25 @@ class Served:
             said = json.load(response)["choices"][0]["message"]["content"]
             return response.headers["x-namesake-version"], said
 
-    def ready(self, log: Path) -> bool:
-        """Whether anything answers; the server has not ended."""
+    def ready(self, log: Path, path: str) -> bool:
+        """Whether the path is answered with success; the server has not ended."""
         assert self.process.poll() is None, log.read_text(encoding="utf-8")
         with suppress(OSError):
-            return bool(self.get("/ready"))
+            return self.status(path) == 200
         return False
+
+    def status(self, path: str) -> int:
+        """With what status the gateway answers."""
+        try:
+            with urllib.request.urlopen(f"{self.url}{path}", timeout=5) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def ray_address(self) -> str:
+        """Of the Ray that the server has started."""
+        (address, *_) = re.findall(r"--gcs-address=(\S+)", " ".join(map(_command, self.processes("raylet"))))
+        return str(address)
 
     def live(self) -> int:
         """The version that answers."""
@@ -109,8 +123,10 @@ def _command(process: psutil.Process) -> str:
 
 
 @contextmanager
-def server(served: Served, *words: str, options: Mapping[str, object] | None = None, **env: str) -> Iterator[Served]:
-    """It runs, and leaves nothing running."""
+def server(
+    served: Served, *words: str, options: Mapping[str, object] | None = None, until: str = "/ready", **env: str
+) -> Iterator[Served]:
+    """It runs, answers ``until``, and leaves nothing running."""
     port = free_port()
     paths = [str(served.folder / "engine"), *filter(None, [os.environ.get("PYTHONPATH")]), *sys.path]
     log = served.folder / f"serve-{served.name}.log"
@@ -126,7 +142,7 @@ def server(served: Served, *words: str, options: Mapping[str, object] | None = N
         )
     served.url = f"http://127.0.0.1:{port}"
     try:
-        served.until(lambda: served.ready(log), 90)
+        served.until(lambda: served.ready(log, until), 90)
         yield served
         below = served.processes("")
         process.send_signal(signal.SIGTERM)
@@ -167,11 +183,10 @@ def one_adapter_replica(served: Served, environment: dict[str, str]) -> Iterator
     for _ in range(ADAPTERS):
         instant.register_adapter(client, name, folder)
     client.set_registered_model_alias(name, "champion", "1")
-    (address, *_) = re.findall(r"--gcs-address=(\S+)", " ".join(map(_command, served.processes("raylet"))))
     words = ("--mode", "adapter", "--max-adapters", "3", "--canary", "50%", "--any-version")
     words = (*words, "--shadow", "100%", "--shadow-folder", str(folder / "shadow"))
     # Else Ray takes the address of a network card for loopback's.
-    own = environment | {"RAY_ADDRESS": address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    own = environment | {"RAY_ADDRESS": served.ray_address(), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     own["NAMESAKE_SERVE_CANARY_LATENCY"] = "100"
     often = {"upscale_delay_s": 0, "metrics_interval_s": 0.2, "look_back_period_s": 1, "target_ongoing_requests": 1}
     scaling = {"autoscaling_config": {"min_replicas": 1, "max_replicas": REPLICAS, **often}}
@@ -401,7 +416,7 @@ async def test_a_challenger_answers_its_share_and_goes_back_by_itself(adapters: 
         assert "namesake_canary_returns_total 1.0" in response.read().decode()
 
 
-@within(90)
+@within(180)
 async def test_replicas_and_a_follower_that_come_back_have_the_same_adapters(served: Served, adapters: Served) -> None:
     def models() -> set[str]:
         return {one["id"] for one in adapters.get("/v1/models")["data"]}
@@ -412,6 +427,56 @@ async def test_replicas_and_a_follower_that_come_back_have_the_same_adapters(ser
         for name in ("ray::ServeReplica:namesake-dda", "ray::Conductor"):  # below the server that has started Ray
             served.processes(name)[-1].kill()
         await asyncio.to_thread(adapters.move, number)
-        await asyncio.to_thread(adapters.until_live, number, 60)
+        await asyncio.to_thread(adapters.until_live, number, 120)
     assert clients.went_back() == []
     assert models() == before | {f"dda-v{number}"}
+
+
+# -------------------------------------------------------------------- deployed by a configuration of Ray Serve's own
+
+_DEPLOY = """
+import json, sys
+import ray
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+ray.init("auto", log_to_driver=False)
+_get_global_client().deploy_apps(ServeDeploySchema(**json.loads(sys.argv[1])), _blocking=True)
+"""
+"""What Ray's dashboard does with the configuration that a RayService's operator posts to it."""
+
+
+def test_gateways_join_what_a_configuration_has_deployed_and_leave_it_running(
+    served: Served, environment: dict[str, str]
+) -> None:
+    client, folder, name = served.client, served.folder, "eef"
+    client.create_registered_model(name, tags={registry.TAG_IDENTITY: instant.NAME})
+    for _ in range(3):
+        instant.register_adapter(client, name, folder)
+    client.set_registered_model_alias(name, "champion", "1")
+    none = {"ray_actor_options": {"num_cpus": 0}}  # the others have taken all that this Ray has
+    given = {"model": f"models:/{name}@champion", "mode": "adapter", "ray_options": none, "replicas": REPLICAS}
+    own = environment | {"RAY_ADDRESS": served.ray_address(), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    words = ("--mode", "adapter", "--ray-join")
+
+    def gateway(until: str = "/ready") -> AbstractContextManager[Served]:
+        one = Served("", client, folder, None, name)  # type: ignore[arg-type]
+        return server(one, *words, options=none, until=until, **own)
+
+    with gateway("/health") as early:  # before there is anything to join
+        assert early.status("/ready") == 503
+        app = {"import_path": "namesake_serving.cluster:application", "route_prefix": None, "args": given}
+        config = {"proxy_location": "Disabled", "applications": [{"name": f"namesake-{name}", **app}]}
+        deployed = subprocess.run(
+            [sys.executable, "-c", _DEPLOY, json.dumps(config)], env={**os.environ, **own}, timeout=120, check=False
+        )
+        assert deployed.returncode == 0
+        early.until(lambda: early.status("/ready") == 200, 30)
+        with gateway() as other:
+            other.move(2)
+            other.until_live(2)
+            early.until_live(2, 2)
+        assert early.ask(name) == ("eef-v2", instant.says(2))
+    assert served.processes(f"ray::ServeReplica:namesake-{name}"), "they are not the gateways' to take down"
+    client.set_registered_model_alias(name, "champion", "3")  # while there is none
+    with gateway() as late:
+        late.until_live(3)

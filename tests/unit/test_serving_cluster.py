@@ -55,6 +55,34 @@ def test_a_second_engine_beside_each_is_not_for_ray_and_a_second_adapter_is(give
     ray_backend(settings.read(backend="ray", mode="adapter", **given))
 
 
+def test_what_is_to_be_joined_is_no_ray_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_ADDRESS", "local")
+    with pytest.raises(InputError, match="ray_join") as caught:
+        ray_backend(settings.read(backend="ray", ray_join=True))
+    assert "RAY_ADDRESS" in caught.value.told()
+    monkeypatch.setattr(cluster, "_ADDRESS", "auto")
+    ray_backend(settings.read(backend="ray", ray_join=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [({}, "model"), ({"model": "ccb"}, "model"), ({"model": "models:/ccb@champion", "replica": 2}, "replica")],
+)
+def test_an_application_that_says_it_wrong_is_refused_before_anything_starts(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=f"^{named}"):
+        cluster.application(given)
+
+
+@pytest.mark.parametrize(("stays", "last"), [(False, True), (True, False)])
+@in_a_loop
+async def test_the_last_gateway_takes_down_what_does_not_stay(stays: bool, last: bool) -> None:
+    conductor = cluster.Conductor("models:/ccb@champion", VERSION, Settings(), "app", stays=stays)
+    for gateway in ("a", "b"):
+        await conductor.join(gateway)
+    assert not await conductor.leave("a")
+    assert await conductor.leave("b") is last
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"foo": 1}, {"num_replicas": -1}, {"autoscaling_config": {"max_replicas": "many"}}, {"ray_actor_options": 1}],
@@ -528,7 +556,7 @@ class Ray:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, conductor: object) -> None:
         self.did = list[str]()
-        actor = SimpleNamespace(remote=lambda *_: self.did.append("conductor") or conductor)
+        actor = SimpleNamespace(remote=lambda *_, **__: self.did.append("conductor") or conductor)
         monkeypatch.setattr(cluster, "_join", lambda _: self.did.append("join"))
         monkeypatch.setattr(cluster.ray, "remote", lambda _: SimpleNamespace(options=lambda **_: actor))
         monkeypatch.setattr(cluster.ray, "get", lambda value, **_: value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import json
 import os
@@ -105,10 +106,21 @@ def statefulset(variant: str) -> Json:
     return pod
 
 
+def rayservice() -> Json:
+    """The specification of KubeRay's resource."""
+    found: Json = read(KUBERNETES / "kuberay" / "rayservice.yaml")[0]["spec"]
+    return found
+
+
+def groups(service: Json) -> list[Json]:
+    """Ray's head and its workers."""
+    cluster = service["rayClusterConfig"]
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+
+
 def kuberay() -> Json:
-    """The pod of Ray's head, in which the gateway is."""
-    cluster = read(KUBERNETES / "kuberay" / "raycluster.yaml")[0]
-    found: Json = cluster["spec"]["headGroupSpec"]["template"]["spec"]
+    """The pod of a Ray worker, in which a gateway is."""
+    found: Json = groups(rayservice())[1]["template"]["spec"]
     return found
 
 
@@ -160,9 +172,8 @@ def custom() -> Iterator[Json]:
 
 def pods_in(resource: Json) -> list[Json]:
     """The pods of a resource of theirs."""
-    spec = resource["spec"]
-    if resource["kind"] == "RayCluster":
-        return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    if resource["kind"] == "RayService":
+        return [group["template"]["spec"] for group in groups(resource["spec"])]
     return [kserve()] if resource["kind"] == "ServingRuntime" else []
 
 
@@ -180,38 +191,64 @@ def test_custom_resources_keep_to_what_their_operators_define(resource: Json) ->
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_only_who_is_of_the_ray_cluster_and_has_its_token_reaches_rays_ports(release: str) -> None:
-    cluster, *others = read(KUBERNETES / "kuberay" / "raycluster.yaml")
-    for one in others:
+    service, *others = read(KUBERNETES / "kuberay" / "rayservice.yaml")
+    for one in (*others, {"apiVersion": "v1", "kind": "Service", **service["spec"]["serveService"]}):
         kubernetes_validate.validate(one, release, strict=True)
-    named = cluster["metadata"]["name"]
-    assert cluster["spec"]["authOptions"] == {"mode": "token"}
+    auth = service["spec"]["rayClusterConfig"]["authOptions"]
     container = serving_in(kuberay())  # KubeRay gives it to Ray's own only
-    assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
-    token = {"secretKeyRef": {"name": named, "key": "auth_token"}}
+    assert {"name": "RAY_AUTH_MODE", "value": auth["mode"]} in container["env"]
+    token = {"secretKeyRef": {"name": auth["secretName"], "key": "auth_token"}}
     assert {"name": "RAY_AUTH_TOKEN", "valueFrom": token} in container["env"]
+    about = (KUBERNETES / "README.md").read_text(encoding="utf-8")
+    assert f"kubectl create secret generic {auth['secretName']} --from-literal=auth_token=" in about
     (policy,) = (one["spec"] for one in others if one["kind"] == "NetworkPolicy")
-    nodes = {"matchLabels": {"ray.io/cluster": named}}
+    labels = [group["template"]["metadata"]["labels"] for group in groups(service["spec"])]
+    nodes = {"matchLabels": labels[0]}
+    assert labels[0] == labels[1]
     assert (policy["podSelector"], policy["policyTypes"]) == (nodes, ["Ingress"])
     ours = [{"port": one["containerPort"]} for one in container["ports"]]
-    assert policy["ingress"] == [{"from": [{"podSelector": nodes}]}, {"ports": ours}]
+    among, operator, everybody = policy["ingress"]
+    assert (among, everybody) == ({"from": [{"podSelector": nodes}]}, {"ports": ours})
+    assert operator["ports"] == [{"port": 8265}]
 
 
-def test_rays_nodes_are_asked_on_ports_that_a_ray_without_its_dashboard_has() -> None:
-    spec = read(KUBERNETES / "kuberay" / "raycluster.yaml")[0]["spec"]
+def test_what_the_rayservice_deploys_is_what_its_gateways_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = pytest.importorskip("ray.serve.schema", reason="requirements/ray.txt", exc_type=ImportError)
+    spec, pod = rayservice(), kuberay()
+    deployed = schema.ServeDeploySchema(**yaml.safe_load(spec["serveConfigV2"]))
+    assert deployed.proxy_location == "Disabled"
+    (app,) = deployed.applications
+    module, _, name = app.import_path.partition(":")
+    cluster = importlib.import_module(module)
+    assert (callable(getattr(cluster, name)), app.name, app.route_prefix) == (True, "namesake-ccb", None)
+    theirs = settings.read(**app.args, backend="ray")
+    gateway = given_to(pod, monkeypatch)
+    assert (gateway.ray_join, gateway.model) == (True, theirs.model)
+    cluster._check_same(theirs, gateway)
+    assert spec["rayClusterConfig"]["workerGroupSpecs"][0]["replicas"] == theirs.replicas
+    # KubeRay's Service has those pods whose containers are all ready, the gateway among them, on the gateway's port.
+    (port,) = spec["serveService"]["spec"]["ports"]
+    assert (port["targetPort"], spec["excludeHeadPodFromServeSvc"]) == (gateway.port, True)
+    assert spec["serveService"]["metadata"]["name"] in gateway.allowed_hosts
+    # A second cluster would follow the alias by itself.
+    assert spec["upgradeStrategy"] == {"type": "None"}
+
+
+def test_rays_nodes_are_asked_on_ports_without_a_program_that_the_image_lacks() -> None:
     ports = []
-    for group, name in ((spec["headGroupSpec"], "ray-head"), (spec["workerGroupSpecs"][0], "ray-worker")):
+    for group, name in zip(groups(rayservice()), ("ray-head", "ray-worker"), strict=True):
         (container,) = (one for one in group["template"]["spec"]["containers"] if one["name"] == name)
-        # KubeRay puts its own where there are none: `wget` to 8265 and 52365, where nothing listens here.
+        # KubeRay puts its own where there are none, by `wget`.
         probes = [container[f"{what}Probe"]["tcpSocket"]["port"] for what in ("liveness", "readiness")]
         ports.append(set(probes))
-    assert ports == [{6379}, {int(spec["workerGroupSpecs"][0]["rayStartParams"]["node-manager-port"])}]
+    assert ports == [{6379}, {int(groups(rayservice())[1]["rayStartParams"]["node-manager-port"])}]
 
 
 def test_no_engine_on_a_cpu_binds_its_threads_to_cores_that_are_not_its_own() -> None:
-    nodes = read(KUBERNETES / "kuberay" / "raycluster.yaml")[0]["spec"]["workerGroupSpecs"]
-    engines = [*(serving_in(PODS[name]()) for name in ("cpu", "kserve")), *nodes[0]["template"]["spec"]["containers"]]
-    for one in engines:
+    (ray_worker,) = (one for one in kuberay()["containers"] if one["name"] == "ray-worker")
+    for one in (*(serving_in(PODS[name]()) for name in ("cpu", "kserve")), ray_worker):
         assert {"name": "VLLM_CPU_OMP_THREADS_BIND", "value": "nobind"} in one["env"], one["name"]
+    assert {"name": "RAY_worker_niceness", "value": "0"} in ray_worker["env"]
 
 
 @pytest.mark.skipif(
@@ -265,7 +302,8 @@ def expanded(pod: Json) -> tuple[list[str], dict[str, str]]:
     return words, environment
 
 
-def test_the_server_takes_the_flags_and_the_variables(pod: Json, monkeypatch: pytest.MonkeyPatch) -> None:
+def given_to(pod: Json, monkeypatch: pytest.MonkeyPatch) -> settings.Settings:
+    """The settings of the pod's server."""
     words, environment = expanded(pod)
     assert words[:2] == ["namesake", "serve"]
     command = typer.main.get_command(serving.app)
@@ -274,7 +312,11 @@ def test_the_server_takes_the_flags_and_the_variables(pod: Json, monkeypatch: py
         monkeypatch.setenv(name, value)
     values = {name: value for name, value in given.items() if value}
     values["model"], values["allowed_hosts"] = values.pop("version", None), tuple(values.pop("allow_host"))
-    assert settings.read(**values).model == "models:/ccb@champion"
+    return settings.read(**values)
+
+
+def test_the_server_takes_the_flags_and_the_variables(pod: Json, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert given_to(pod, monkeypatch).model == "models:/ccb@champion"
 
 
 def test_each_variable_is_one_that_somebody_reads(pod: Json) -> None:
