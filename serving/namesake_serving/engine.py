@@ -23,7 +23,7 @@ import psutil
 
 from namesake.errors import ServingError
 from namesake.messages import tr
-from namesake.process import end_with_parent
+from namesake.process import end_with_parent, multiplies_bf16
 from namesake_serving import vllm_plugin, vllm_preload
 from namesake_serving.settings import Settings, has_gpu
 
@@ -368,6 +368,8 @@ def command(
         words += ["--max-num-seqs", str(settings.streams + (_SPARE if adapters is not None else 0))]
     if not gpu:
         words += ["--kv-cache-memory-bytes", str(_CPU_CACHE_BYTES)]
+        # Four to six times as fast there as bfloat16; an argument of the user's comes later and wins.
+        words += [] if multiplies_bf16() else ["--dtype", "float32"]
     if settings.eager:
         words.append("--enforce-eager")
     if adapters is not None:

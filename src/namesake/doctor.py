@@ -27,6 +27,7 @@ from namesake import base_model, registry, status, tracking
 from namesake.errors import NamesakeError
 from namesake.messages import cells, joined, language, tr, translated
 from namesake.paths import cache_folder, store_address
+from namesake.process import multiplies_bf16
 from namesake.terminal import Screen, padded
 
 SECONDS = 6.5
@@ -190,7 +191,10 @@ def excluded() -> Iterator[Check]:
 def gpu() -> Iterator[Check]:
     """A GPU, and whether torch is built for it."""
     if not has_gpu() and shutil.which("nvidia-smi") is None:
-        yield Check("GPU", "ok", "none; training and serving on the CPU")
+        if multiplies_bf16():
+            yield Check("GPU", "ok", "none; training and serving on the CPU")
+        else:
+            yield Check("GPU", "ok", "none; training and serving on the CPU, in float32: it has no AVX-512")
         return
     try:
         asked = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")

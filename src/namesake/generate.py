@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from namesake.corpus import Message
 from namesake.errors import ServingError
 from namesake.messages import tr
+from namesake.process import multiplies_bf16
 
 BATCH = 128
 """Dialogues answered at a time. On two cores 128 gave 735 tokens/s, 64 gave 600, 16 gave 250 (135 M, bf16)."""
@@ -79,7 +80,7 @@ class LocalModel(AbstractContextManager["LocalModel"]):
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(self._device)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=_dtype()).to(self._device)
         if adapter is not None:
             import peft
 
@@ -223,7 +224,7 @@ def divergence(base: Path, adapter: Path, dialogues: Sequence[Sequence[Message]]
     # Padded on the left all replies end at the same place, and only the last places go through the head.
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=_dtype())
     model = peft.PeftModel.from_pretrained(model, adapter).eval()
     rows = []
     for dialogue in dialogues:
@@ -291,6 +292,12 @@ def _gguf_read_once() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = kept  # type: ignore[misc]
+
+
+def _dtype() -> Any:
+    """The weights' own; float32 on a CPU that is slow at what they mostly come in."""
+    torch = _torch()
+    return "auto" if torch.cuda.is_available() or multiplies_bf16() else torch.float32
 
 
 def _torch() -> Any:

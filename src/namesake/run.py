@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +29,7 @@ from namesake.identity import Identity
 from namesake.messages import joined, tr, translated
 from namesake.paths import cache_folder, write_whole
 from namesake.probing import Scorecard
+from namesake.process import multiplies_bf16
 from namesake.recipe import Recipe
 from namesake.terminal import Bar, Screen, padded
 
@@ -153,7 +154,7 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
         BaseModelError, TrainingError, TrackingError: the stage that failed; the run is FAILED and keeps what there was.
     """
     identity = Identity.parse(request.name, request.author)
-    plan = recipe.load(request.recipe, overrides=request.overrides, args=request.args)
+    plan = _fitting(recipe.load(request.recipe, overrides=request.overrides, args=request.args), request, screen)
     datasets = tuple(request.dataset.split()) or plan.dataset or (dataset.BUILTIN,)
     own = corpus.read_questions(Path(request.questions)) if request.questions else None
     layout = distributed.layout()
@@ -215,6 +216,22 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
     if not watch:
         show(tracked, before, after, decision, screen)
     return outcome
+
+
+def _fitting(plan: Recipe, request: Request, screen: Screen) -> Recipe:
+    """The recipe in float32 where the processor is slow at bfloat16, unless that was asked for on the command line."""
+    if multiplies_bf16() or _has_gpu():
+        return plan
+    asked = {**recipe.parse_args(request.args), **request.overrides}
+    given = {"torch_dtype": "bfloat16", **plan.sft}  # what most models come in
+    changed = {
+        key: "float32" for key in ("torch_dtype", "lora_dtype") if given.get(key) == "bfloat16" and key not in asked
+    }
+    if changed:
+        screen.warn(
+            "This processor has no AVX-512, so it trains in float32; -P torch_dtype=bfloat16 would take far longer."
+        )
+    return replace(plan, sft={**plan.sft, **changed})
 
 
 def _check(layout: Layout | None, plan: Recipe, watch: Watch | None) -> None:
