@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -587,7 +587,7 @@ def serve(words: list[str]) -> None:
     from namesake_serving import __main__ as serving
     from namesake_serving import engine
 
-    engine.command = cheap
+    engine.command, engine.preloaded = cheap, lambda *_: nullcontext()  # and no vLLM that waits to be told
     sys.argv[1:] = words
     serving.main()
 
