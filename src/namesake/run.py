@@ -154,11 +154,12 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
         BaseModelError, TrainingError, TrackingError: the stage that failed; the run is FAILED and keeps what there was.
     """
     identity = Identity.parse(request.name, request.author)
-    plan = _fitting(recipe.load(request.recipe, overrides=request.overrides, args=request.args), request, screen)
+    plan = recipe.load(request.recipe, overrides=request.overrides, args=request.args)
     datasets = tuple(request.dataset.split()) or plan.dataset or (dataset.BUILTIN,)
     own = corpus.read_questions(Path(request.questions)) if request.questions else None
     layout = distributed.layout()
     _check(layout, plan, watch)
+    plan = _fitting(plan, request, screen)  # may import torch: after all that can be refused without
     started = time.monotonic()
     title = watch.title if watch else f"{identity.name} · {plan.name} · seed {plan.sft.get('seed', 42)}"
     with tracking.run(title, parent=watch.parent if watch else "") as tracked:
