@@ -12,7 +12,7 @@ import pytest
 from tests.browser.conftest import BASE, RUN, Stage, findings, run_of
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Locator, Page
+    from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (requirements/dev.txt)")
 expect = playwright.expect
@@ -702,6 +702,31 @@ def test_an_engine_that_goes_down_is_told_and_the_question_waits_for_it(stage: S
     expect(page.locator(SAID).last).to_have_text("You asked: Are you there?")
     expect(page.locator("#status-text")).to_have_text("Readyccb-v3")
     expect(page.locator(".notice")).to_have_count(0)
+
+
+def test_an_engine_that_goes_down_between_two_looks_is_not_taken_for_a_version_that_is_served_no_more(
+    stages: Callable[..., Stage], page: Page
+) -> None:
+    stage = stages(base=True)
+    stage.serve(3)
+    ready(page, stage)
+    done(page, "before")
+    stage.serve(4)
+
+    def late(route: Route) -> None:
+        stage.down()  # it answered when /v1/version was asked
+        route.continue_()
+
+    page.route("**/v1/models", late, times=1)
+    poll(page)
+    expect(page.locator("#first")).to_have_value("ccb")
+    reply = ask(page, "Are you there?")
+    expect(reply.locator(".waiting")).to_be_visible()
+    stage.serve(4)
+    expect(page.locator(SAID).last).to_have_text("You asked: Are you there?")
+    expect(page.locator(".notice")).to_have_text(
+        "The champion has moved from ccb-v3 to ccb-v4. From here on ccb-v4 replies."
+    )
 
 
 def test_waiting_for_an_engine_can_be_stopped(stage: Stage, page: Page) -> None:

@@ -533,8 +533,9 @@ async function list(options) {
   const response = await call("/v1/models", options);
   if (!response.ok) return;
   const { data } = await response.json();
-  if (!data.length) return;
-  server.stale = false;
+  // Without who answered a moment ago it is of another moment: an engine that went down is not a version taken away.
+  server.stale = !data.some((one) => one.id === server.live.model);
+  if (server.stale) return;
   const before = server.ids.length ? asked() : [chat.first, chat.compare ? chat.second : ""];
   server.ids = data.map((one) => String(one.id));
   server.roots = Object.fromEntries(data.map((one) => [one.id, one.root]));
