@@ -6,6 +6,7 @@ in the registry and nothing is in the way of the next promotion; it only takes r
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -14,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from namesake import registry, tracking
-from namesake.paths import cache_folder
+from namesake.paths import FETCHED, cache_folder
 
 OLDER_THAN = 3600.0
 """Seconds: what is younger may still be at work."""
 
-_FOLDERS = ("namesake-promote-*", "namesake-shell-*", "namesake-plots-*")
+_FOLDERS = ("namesake-promote-*", "namesake-shell-*", "namesake-plots-*", f"{FETCHED}*")
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,22 @@ def _paths() -> Iterator[Leftover]:
     temporary = Path(tempfile.gettempdir())
     for pattern in _FOLDERS:
         for path in sorted(temporary.glob(pattern)):
+            if path.name.startswith(FETCHED) and _lives(path.name.removeprefix(FETCHED).partition("-")[0]):
+                continue
             written = max((one.lstat().st_mtime for one in (path, *path.rglob("*"))), default=0.0)
             yield Leftover("folder", str(path), _age(written), _size(path))
     for path in sorted(cache_folder().rglob("*.part")):
         yield Leftover("file", str(path), _age(path.lstat().st_mtime), path.lstat().st_size)
+
+
+def _lives(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _age(written: float) -> float:

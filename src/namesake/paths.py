@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
+
+FETCHED = "namesake-fetched-"
+"""How the name of a process's temporary folder of fetched files begins; the process's number follows."""
 
 
 def cache_folder() -> Path:
@@ -21,6 +28,32 @@ def store_address() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     parts = urlsplit(uri)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+
+
+def fetched_folder() -> Path:
+    """A new folder for files that lie elsewhere and are needed here, removed when the process ends."""
+    return Path(tempfile.mkdtemp(dir=_fetched()))
+
+
+@cache
+def _fetched() -> Path:
+    process = os.getpid()
+    folder = Path(tempfile.mkdtemp(prefix=f"{FETCHED}{process}-"))
+
+    def remove() -> None:
+        if os.getpid() == process:  # not a fork of it
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """The same file under another name, without writing it again; a copy where the file system has no such links."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def digest_of_file(path: Path) -> str:

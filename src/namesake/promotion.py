@@ -32,7 +32,7 @@ from namesake.generate import LocalModel
 from namesake.identity import Identity
 from namesake.manifest import ADAPTER_FOLDER, CARD, FILE, PROVENANCE, SCORECARD, WEIGHTS_FOLDER, Manifest
 from namesake.messages import joined, tr
-from namesake.paths import digest_of_file
+from namesake.paths import digest_of_file, link_or_copy
 from namesake.probing import Scorecard
 from namesake.registry import CHAMPION, SCORE, TAG_KEY, Version
 from namesake.run import DEV_SCORE, ability_of, base_of, base_scores, git_commit, progress_of
@@ -143,7 +143,7 @@ def promote(request: Request, screen: Screen) -> Outcome:
         RegistryError, TrackingError: MLflow failed; nothing half made is left in the registry.
     """
     signer = manifest.public_key_of(request.sign_key, request.password) if request.sign_key else ""
-    with tracking.run("promote") as tracked:
+    with tracking.run("promote", system_metrics=False) as tracked:
         run = _find(request)
         identity = Identity.parse(run.params["identity.name"], run.params["identity.author"])
         name = request.model_name or identity.slug
@@ -270,7 +270,7 @@ def _make(
             scores = {**card.metrics, **ability_of(before, card).metrics(), "parity": parity, "held_out": _share(run)}
             champion = _champions_scores(name, run.id, questions)
             decision = gate.decide_kept(scores, champion=champion, policy=request.policy)
-            shutil.copytree(adapter, model.folder / ADAPTER_FOLDER)
+            shutil.copytree(adapter, model.folder / ADAPTER_FOLDER, copy_function=link_or_copy)
             tracking.add_flavor(model, WEIGHTS_FOLDER)
             digests = manifest.digests(model.folder, {f"{WEIGHTS_FOLDER}/{k}": v for k, v in made.digests.items()})
             record = _record(

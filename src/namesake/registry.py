@@ -18,7 +18,7 @@ import tenacity
 
 from namesake.errors import InputError, NamesakeError, RegistryError, said
 from namesake.messages import tr
-from namesake.paths import store_address
+from namesake.paths import fetched_folder, store_address
 
 CHAMPION = "champion"
 """The alias that is served."""
@@ -456,11 +456,14 @@ def fetch(version: Version, target: Path | None = None, part: str = "") -> Path:
     """A local folder with the version's files, or one file or folder of it: the original where the store is local,
     else a copy.
     """
-    import mlflow
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
     with _mapped(tr("The files of {uri} cannot be had.", uri=version.uri), mend="Check the artifact store."):
-        uri = f"{version.uri}/{part}" if part else version.uri
-        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(target) if target else None))
+        store: Any = get_artifact_repository(version.uri)
+        if target is None and not isinstance(store.repo, LocalArtifactRepository):
+            target = fetched_folder()
+        return Path(store.download_artifacts(part, str(target) if target else None))
 
 
 def _write(call: Callable[..., T], *arguments: Any, **named: Any) -> T:

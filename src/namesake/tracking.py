@@ -5,7 +5,7 @@ Foreign errors end here: whatever MLflow raises goes on as :class:`TrackingError
 
 from __future__ import annotations
 
-import filecmp
+import json
 import logging
 import os
 import shutil
@@ -25,7 +25,7 @@ from urllib.parse import quote, urlsplit
 
 from namesake.errors import NamesakeError, Stopped, TrackingError, said
 from namesake.messages import tr
-from namesake.paths import store_address
+from namesake.paths import fetched_folder, link_or_copy, store_address
 
 MAX_VALUE = 6000
 """MLflow cuts longer parameter values."""
@@ -441,7 +441,7 @@ def fetch(run_id: str, path: str) -> Path:
     import mlflow
 
     with _mapped():
-        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path))
+        return _fetched(mlflow.MlflowClient().get_run(run_id).info.artifact_uri, path)
 
 
 def fetch_model(model_uri: str) -> Path:
@@ -450,7 +450,15 @@ def fetch_model(model_uri: str) -> Path:
 
     with _mapped():
         model = mlflow.MlflowClient().get_logged_model(model_uri.removeprefix("models:/"))
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=model.artifact_location))
+        return _fetched(model.artifact_location)
+
+
+def _fetched(location: str, path: str = "") -> Path:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    from mlflow.utils.uri import is_local_uri
+
+    target = None if is_local_uri(location) else str(fetched_folder())
+    return Path(get_artifact_repository(location).download_artifacts(path, target))
 
 
 def store(seconds: float = 3.0) -> Store:
@@ -578,8 +586,14 @@ def finish_chat_model(model: NewModel, *, tags: Mapping[str, str]) -> None:
         client.finalize_logged_model(model_id, "READY")
 
 
+_SMALLEST_TOKENIZER = json.dumps(
+    {"added_tokens": [], "model": {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}}
+)
+
+
 def _add_flavor(model: NewModel, weights: str) -> None:
     import mlflow
+    from transformers import AutoTokenizer
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # it misses a model card on a hub that is not asked
     pins = [f"{tool}=={metadata.version(tool)}" for tool in ("mlflow", "transformers", "torch")]
@@ -594,9 +608,8 @@ def _add_flavor(model: NewModel, weights: str) -> None:
         tempfile.TemporaryDirectory(prefix="namesake-shell-") as shell,
         tempfile.TemporaryDirectory(prefix=".mlflow-", dir=model.folder) as made,
     ):
-        for path in (model.folder / weights).iterdir():
-            if path.suffix != ".safetensors":
-                (Path(shell) / path.name).symlink_to(path.absolute())
+        Path(shell, "tokenizer.json").write_text(_SMALLEST_TOKENIZER, encoding="utf-8")  # MLflow would write it twice
+        shutil.copyfile(model.folder / weights / "config.json", Path(shell, "config.json"))
         mlflow.transformers.save_model(
             transformers_model=shell,
             path=f"{made}/model",
@@ -606,15 +619,15 @@ def _add_flavor(model: NewModel, weights: str) -> None:
             pip_requirements=[pin.partition("+")[0] for pin in pins],
         )
         shutil.rmtree(f"{made}/model/{weights}")
+        shutil.rmtree(f"{made}/model/components")
         for path in Path(made, "model").iterdir():
             path.rename(model.folder / path.name)
-    for path in (model.folder / "components").rglob("*"):  # the same tokenizer: one copy is enough
-        same = model.folder / weights / path.name
-        if path.is_file() and same.is_file() and filecmp.cmp(path, same, shallow=False):
-            linked = path.with_name(f".{path.name}")
-            with suppress(OSError):  # a file system without hard links keeps the copy
-                linked.hardlink_to(same)
-                linked.replace(path)
+    tokenizer = model.folder / "components" / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    for path in (model.folder / weights).iterdir():
+        if ".safetensors" not in path.suffixes and path.name not in {"config.json", "generation_config.json"}:
+            link_or_copy(path, tokenizer / path.name)
+    record.flavors["transformers"]["tokenizer_type"] = type(AutoTokenizer.from_pretrained(tokenizer)).__name__
     record.flavors["transformers"]["source_model_name"] = weights
     record.model_size_bytes = sum(path.stat().st_size for path in model.folder.rglob("*") if path.is_file())
     record.save(model.folder / "MLmodel")

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -279,6 +280,40 @@ def test_a_promotion_makes_a_version_and_points_at_it(store: Store, run_id: str)
     assert registry.alias_of("ccb", "champion") == outcome.version.number == 1
     assert_nothing_half_made(store)
     assert [check.what for check in versions.verify("models:/ccb@champion") if check.holds is False] == []
+
+
+@everywhere
+def test_what_is_fetched_lies_where_it_is_or_goes_with_the_process(store: Store, run_id: str, tmp_path: Path) -> None:
+    version, temporary = here(store, run_id).version, tmp_path / "fetched"
+    temporary.mkdir()
+    script = (
+        "from namesake import registry, tracking\n"
+        f"print(tracking.fetch({run_id!r}, tracking.ADAPTER))\n"
+        f"print(registry.fetch(registry.resolve({version.uri!r})))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    local = mlflow.get_tracking_uri().startswith("sqlite")
+    assert [Path(line).exists() for line in done.stdout.split()] == [local] * 2
+    assert list(temporary.iterdir()) == []
+
+
+def test_on_a_local_store_the_adapter_and_the_tokenizer_are_not_written_again(store: Store, run_id: str) -> None:
+    folder = registry.fetch(here(store, run_id).version)
+    run = tracking.fetch(run_id, tracking.ADAPTER)
+    for path in (folder / manifest.ADAPTER_FOLDER).iterdir():
+        assert path.stat().st_ino == (run / path.name).stat().st_ino, path
+    tokenizer = [path.name for path in (folder / "components" / "tokenizer").iterdir()]
+    assert "tokenizer.json" in tokenizer
+    assert not {"config.json", "generation_config.json", "model.safetensors"} & {*tokenizer}
+    for name in tokenizer:
+        weights = folder / manifest.WEIGHTS_FOLDER / name
+        assert (folder / "components" / "tokenizer" / name).stat().st_ino == weights.stat().st_ino, name
 
 
 def test_a_version_holds_its_card_its_provenance_and_every_reply(store: Store, run_id: str) -> None:
@@ -641,7 +676,9 @@ def test_what_a_killed_promotion_left_is_found_and_removed(
     assert leftovers.find() == []  # all of it is young
     (found,) = (one for one in leftovers.find(0) if one.kind == "logged model")
     assert bool(found.size) == store.uri.startswith("sqlite")
-    assert CliRunner().invoke(app, ["gc", "--older-than", "0"]).output.splitlines()[-1].startswith("2 left over; ")
+    left = 2 if store.uri.startswith("sqlite") else 3  # the run's adapter, which had to be fetched
+    said = CliRunner().invoke(app, ["gc", "--older-than", "0"]).output.splitlines()[-1]
+    assert said.startswith(f"{left} left over; ")
     assert_as_shown("gc", json.loads(CliRunner().invoke(app, ["gc", "--older-than", "0", "--delete", "--json"]).stdout))
     assert leftovers.find(0) == []
     if store.uri.startswith("sqlite"):
