@@ -1,0 +1,96 @@
+"""What a checkpoint says: the same as transformers says of it alone, with no key copied for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.integrations import sdpa_attention
+
+from namesake.generate import LocalModel, Sampling
+from tests.tasks import WORDS, write_model
+
+ASKED = [" ".join(WORDS[i : i + count]) for i, count in ((1, 2), (4, 9), (7, 17), (3, 1), (9, 4))]
+SIZES = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 512}
+KINDS: dict[str, Callable[[], Any]] = {
+    "three heads share a key": lambda: transformers.LlamaConfig(**SIZES, num_attention_heads=6, num_key_value_heads=2),
+    "a key for each head": lambda: transformers.LlamaConfig(**SIZES, num_attention_heads=4),
+    "one key for all, with biases": lambda: transformers.LlamaConfig(
+        **SIZES, num_attention_heads=4, num_key_value_heads=1, attention_bias=True
+    ),
+    "only the last places are seen": lambda: transformers.MistralConfig(
+        **SIZES, num_attention_heads=4, num_key_value_heads=2, sliding_window=8
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=sorted(KINDS))
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A tiny checkpoint of one of the kinds, with weights that say more than one thing."""
+    write_model(tmp_path)
+    config = KINDS[request.param]()
+    config.vocab_size = transformers.AutoConfig.from_pretrained(tmp_path).vocab_size
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def dialogues() -> list[list[dict[str, str]]]:
+    """The questions, short and long."""
+    return [[{"role": "user", "content": question}] for question in ASKED]
+
+
+def test_replies_are_those_of_eager_attention_to_each_question_alone(folder: Path) -> None:
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    wanted = []
+    for dialogue in dialogues():
+        given = tokenizer.apply_chat_template(dialogue, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        made = plain.generate(given, max_new_tokens=24, do_sample=False)
+        wanted.append(tokenizer.decode(made[0, given.shape[1] :], skip_special_tokens=True).strip())
+    assert len({*wanted}) > 1
+    with LocalModel(folder) as model:
+        assert [reply.text for reply in model.replies(dialogues(), max_new_tokens=24)] == wanted
+
+
+def test_no_key_is_repeated_for_a_token_that_is_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repeated: list[int] = []
+    real = sdpa_attention.repeat_kv
+
+    def noted(states: Any, times: int) -> Any:
+        repeated.append(times)
+        return real(states, times)
+
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", noted)
+    with LocalModel(folder) as model:
+        model.replies(dialogues(), max_new_tokens=1)
+        of_the_prompts = len(repeated)
+        model.replies(dialogues(), max_new_tokens=24)
+        assert len(repeated) == 2 * of_the_prompts
+
+
+def test_the_order_of_the_questions_changes_no_reply(folder: Path) -> None:
+    with LocalModel(folder) as model:
+        one = model.replies(dialogues(), max_new_tokens=8)
+        assert model.replies(dialogues()[::-1], max_new_tokens=8)[::-1] == one
+        drawn = model.replies(dialogues(), max_new_tokens=8, sampling=Sampling(n=2))
+        assert len(drawn) == 2 * len(ASKED)
+        assert model.replies(dialogues(), max_new_tokens=8, sampling=Sampling(n=2)) == drawn
+        assert model.replies([], max_new_tokens=8) == []
