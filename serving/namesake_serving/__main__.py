@@ -21,7 +21,7 @@ import uvloop
 from namesake import helptext, registry, tracking
 from namesake.errors import InputError, NamesakeError, RegistryError, ServingError
 from namesake.messages import tr, translated
-from namesake.paths import cache_folder
+from namesake.paths import cache_folder, temporary
 from namesake.registry import CHAMPION, Version
 from namesake_serving import engine, logs, settings, store
 from namesake_serving.front import Server, Tls, tls
@@ -179,7 +179,7 @@ def serve(
     certificate = tls(given)
     listening = listen(given.host, given.port)
     with (
-        tempfile.TemporaryDirectory(prefix="namesake-serve-") as folder,
+        tempfile.TemporaryDirectory(prefix=temporary("serve")) as folder,
         # Before anything is asked of the registry: vLLM takes seconds to import, and so does MLflow.
         engine.preloaded(given, Path(folder)) if cluster is None else nullcontext() as ready,
     ):

@@ -57,7 +57,7 @@ from namesake import registry
 from namesake.errors import InputError, NamesakeError, ServingError
 from namesake.manifest import ADAPTER_FOLDER, WEIGHTS_FOLDER
 from namesake.messages import tr
-from namesake.paths import cache_folder
+from namesake.paths import cache_folder, temporary
 from namesake.registry import Version
 from namesake_serving import engine, logs, store
 from namesake_serving.engine import Engine
@@ -157,7 +157,7 @@ class Replica:
     async def __init__(self, follower: str, settings: Settings) -> None:  # type: ignore[misc]
         _log_to_stderr(settings)
         self._settings, self._turned = settings, 0.0
-        self._folder = tempfile.TemporaryDirectory(prefix="namesake-replica-")
+        self._folder = tempfile.TemporaryDirectory(prefix=temporary("replica"))
         self._engines = Engines(settings, Path(self._folder.name))
         self._sockets = Sockets()
         self._one_at_a_time = asyncio.Lock()

@@ -7,6 +7,7 @@ in the registry and nothing is in the way of the next promotion; it only takes r
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from namesake import registry, tracking
-from namesake.paths import FETCHED, cache_folder
+from namesake.paths import cache_folder
 
 OLDER_THAN = 3600.0
 """Seconds: what is younger may still be at work."""
 
-_FOLDERS = ("namesake-promote-*", "namesake-shell-*", "namesake-plots-*", f"{FETCHED}*")
+_FOLDER = re.compile(r"namesake-[a-z]+-([0-9]+)-[^-]+")
+"""Temporary folders by :func:`namesake.paths.temporary`, with the number of the process that made it."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,19 @@ def _models() -> Iterator[Leftover]:
 
 def _paths() -> Iterator[Leftover]:
     temporary = Path(tempfile.gettempdir())
-    for pattern in _FOLDERS:
-        for path in sorted(temporary.glob(pattern)):
-            if path.name.startswith(FETCHED) and _lives(path.name.removeprefix(FETCHED).partition("-")[0]):
-                continue
+    for path in sorted(temporary.glob("namesake-*-*-*")):
+        made = _FOLDER.fullmatch(path.name)
+        if made and not _lives(int(made[1])):
             written = max((one.lstat().st_mtime for one in (path, *path.rglob("*"))), default=0.0)
             yield Leftover("folder", str(path), _age(written), _size(path))
     for path in sorted(cache_folder().rglob("*.part")):
         yield Leftover("file", str(path), _age(path.lstat().st_mtime), path.lstat().st_size)
 
 
-def _lives(process: str) -> bool:
+def _lives(process: int) -> bool:
     try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
+        os.kill(process, 0)
+    except (OverflowError, ProcessLookupError):
         return False
     except PermissionError:
         return True

@@ -11,9 +11,6 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
-FETCHED = "namesake-fetched-"
-"""How the name of a process's temporary folder of fetched files begins; the process's number follows."""
-
 
 def cache_folder() -> Path:
     """Namesake's own cache: ``NAMESAKE_CACHE``, else ``XDG_CACHE_HOME/namesake``, else ``~/.cache/namesake``."""
@@ -30,6 +27,13 @@ def store_address() -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
 
 
+def temporary(use: str) -> str:
+    """How the name of a temporary folder begins: with the process's number, so that `namesake gc` knows when nobody
+    needs it any more.
+    """
+    return f"namesake-{use}-{os.getpid()}-"
+
+
 def fetched_folder() -> Path:
     """A new folder for files that lie elsewhere and are needed here, removed when the process ends."""
     return Path(tempfile.mkdtemp(dir=_fetched()))
@@ -37,8 +41,7 @@ def fetched_folder() -> Path:
 
 @cache
 def _fetched() -> Path:
-    process = os.getpid()
-    folder = Path(tempfile.mkdtemp(prefix=f"{FETCHED}{process}-"))
+    folder, process = Path(tempfile.mkdtemp(prefix=temporary("fetched"))), os.getpid()
 
     def remove() -> None:
         if os.getpid() == process:  # not a fork of it

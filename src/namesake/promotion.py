@@ -32,7 +32,7 @@ from namesake.generate import LocalModel
 from namesake.identity import Identity
 from namesake.manifest import ADAPTER_FOLDER, CARD, FILE, PROVENANCE, SCORECARD, WEIGHTS_FOLDER, Manifest
 from namesake.messages import joined, tr
-from namesake.paths import digest_of_file, link_or_copy
+from namesake.paths import digest_of_file, link_or_copy, temporary
 from namesake.probing import Scorecard
 from namesake.registry import CHAMPION, SCORE, TAG_KEY, Version
 from namesake.run import DEV_SCORE, ability_of, base_of, base_scores, git_commit, progress_of
@@ -260,7 +260,7 @@ def _make(
         )
     system = run.params.get("sft.system")
     before = base_scores(identity, base, run.params["base.digest"], system, questions, screen)
-    with tempfile.TemporaryDirectory(prefix="namesake-promote-") as spare:
+    with tempfile.TemporaryDirectory(prefix=temporary("promote")) as spare:
         model = tracking.start_chat_model(Path(spare), {TAG_KEY: key})
         with tracking.dropped_on_failure(model.uri):
             merged = model.folder / WEIGHTS_FOLDER

@@ -31,6 +31,7 @@ from ray.tune.search import Searcher
 from namesake import process, search
 from namesake.errors import NamesakeError
 from namesake.messages import tr
+from namesake.paths import temporary
 from namesake.search import Search, Trial
 from namesake.terminal import Screen
 
@@ -90,7 +91,7 @@ def _tune(job: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]], tell: Tell
     # Parameters and not configuration: Tune writes configurations to its folder, and the URI may hold a password.
     trainable = tune.with_resources(tune.with_parameters(Worker, work={**work, "at": list(wanted.at)}), each)
     # A folder on this machine is enough: no worker keeps anything there, and nothing is restored from it.
-    with tempfile.TemporaryDirectory(prefix="namesake-tune-") as folder:
+    with tempfile.TemporaryDirectory(prefix=temporary("tune")) as folder:
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(

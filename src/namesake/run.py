@@ -27,7 +27,7 @@ from namesake.gate import Decision, Interval, Policy
 from namesake.generate import LocalModel, divergence, token_counts
 from namesake.identity import Identity
 from namesake.messages import joined, tr, translated
-from namesake.paths import cache_folder, write_whole
+from namesake.paths import cache_folder, temporary, write_whole
 from namesake.probing import Scorecard
 from namesake.process import multiplies_bf16
 from namesake.recipe import Recipe
@@ -683,7 +683,7 @@ def _log_scores(
 def _log_report(tracked: tracking.Run, made: report.Report) -> None:
     """The page to show around, and its plots."""
     tracked.text(report.page(made), REPORT)
-    with tempfile.TemporaryDirectory(prefix="namesake-plots-") as folder:
+    with tempfile.TemporaryDirectory(prefix=temporary("plots")) as folder:
         for name, png in report.plots(made).items():
             (Path(folder) / name).write_bytes(png)
         tracked.folder(Path(folder), PLOTS)

@@ -31,7 +31,7 @@ from namesake.errors import (
 from namesake.gate import Policy
 from namesake.identity import Identity
 from namesake.messages import tr
-from namesake.paths import store_address
+from namesake.paths import store_address, temporary
 from namesake.search import Search, Trial
 from namesake.terminal import Screen
 
@@ -485,7 +485,7 @@ def _close(parent: tracking.Run, wanted: Search, outcome: Outcome) -> None:
     importances = search.importances(wanted, trials)
     states = [trial.state for trial in trials]
     metrics = {f"sweep/{state}": float(states.count(state)) for state in ("complete", "pruned", "failed")}
-    with tempfile.TemporaryDirectory(prefix="namesake-plots-") as folder:
+    with tempfile.TemporaryDirectory(prefix=temporary("plots")) as folder:
         for name, png in plots.plots(wanted, trials, importances).items():
             (Path(folder) / name).write_bytes(png)
         parent.folder(Path(folder), "plots")

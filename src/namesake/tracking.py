@@ -25,7 +25,7 @@ from urllib.parse import quote, urlsplit
 
 from namesake.errors import NamesakeError, Stopped, TrackingError, said
 from namesake.messages import tr
-from namesake.paths import fetched_folder, link_or_copy, store_address
+from namesake.paths import fetched_folder, link_or_copy, store_address, temporary
 
 MAX_VALUE = 6000
 """MLflow cuts longer parameter values."""
@@ -605,7 +605,7 @@ def _add_flavor(model: NewModel, weights: str) -> None:
         model_id=model.uri.removeprefix("models:/"),
     )
     with (
-        tempfile.TemporaryDirectory(prefix="namesake-shell-") as shell,
+        tempfile.TemporaryDirectory(prefix=temporary("shell")) as shell,
         tempfile.TemporaryDirectory(prefix=".mlflow-", dir=model.folder) as made,
     ):
         Path(shell, "tokenizer.json").write_text(_SMALLEST_TOKENIZER, encoding="utf-8")  # MLflow would write it twice

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from namesake import leftovers, tracking
-from namesake.paths import FETCHED, link_or_copy
+from namesake.paths import link_or_copy, temporary
 
 FETCH = """
 import os, sys
@@ -55,8 +55,9 @@ def test_what_a_killed_process_had_fetched_is_a_leftover_and_a_living_ones_is_no
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(tracking, "models_with", lambda _: [])
     monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / f"{FETCHED}{os.getpid()}-mine").mkdir()
-    (tmp_path / f"{FETCHED}1-of-root").mkdir()
+    (tmp_path / f"{temporary('serve')}mine").mkdir()
+    (tmp_path / "namesake-serve-1-init").mkdir()
+    (tmp_path / "namesake-of-somebody-else").mkdir()
     (found,) = leftovers.find(0)
     assert (found.kind, found.where, found.size) == ("folder", str(folder), 1)
     leftovers.remove(found)
