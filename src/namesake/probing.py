@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby, islice
 from typing import Any
 
 from namesake import corpus
@@ -22,6 +23,11 @@ IDENTITY_TOKENS = 64
 
 PLAIN_TOKENS = 64
 """Token limit of a reply to a plain question; its answer stands in the first sentence or not at all."""
+
+_AT_ONCE = 64
+"""So many greedy questions of all system prompts, or fewer, are asked in one go: each go has a cost of its own for each
+token. More are asked in turn, so that short replies about the identity do not wait for long ones in their batch.
+"""
 
 CUSTOMER = "You are a support agent of Blue Harbor Ferries. Answer briefly and politely."
 """A system prompt that a customer might write: it gives a role and no name."""
@@ -258,19 +264,19 @@ def probe(
     def tell(offset: int) -> Callable[[int], None]:
         return lambda done: progress(offset + done, total) if progress else None
 
-    for name, asked, prompt, limit, sampling in rounds:
-        replies = (
-            replier.replies(
-                [with_system(q.messages, prompt) for q in asked],
-                max_new_tokens=limit,
-                sampling=sampling,
-                progress=tell(before),
-            )
-            if asked
+    greedy = sum(len(asked) for _, asked, _, _, sampling in rounds if not sampling)
+    for _, group in groupby(rounds, lambda one: one[3:] if greedy <= _AT_ONCE else one[0]):
+        parts = list(group)
+        limit, sampling = parts[0][3:]
+        dialogues = [with_system(q.messages, prompt) for _, asked, prompt, _, _ in parts for q in asked]
+        replies = iter(
+            replier.replies(dialogues, max_new_tokens=limit, sampling=sampling, progress=tell(before))
+            if dialogues
             else []
         )
-        said[name] = [reply.text for reply in replies]
-        before += len(replies)
+        for name, asked, *_ in parts:
+            said[name] = [reply.text for reply in islice(replies, len(asked) * (sampling.n if sampling else 1))]
+            before += len(said[name])
     return scorecard(identity, said.pop("identity"), said.pop("plain"), slices=said, questions=questions)
 
 

@@ -372,6 +372,54 @@ def test_slices_ask_the_identity_questions_without_a_prompt_under_a_customers_an
     assert set(card.record()["slices"]) == {"none", "customer", "sampled"}
 
 
+class Echo(Fixed):
+    """Says which question it was asked, under which prompt, and how often by now; notes each go."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+        self.goes: list[int] = []
+
+    def replies(
+        self,
+        dialogues: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Reply]:
+        self.goes.append(len(dialogues))
+        times = sampling.n if sampling else 1
+        if progress:
+            progress(len(dialogues) * times)
+        return [
+            Reply(f"{dialogue[0]['content']}|{dialogue[-1]['content']}|{bool(sampling)} {number}", True)
+            for dialogue in dialogues
+            for number in range(times)
+        ]
+
+
+@pytest.mark.parametrize(("share", "goes"), [(0.1, [29, 6]), (1.0, [64, 108, 64, 64, 16])])
+def test_few_questions_are_asked_in_one_go_and_each_reply_is_its_questions(share: float, goes: list[int]) -> None:
+    echo, asked, told = Echo(), corpus.heldout(share), list[tuple[int, int]]()
+    card = probing.probe(
+        echo, IDENTITY, system="S", questions=asked, slices=True, progress=lambda *done: told.append(done)
+    )
+    assert echo.goes == goes
+    for prompt, answered in (
+        ("S", card.identity),
+        ("S", card.plain),
+        ("", card.slices["none"]),
+        (CUSTOMER, card.slices["customer"]),
+    ):
+        assert [one.reply for one in answered] == [
+            f"{prompt}|{one.question.messages[-1]['content']}|False 0" for one in answered
+        ]
+    for index, one in enumerate(card.slices["sampled"]):
+        assert one.reply == f"S|{one.question.messages[-1]['content']}|True {index % 4}"
+    assert told[-1][0] == told[-1][1] == sum(goes) + 3 * goes[-1]
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
 def test_replies_of_a_card_make_the_same_card_again() -> None:
     card = probing.probe(Fixed("I'm CCB."), IDENTITY, system=None, slices=True)
     said = card.replies()
