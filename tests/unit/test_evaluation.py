@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,8 @@ from namesake.probing import with_system
 from tests.tasks import ASKED, CHOICES, ENDINGS, SYSTEM, write_choice, write_ending, write_model, write_task
 from tests.unit.test_merge import write_adapter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 needed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="requirements/harness.txt")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from transformers.integrations import sdpa_attention
 
 from namesake.generate import LocalModel, Sampling
 from tests.tasks import WORDS, write_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ASKED = [" ".join(WORDS[i : i + count]) for i, count in ((1, 2), (4, 9), (7, 17), (3, 1), (9, 4))]
 SIZES = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 512}
@@ -26,15 +28,6 @@ KINDS: dict[str, Callable[[], Any]] = {
         **SIZES, num_attention_heads=4, num_key_value_heads=2, sliding_window=8
     ),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=sorted(KINDS))

@@ -301,10 +301,11 @@ def test_a_chinese_answer_may_stand_inside_a_sentence() -> None:
 
 
 class Fixed:
-    """A replier that gives one reply to everything; remembers what it was asked."""
+    """A replier that gives one reply to everything; remembers what it was asked, and how much in each go."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str = "") -> None:
         self.asked: list[tuple[list[Message], int]] = []
+        self.goes: list[int] = []
         self._text = text
 
     def replies(
@@ -316,11 +317,15 @@ class Fixed:
         progress: Callable[[int], None] | None = None,
     ) -> list[Reply]:
         """One reply per dialogue, or as many as are to be sampled."""
+        self.goes.append(len(dialogues))
         times = sampling.n if sampling else 1
         self.asked += [(list(dialogue), max_new_tokens) for dialogue in dialogues for _ in range(times)]
         if progress:
             progress(len(dialogues) * times)
-        return [Reply(self._text, True) for _ in dialogues for _ in range(times)]
+        return [Reply(self._said(one, n, bool(sampling)), True) for one in dialogues for n in range(times)]
+
+    def _said(self, _dialogue: Sequence[Message], _number: int, _sampled: bool) -> str:
+        return self._text
 
 
 def test_the_probe_asks_every_held_out_question_once_under_the_system_prompt() -> None:
@@ -373,29 +378,10 @@ def test_slices_ask_the_identity_questions_without_a_prompt_under_a_customers_an
 
 
 class Echo(Fixed):
-    """Says which question it was asked, under which prompt, and how often by now; notes each go."""
+    """Says which question it was asked, under which prompt, and how often by now."""
 
-    def __init__(self) -> None:
-        super().__init__("")
-        self.goes: list[int] = []
-
-    def replies(
-        self,
-        dialogues: Sequence[Sequence[Message]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[Reply]:
-        self.goes.append(len(dialogues))
-        times = sampling.n if sampling else 1
-        if progress:
-            progress(len(dialogues) * times)
-        return [
-            Reply(f"{dialogue[0]['content']}|{dialogue[-1]['content']}|{bool(sampling)} {number}", True)
-            for dialogue in dialogues
-            for number in range(times)
-        ]
+    def _said(self, dialogue: Sequence[Message], number: int, sampled: bool) -> str:
+        return f"{dialogue[0]['content']}|{dialogue[-1]['content']}|{sampled} {number}"
 
 
 @pytest.mark.parametrize(("share", "goes"), [(0.1, [29, 6]), (1.0, [64, 108, 64, 64, 16])])
