@@ -121,16 +121,13 @@ class LocalModel(AbstractContextManager["LocalModel"]):
         if sampling:
             torch.manual_seed(sampling.seed)
         # Neighbours in length share a batch: less padding. The order is a function of the input alone.
-        lengths = [len(one) for one in self._tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
-        order = sorted(range(len(texts)), key=lambda index: (lengths[index], index))
+        ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        order = sorted(range(len(texts)), key=lambda index: (len(ids[index]), index))
         found: dict[int, Reply] = {}
         ends = self._end_tokens()
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
-            inputs = self._tokenizer(
-                [texts[i] for i in batch], return_tensors="pt", padding=True, add_special_tokens=False
-            )
-            inputs = inputs.to(self._device)
+            inputs = self._tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(self._device)
             with torch.inference_mode():
                 made = self._model.generate(
                     **inputs,

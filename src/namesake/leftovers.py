@@ -91,7 +91,7 @@ def _lives(process: int) -> bool:
     except (OverflowError, ProcessLookupError):
         return False
     except PermissionError:
-        return True
+        pass  # somebody else's
     return True
 
 

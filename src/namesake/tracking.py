@@ -455,10 +455,11 @@ def fetch_model(model_uri: str) -> Path:
 
 def _fetched(location: str, path: str = "") -> Path:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-    from mlflow.utils.uri import is_local_uri
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-    target = None if is_local_uri(location) else str(fetched_folder())
-    return Path(get_artifact_repository(location).download_artifacts(path, target))
+    store = get_artifact_repository(location)
+    target = None if isinstance(store, LocalArtifactRepository) else str(fetched_folder())
+    return Path(store.download_artifacts(path, target))
 
 
 def store(seconds: float = 3.0) -> Store:
@@ -586,9 +587,11 @@ def finish_chat_model(model: NewModel, *, tags: Mapping[str, str]) -> None:
         client.finalize_logged_model(model_id, "READY")
 
 
-_SMALLEST_TOKENIZER = json.dumps(
-    {"added_tokens": [], "model": {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}}
-)
+_SHELL: dict[str, Any] = {
+    "tokenizer.json": {"added_tokens": [], "model": {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}},
+    "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+}
+"""A tokenizer of one word and of no particular model, in place of the version's, which MLflow would write twice."""
 
 
 def _add_flavor(model: NewModel, weights: str) -> None:
@@ -608,8 +611,9 @@ def _add_flavor(model: NewModel, weights: str) -> None:
         tempfile.TemporaryDirectory(prefix=temporary("shell")) as shell,
         tempfile.TemporaryDirectory(prefix=".mlflow-", dir=model.folder) as made,
     ):
-        Path(shell, "tokenizer.json").write_text(_SMALLEST_TOKENIZER, encoding="utf-8")  # MLflow would write it twice
-        shutil.copyfile(model.folder / weights / "config.json", Path(shell, "config.json"))
+        config = json.loads((model.folder / weights / "config.json").read_text(encoding="utf-8"))
+        for name, content in {**_SHELL, "config.json": {"architectures": config["architectures"]}}.items():
+            Path(shell, name).write_text(json.dumps(content), encoding="utf-8")
         mlflow.transformers.save_model(
             transformers_model=shell,
             path=f"{made}/model",
@@ -627,7 +631,9 @@ def _add_flavor(model: NewModel, weights: str) -> None:
     for path in (model.folder / weights).iterdir():
         if ".safetensors" not in path.suffixes and path.name not in {"config.json", "generation_config.json"}:
             link_or_copy(path, tokenizer / path.name)
-    record.flavors["transformers"]["tokenizer_type"] = type(AutoTokenizer.from_pretrained(tokenizer)).__name__
+    record.flavors["transformers"]["tokenizer_type"] = type(
+        AutoTokenizer.from_pretrained(model.folder / weights)
+    ).__name__
     record.flavors["transformers"]["source_model_name"] = weights
     record.model_size_bytes = sum(path.stat().st_size for path in model.folder.rglob("*") if path.is_file())
     record.save(model.folder / "MLmodel")

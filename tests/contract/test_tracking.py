@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import mlflow
+import pytest
+import transformers
 
 from namesake import tracking
+from tests.tasks import write_model
 
 
 def test_the_view_of_all_runs_is_set_and_what_people_chose_stays(client: mlflow.MlflowClient) -> None:
@@ -64,3 +67,21 @@ def test_the_run_of_a_server_has_a_name_and_is_finished_whatever_mlflow_run_writ
         time.sleep(0.25)
     assert (found.info.run_name, found.info.status) == ("ccb · serve", "FINISHED")
     assert found.data.tags["namesake.kind"] == "serve"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+def test_the_flavor_names_the_versions_own_tokenizer_and_mlflow_loads_it(
+    client: mlflow.MlflowClient, tmp_path: Path, kind: str
+) -> None:
+    weights = write_model(tmp_path / "made" / "model")
+    config = weights / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"model_type": kind}), "utf-8")
+    model = tracking.NewModel("models:/m-1", weights.parent, local=True)
+    tracking.add_flavor(model, weights.name)
+    own = transformers.AutoTokenizer.from_pretrained(weights)
+    flavor = mlflow.models.Model.load(model.folder).flavors["transformers"]
+    assert flavor["tokenizer_type"] == type(own).__name__
+    loaded = getattr(transformers, flavor["tokenizer_type"]).from_pretrained(model.folder / "components" / "tokenizer")
+    assert loaded.get_vocab() == own.get_vocab()
+    assert len(own.get_vocab()) > 20
+    assert flavor["pipeline_model_type"] == json.loads(config.read_text(encoding="utf-8"))["architectures"][0]
