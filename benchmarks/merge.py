@@ -78,6 +78,10 @@ def generated(folder: Path, size: float, shard: float) -> Path:
         part[name] = noise[: rows * columns].view(rows, columns).clone()
         held += 2 * rows * columns
     flush()
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
+    config |= {"hidden_size": hidden, "intermediate_size": inner, "vocab_size": vocabulary, "num_hidden_layers": layers}
+    config |= {"num_attention_heads": 24, "num_key_value_heads": 6, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return folder
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
+import os
 import shutil
 import struct
 from collections import deque
@@ -45,6 +47,9 @@ _PIECE = 4 << 20
 
 _PENDING = 4
 """Pieces that wait to be hashed and written, at most."""
+
+_AHEAD = 32 << 20
+"""Bytes of the base that the disk is asked for before they are needed."""
 
 _CHANGED = 1 << 17
 """Weights that are changed at a time: in float32 they stay in a core's cache."""
@@ -209,37 +214,25 @@ class _Delta:
     scale: float
     dtype: str
 
-    def add(self, data: memoryview, first: int, rows: int) -> None:
-        """Add it in float32, rounded once, to the tensor's rows from ``first`` on."""
+    def add(self, data: memoryview, changed: memoryview, first: int, rows: int) -> None:
+        """Add it in float32, rounded once, to the tensor's rows from ``first`` on; the sum goes to ``changed``."""
         import torch
 
-        weight = torch.frombuffer(data, dtype=getattr(torch, self.dtype)).view(rows, -1)
+        dtype = getattr(torch, self.dtype)
+        weight, total = (torch.frombuffer(of, dtype=dtype).view(rows, -1) for of in (data, changed))
         few = max(_CHANGED // weight.shape[1], 1)
         for start in range(0, rows, few):
             part = weight[start : start + few]
             b = self.b[first + start : first + start + len(part)]
-            part.copy_(part.float().addmm_(b, self.a, alpha=self.scale))
+            total[start : start + few].copy_(part.float().addmm_(b, self.a, alpha=self.scale))
 
 
 def _merge_file(source: Path, target: Path, deltas: _Deltas) -> str:
     """Write the merged file; its SHA-256."""
-    with source.open("rb") as reader, _Hashed(target) as writer, _one_thread():
-
-        def read(size: int) -> memoryview:
-            data = writer.room(size)
-            if reader.readinto(data) != size:
-                raise PromotionError(
-                    tr("{source} of the base model ends too early.", source=source),
-                    mend="Download the base model again.",
-                )
-            return data
-
-        raw = read(8)
-        (size,) = struct.unpack("<Q", raw)
-        header = read(size)
-        tensors = json.loads(bytes(header))
-        writer.write(raw)
-        writer.write(header)
+    with _Mapped(source) as weights, _Hashed(target) as writer, _one_thread():
+        (size,) = struct.unpack("<Q", weights.read(0, 8))
+        tensors = json.loads(bytes(weights.read(8, 8 + size)))
+        writer.write(weights.read(0, 8 + size))
         tensors.pop("__metadata__", None)
         for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"][0]):
             start, end = entry["data_offsets"]
@@ -247,11 +240,52 @@ def _merge_file(source: Path, target: Path, deltas: _Deltas) -> str:
             row = (end - start) // entry["shape"][0] if delta else 1
             piece = max(_PIECE // row, 1) * row
             for at in range(start, end, piece):
-                data = read(min(piece, end - at))
+                data = weights.read(8 + size + at, 8 + size + min(at + piece, end))
                 if delta:
-                    delta.add(data, (at - start) // row, len(data) // row)
+                    changed = writer.room(len(data))
+                    delta.add(data, changed, (at - start) // row, len(data) // row)
+                    data = changed
                 writer.write(data)
         return writer.digest()
+
+
+class _Mapped(AbstractContextManager["_Mapped"]):
+    """A file that is read in order where the kernel keeps it, without a copy of ours."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._size = path.stat().st_size
+        self._holds(1)
+        self._stream = path.open("rb")
+        # A private mapping, since torch takes no memory that cannot be written; nobody writes there.
+        self._map = mmap.mmap(self._stream.fileno(), self._size, access=mmap.ACCESS_COPY)
+        self._asked = self._passed = 0
+
+    def read(self, start: int, end: int) -> memoryview:
+        """The bytes from ``start`` to ``end``.
+
+        Raises:
+            PromotionError: the file has fewer.
+        """
+        self._holds(end)
+        if end > self._asked:
+            os.posix_fadvise(self._stream.fileno(), end, _AHEAD, os.POSIX_FADV_WILLNEED)
+            self._asked = end + _AHEAD // 2
+        passed = (start - 2 * _PENDING * _PIECE) // mmap.PAGESIZE * mmap.PAGESIZE
+        if passed > self._passed + _PENDING * _PIECE:  # else all that was read would count as memory of ours
+            self._map.madvise(mmap.MADV_DONTNEED, self._passed, passed - self._passed)
+            self._passed = passed
+        return memoryview(self._map)[start:end]
+
+    def _holds(self, size: int) -> None:
+        if size > self._size:
+            raise PromotionError(
+                tr("{source} of the base model ends too early.", source=self._path),
+                mend="Download the base model again.",
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
 
 
 @contextmanager
@@ -300,7 +334,8 @@ class _Hashed(AbstractContextManager["_Hashed"]):
             data, hashed, written = self._pending.popleft()
             hashed.result()
             written.result()
-            self._free.append(data.obj)  # type: ignore[arg-type]
+            if isinstance(data.obj, bytearray):
+                self._free.append(data.obj)
 
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:

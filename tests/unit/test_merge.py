@@ -225,10 +225,11 @@ def test_a_tensor_that_is_merged_in_many_pieces_is_pefts(
     assert_merged_like_peft(base, adapter, tmp_path / "merged")
 
 
-def test_a_base_that_ends_too_early_is_refused(tmp_path: Path, adapter: Path) -> None:
+@pytest.mark.parametrize("left", [0, 7, 8, 100, -1])
+def test_a_base_that_ends_too_early_is_refused(tmp_path: Path, adapter: Path, left: int) -> None:
     base = write_base(tmp_path / "base")
     weights = base / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
+    weights.write_bytes(weights.read_bytes()[:left])
     with pytest.raises(PromotionError, match=r"model\.safetensors of the base model ends too early"):
         merge(base, adapter, tmp_path / "merged")
 
