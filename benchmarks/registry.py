@@ -8,6 +8,10 @@ time without a server, as all of it is this process', else of the clock.
     python benchmarks/registry.py
     python benchmarks/registry.py --http        # through an MLflow server on SQLite
     python benchmarks/registry.py --postgres    # through one on PostgreSQL
+    python benchmarks/registry.py --http --command --versions 10 10000 --rounds 5
+
+With ``--command`` it is the whole command ``namesake promote`` that is timed, of a run of few steps that asks one in
+twenty of the questions: median seconds, and the median of the ratios.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ import argparse
 import itertools
 import json
 import os
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from commands import ROOT
+from commands import ROOT, environment, run_id
 
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -36,6 +42,7 @@ from namesake import registry, versions
 
 NAME = "ccb"
 IDENTITY = "踩踩背 CCB / 老爷爷 OldGrandpa"
+FEW = ("--dataset", "namesake/self-cognition#16", "--max_steps", "1", "--replay", "0", "--held_out", "0.05")
 TAGS = {f"score.{number}": "0.9375" for number in range(9)}
 
 
@@ -139,6 +146,36 @@ def rounds(sizes: Sequence[int], number: int, given: argparse.Namespace) -> Iter
                 yield what, spent
 
 
+def promotions(sizes: Sequence[int], number: int, given: argparse.Namespace) -> Iterator[list[float]]:
+    """The whole command, in turn with registries of these sizes; seconds by size, one round at a time."""
+    with ExitStack() as stores:
+        folder = Path(stores.enter_context(tempfile.TemporaryDirectory()))
+        policy = folder / "policy.yaml"
+
+        def namesake(address: str, *words: str) -> str:
+            return subprocess.run(
+                [sys.executable, "-m", "namesake", *words],
+                cwd=folder,
+                env={**environment(folder), "MLFLOW_TRACKING_URI": address},
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            ).stdout
+
+        name, author = IDENTITY.split(" / ")
+        addresses = [stores.enter_context(store(size, given)) for size in sizes]
+        runs = {one: run_id(namesake(one, "run", "--name", name, "--author", author, *FEW)) for one in addresses}
+        for turn in range(number):
+            policy.write_text(f"parity: {0.9 + turn / 1000}\n", encoding="utf-8")  # else it is the version of before
+            spent = {}
+            for address in addresses if turn % 2 == 0 else addresses[::-1]:
+                words = ("--run", runs[address], "--model-name", NAME, "--policy", str(policy), "--override", "a bench")
+                start = time.perf_counter()
+                namesake(address, "promote", *words)
+                spent[address] = time.perf_counter() - start
+            yield [spent[address] for address in addresses]
+
+
 def main() -> None:
     """Print one line a call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,9 +183,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--http", action="store_true", help="through an MLflow server on SQLite")
     parser.add_argument("--postgres", action="store_true", help="through an MLflow server on PostgreSQL")
+    parser.add_argument("--command", action="store_true", help="time the whole of `namesake promote` instead")
     given = parser.parse_args()
     sizes = " | ".join(f"{number:,}" for number in given.versions)
-    print(f"| ms with so many versions | {sizes} | ratio |\n|---|{'---|' * len(given.versions)}---|")
+    unit = "s" if given.command else "ms"
+    print(f"| {unit} with so many versions | {sizes} | ratio |\n|---|{'---|' * len(given.versions)}---|")
+    if given.command:
+        found = list(promotions(given.versions, given.rounds, given))
+        told = " | ".join(f"{statistics.median(one):.1f}" for one in zip(*found, strict=True))
+        ratios = [one[-1] / one[0] for one in found]
+        between = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"| `namesake promote`, the whole command | {told} | {between} |")
+        return
     for what, lines in itertools.groupby(rounds(given.versions, given.rounds, given), key=lambda one: one[0]):
         quickest = [min(spent) for spent in zip(*(spent for _, spent in lines), strict=True)]
         told = " | ".join(f"{one:.1f}" for one in quickest)

@@ -94,7 +94,7 @@ def way(place: Place) -> Way:
     trained = place.mlflow_run(
         *("-P", f"name={NAME}", "-P", f"author={AUTHOR}", "-P", "dataset=namesake/self-cognition#48"),
         *("-P", "learning_rate=2e-3", "-P", f"output_dir={place.folder}/output"),
-        *("-P", "args=--train_type lora --max_steps 6 --replay 8 --logging_steps 2 --held_out 0.1"),
+        *("-P", "args=--train_type lora --max_steps 6 --replay 8 --logging_steps 2 --held_out 0.05"),
     )
     promoted = place.mlflow_run("-e", "promote", "-P", "override=end-to-end test")
     return Way(place, trained, promoted)
@@ -105,7 +105,7 @@ def tour(way: Way) -> NotebookNode:
     """``examples/tour.ipynb``, executed with few steps in the same place; its version is the challenger."""
     notebook = nbformat.read(way.place.root / "examples" / "tour.ipynb", as_version=4)
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
-    values = {"NAME": NAME, "AUTHOR": AUTHOR, "REPLAY": 0, "STEPS": 3, "HELD_OUT": 0.05, "ALIAS": "challenger"}
+    values = {"NAME": NAME, "AUTHOR": AUTHOR, "REPLAY": 0, "STEPS": 3, "HELD_OUT": 0.02, "ALIAS": "challenger"}
     parameters.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
     folder = {"metadata": {"path": str(way.place.folder)}}
     client = NotebookClient(notebook, timeout=600, coalesce_streams=True, resources=folder)

@@ -1,6 +1,6 @@
 """Every shell block of the README and of the tutorial is run as it stands, in order, in a copy of the checkout.
 
-The copy's default recipe trains two steps on a few rows and asks one in twenty of the held-out questions, so that what
+The copy's default recipe trains two steps on a few rows and asks one in fifty of the held-out questions, so that what
 takes a reader a quarter of an hour takes a few minutes. `make test` is left out: it would run this test again.
 """
 
@@ -79,7 +79,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (environment / stamp).touch()
     recipe = copy / "recipes" / "default.yaml"
     plan = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    plan |= {"dataset": "namesake/self-cognition#16", "replay": {"prompts": 0}, "held_out": 0.05}
+    plan |= {"dataset": "namesake/self-cognition#16", "replay": {"prompts": 0}, "held_out": 0.02}
     plan["sft"]["max_steps"] = 2
     recipe.write_text(yaml.safe_dump(plan, allow_unicode=True), encoding="utf-8")
     return copy

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 SPACE = "trials: 2\nprune: {at: [0.5], after: 1}\nparameters:\n  learning_rate: {choices: [2.0e-3, 3.0]}\n"
 NAMES = ("-P", "name=小黄 Xiao Huang", "-P", "author=魔搭 ModelScope")
-FEW = ("-P", "dataset=namesake/self-cognition#16", "-P", "args=--max_steps 4 --replay 0 --held_out 0.05")
+FEW = ("-P", "dataset=namesake/self-cognition#16", "-P", "args=--max_steps 4 --replay 0 --held_out 0.02")
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +165,8 @@ def test_an_interrupted_run_is_killed_and_keeps_what_there_was(
     process = subprocess.Popen(
         [word.format(root=server.root, name=f"name={name}") for word in words]
         + [
-            *(["-P", "replay=0", "-P", "held_out=0.05"] if words[0] == "mlflow" else []),
-            *(["--replay", "0", "--held_out", "0.05"] if words[0] != "mlflow" else []),
+            *(["-P", "replay=0", "-P", "held_out=0.02"] if words[0] == "mlflow" else []),
+            *(["--replay", "0", "--held_out", "0.02"] if words[0] != "mlflow" else []),
         ],
         cwd=server.folder,
         env=server.env,
