@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations import sdpa_attention
 
-from namesake.generate import LocalModel, Sampling
+from namesake.generate import LocalModel, Sampling, _parts
 from tests.tasks import WORDS, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +51,12 @@ def dialogues() -> list[list[dict[str, str]]]:
     return [[{"role": "user", "content": question}] for question in ASKED]
 
 
-def test_replies_are_those_of_eager_attention_to_each_question_alone(folder: Path) -> None:
+@pytest.mark.parametrize(("room", "cost"), [(64, 128), (5, 1)], ids=["one part, room enough", "parts, room is made"])
+def test_replies_are_those_of_eager_attention_to_each_question_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, room: int, cost: int
+) -> None:
+    monkeypatch.setattr("namesake.generate._ROOM", room)
+    monkeypatch.setattr("namesake.generate._PASS", cost)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     wanted = []
@@ -77,6 +83,39 @@ def test_no_key_is_repeated_for_a_token_that_is_made(folder: Path, monkeypatch: 
         of_the_prompts = len(repeated)
         model.replies(dialogues(), max_new_tokens=24)
         assert len(repeated) == 2 * of_the_prompts
+
+
+@pytest.mark.parametrize("folder", ["three heads share a key"], indirect=True)
+def test_no_key_is_copied_for_a_token_and_each_prompt_is_read_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, int]] = []
+    real = DynamicLayer.update
+
+    def noted(layer: Any, keys: Any, *given: Any, **more: Any) -> Any:
+        read.append((keys.shape[0], keys.shape[2]))
+        return real(layer, keys, *given, **more)
+
+    monkeypatch.setattr(DynamicLayer, "update", noted)
+    with LocalModel(folder) as model:
+        model.replies(dialogues(), max_new_tokens=24, sampling=Sampling(n=3))
+    assert sum(rows for rows, _ in read[:: SIZES["num_hidden_layers"]]) == len(ASKED)
+    assert len(read) % SIZES["num_hidden_layers"] == 0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "parts"),
+    [
+        ([7], [(0, 1)]),
+        ([7, 7, 9], [(0, 3)]),
+        ([10] * 20 + [16] * 20 + [60] * 3, [(0, 40), (40, 43)]),
+        ([10] * 40 + [16] * 20 + [60] * 3 + [400], [(0, 40), (40, 60), (60, 63), (63, 64)]),
+    ],
+)
+def test_prompts_are_divided_where_padding_would_cost_more_than_a_pass(
+    lengths: list[int], parts: list[tuple[int, int]]
+) -> None:
+    assert [(part.start, part.stop) for part in _parts(lengths)] == parts
 
 
 def test_the_order_of_the_questions_changes_no_reply(folder: Path) -> None:
