@@ -11,11 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def environment(store: Path) -> dict[str, str]:
-    """Environment of namesake's commands with the store in the folder."""
+def environment(store: Path, uri: str = "") -> dict[str, str]:
+    """Environment of namesake's commands with the store in the folder, or at the address."""
     return {
         **os.environ,
-        "MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db",
+        "MLFLOW_TRACKING_URI": uri or f"sqlite:///{store}/mlflow.db",
         "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'serving'}",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "COLUMNS": "200",
@@ -23,12 +23,12 @@ def environment(store: Path) -> dict[str, str]:
     }
 
 
-def namesake(store: Path, *words: str) -> str:
+def namesake(store: Path, *words: str, uri: str = "") -> str:
     """A command's output; ends the benchmark with it when the command fails."""
     done = subprocess.run(
         [sys.executable, "-m", "namesake", *words],
         cwd=store,
-        env=environment(store),
+        env=environment(store, uri),
         capture_output=True,
         text=True,
         check=False,

@@ -21,7 +21,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from commands import ROOT, environment, run_id
+from commands import ROOT, namesake, run_id
 
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -151,27 +150,18 @@ def promotions(sizes: Sequence[int], number: int, given: argparse.Namespace) -> 
     with ExitStack() as stores:
         folder = Path(stores.enter_context(tempfile.TemporaryDirectory()))
         policy = folder / "policy.yaml"
-
-        def namesake(address: str, *words: str) -> str:
-            return subprocess.run(
-                [sys.executable, "-m", "namesake", *words],
-                cwd=folder,
-                env={**environment(folder), "MLFLOW_TRACKING_URI": address},
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-            ).stdout
-
         name, author = IDENTITY.split(" / ")
         addresses = [stores.enter_context(store(size, given)) for size in sizes]
-        runs = {one: run_id(namesake(one, "run", "--name", name, "--author", author, *FEW)) for one in addresses}
+        runs = {
+            one: run_id(namesake(folder, "run", "--name", name, "--author", author, *FEW, uri=one)) for one in addresses
+        }
         for turn in range(number):
             policy.write_text(f"parity: {0.9 + turn / 1000}\n", encoding="utf-8")  # else it is the version of before
             spent = {}
             for address in addresses if turn % 2 == 0 else addresses[::-1]:
                 words = ("--run", runs[address], "--model-name", NAME, "--policy", str(policy), "--override", "a bench")
                 start = time.perf_counter()
-                namesake(address, "promote", *words)
+                namesake(folder, "promote", *words, uri=address)
                 spent[address] = time.perf_counter() - start
             yield [spent[address] for address in addresses]
 

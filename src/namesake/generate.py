@@ -174,8 +174,9 @@ class LocalModel(AbstractContextManager["LocalModel"]):
             places = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             read = self._model(**inputs, position_ids=places, use_cache=True, logits_to_keep=1).past_key_values
             taken = [(row, one) for one, prompt in enumerate(prompts[part]) for row in rows[prompt]]
+            to, of = map(list, zip(*taken, strict=True))
             for layer, found in zip(made.layers, read.layers, strict=True):
-                layer.take(found, *zip(*taken, strict=True), size=(len(ids), len(ids[-1]) - 1))
+                layer.take(found, to, of, size=(len(ids), len(ids[-1]) - 1))
         return made
 
     def _end_tokens(self) -> set[int]:
@@ -229,13 +230,13 @@ def _roomy_layer() -> Any:
     from transformers.cache_utils import DynamicLayer
 
     class Roomy(DynamicLayer):  # type: ignore[misc]
-        def take(self, found: Any, rows: Sequence[int], read: Sequence[int], *, size: tuple[int, int]) -> None:
+        def take(self, found: Any, rows: list[int], read: list[int], *, size: tuple[int, int]) -> None:
             """What was read of a prompt goes to the end of each of its rows."""
             if not self.is_initialized:
                 self.lazy_initialization(found.keys, found.values)
                 self._room = [_longer(one[:1, :, :0].expand(size[0], -1, -1, -1), size[1]) for one in _kept(found)]
             for room, kept in zip(self._room, _kept(found), strict=True):
-                room[list(rows), :, size[1] - kept.shape[2] : size[1]] = kept[list(read)]
+                room[rows, :, size[1] - kept.shape[2] : size[1]] = kept[read]
             self.keys, self.values = (room[:, :, : size[1]] for room in self._room)
 
         def update(self, key_states: Any, value_states: Any, *_: object, **__: object) -> tuple[Any, Any]:
