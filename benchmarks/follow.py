@@ -37,6 +37,7 @@ def prepare(store: Path) -> None:
     """Two versions of one model: a few steps each on different data."""
     for number, alias in ((1, "champion"), (2, "challenger")):
         words = ["run", "--dataset=namesake/self-cognition#48", "--replay=0", f"--max_steps={2 + 2 * number}"]
+        words.append("--held_out=0.02")
         out = namesake(store, *words, f"--seed={number}", "--output_dir", str(store / "output"))
         namesake(store, "promote", "--run", run_id(out), "--alias", alias, "--override", "benchmark")
 
@@ -165,6 +166,16 @@ def changed_since(before: Mapping[str, tuple[float, float]], url: str) -> tuple[
     raise SystemExit(f"{url} counted no change of version")
 
 
+def wait_for_standby(url: str) -> None:
+    """Until the server has one, for ten minutes at most."""
+    for _ in range(600):
+        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
+            if "\nnamesake_standby_ready 1" in response.read().decode():
+                return
+        time.sleep(1)
+    raise SystemExit(f"{url} has no standby")
+
+
 def told_changes(url: str) -> str:
     """The same on average, in words."""
     return ", ".join(
@@ -182,6 +193,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="length of an answer")
     parser.add_argument("--poll", type=float, default=0.2, help="the server's poll_seconds")
     parser.add_argument("--mode", choices=["merged", "adapter"], default="merged", help="the server's mode")
+    parser.add_argument("--standby", action="store_true", help="serve with a standby engine")
     parser.add_argument("--store", type=Path, help="folder with mlflow.db and two versions of ccb")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -191,7 +203,10 @@ def main() -> None:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
         os.chdir(store)
         words = ["--eager", "--poll-seconds", str(given.poll), "--max-streams", "64", "--mode", given.mode]
+        words += ["--standby"] if given.standby else []
         with namesake_serve(store, *words) as made, both_versions() as numbers:
+            if given.standby:
+                wait_for_standby(made.url)
             changes, ended = asyncio.run(measure(made.url, numbers, given.clients, given.moves, given.tokens))
             print(f"{given.moves} moves under {given.clients} streams of {given.tokens} tokens, poll {given.poll:g} s")
             print(f"answers: {sum(ended.values())}, {dict(ended)}")

@@ -527,9 +527,9 @@ def write_metrics(words: Words) -> Iterator[str]:
         ),
     )
     yield words(
-        "`result` is `live` or `refused`, `way` is `in place`, `second engine` or `adapter`. `route` is a path of the table in [HTTP](http.md) or `other`. "
+        "`result` is `live` or `refused`, `way` is `in place`, `standby`, `second engine` or `adapter`. `route` is a path of the table in [HTTP](http.md) or `other`. "
         "A client that went away before its reply counts as status 499.",
-        "`result` 为 `live` 或 `refused`，`way` 为 `in place`（就地）、`second engine`（第二个引擎）或 `adapter`（适配器）。`route` 为 [HTTP 接口](http.md)表中的路径或 `other`。"
+        "`result` 为 `live` 或 `refused`，`way` 为 `in place`（就地）、`standby`（备用引擎）、`second engine`（第二个引擎）或 `adapter`（适配器）。`route` 为 [HTTP 接口](http.md)表中的路径或 `other`。"
         "在得到回答之前就断开的客户端记为状态码 499。",
     )
     yield ""

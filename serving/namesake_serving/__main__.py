@@ -42,6 +42,10 @@ def serve(
     mode: Annotated[
         str | None, typer.Option(help="merged, or adapter: several versions live on one base. [default: merged]")
     ] = None,
+    standby: Annotated[
+        bool | None,
+        typer.Option("--standby", help="In merged mode: a second engine takes the next version in; nobody is held."),
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="In adapter mode: the base's folder or id. [default: what the version says]")
     ] = None,
@@ -137,6 +141,7 @@ def serve(
     given = settings.read(
         model=version or model or None,
         mode=mode,
+        standby=standby,
         base=base,
         max_adapters=max_adapters,
         any_version=any_version,
@@ -208,6 +213,8 @@ def _check_needs(given: settings.Settings) -> None:
         ("replicas", given.backend == "ray", "--backend ray"),
         ("ray_options", given.backend == "ray", "--backend ray"),
         ("ray_join", given.backend == "ray", "--backend ray"),
+        ("standby", given.mode == "merged", "--mode merged"),
+        ("standby", given.backend == "local", "--backend local"),
     ):
         value = getattr(given, name)
         if not there and value != settings.Settings.model_fields[name].default:

@@ -36,6 +36,8 @@ _SWAP_SECONDS = 600
 _CPU_CACHE_BYTES = 1 << 30
 _SPARE = 4
 """Requests that an engine of adapters takes beside those of clients: the golden questions of a version."""
+_HALF_A_GPU = 0.45
+"""Of its memory, for each of two engines on it; vLLM takes nine tenths by itself."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -370,6 +372,8 @@ def command(
         words += ["--kv-cache-memory-bytes", str(_CPU_CACHE_BYTES)]
         # Four to six times as fast there as bfloat16; an argument of the user's comes later and wins.
         words += [] if multiplies_bf16() else ["--dtype", "float32"]
+    elif settings.standby:
+        words += ["--gpu-memory-utilization", str(_HALF_A_GPU)]
     if settings.eager:
         words.append("--enforce-eager")
     if adapters is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,11 @@ from namesake_serving.store import Stored
 from namesake_serving.traffic import Answerer, Live, Routing, Traffic
 
 Tick = Callable[[float], None]
+
+_STANDBY = "standby"
+_STANDBY_SECONDS = 0.5
+"""Between two looks for the standby; longer each time where it does not start."""
+_LONGEST_STANDBY_WAIT = 60.0
 
 _log = logging.getLogger("namesake.serving")
 
@@ -107,11 +112,16 @@ class Engines:
 
     async def finish(self, live: Live) -> None:
         """End an engine when its answers have ended, or their time is up."""
+        await self.idle(live)
+        await asyncio.to_thread(live.engine.stop)
+        self._forget(live.engine)
+
+    async def idle(self, live: Live) -> bool:
+        """Wait until its answers have ended, or their time is up; whether they did."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.shutdown_seconds):
                 await live.idle.wait()
-        await asyncio.to_thread(live.engine.stop)
-        self._forget(live.engine)
+        return not live.running
 
     async def stop(self) -> None:
         """End them all."""
@@ -233,6 +243,145 @@ class Merged:
     async def lost(self, dead: Engine) -> None:
         """Leave nothing of it behind."""
         await self._engines.end(dead)
+
+
+class WithStandby(Merged):
+    """Merged weights in two engines by turns: a version is loaded into the one by which nobody is answered, proves
+    itself there, and then the traffic turns. Nobody is held, moving back needs no loading, and an engine that has died
+    is replaced by the other at once.
+
+    While there is no standby (it is starting, or has died) a version comes in as it does without one.
+
+    Args:
+        prove: asks what is in an engine who it is.
+    """
+
+    def __init__(
+        self, engines: Engines, traffic: Traffic, settings: Settings, prove: Callable[[Live], Awaitable[None]]
+    ) -> None:
+        super().__init__(engines, traffic, settings)
+        self._prove = prove
+        self._standby: Live | None = None
+        self._leaving: Live | None = None
+        self._left: asyncio.Task[None] | None = None
+        self._mine: list[Engine] = []
+        self._starting = 0
+
+    def ready(self) -> bool:
+        """Whether the standby can take a version in."""
+        return self._standby is not None and self._standby.engine.alive()
+
+    async def keep(self) -> None:
+        """Start a standby whenever there is none, until cancelled."""
+        wait = _STANDBY_SECONDS
+        while True:
+            await asyncio.sleep(wait)
+            await self._bury()
+            live = self._traffic.live
+            # Any other engine is about to become the standby, or the live one.
+            if live is None or self.changing or len(self._mine) + self._starting > 1:
+                continue
+            try:
+                standby = (await self.start(live.stored)).live
+                await self._warm(standby)
+            except (ServingError, OSError) as error:  # OSError: no memory or no descriptor at this moment
+                _log.warning("no standby: %s", error.message if isinstance(error, ServingError) else error)
+                wait = min(wait * 2, _LONGEST_STANDBY_WAIT)
+                continue
+            wait = _STANDBY_SECONDS
+            _log.info("the standby is ready")
+            await self._leave(standby)
+
+    async def _warm(self, standby: Live) -> None:
+        """It proves itself, so that what an engine does once only is done before it is needed."""
+        try:
+            await self._prove(standby)
+        except ServingError:
+            await self._engines.end(standby.engine)
+            raise
+
+    async def _bury(self) -> None:
+        standby = self._standby
+        if standby is not None and not standby.engine.alive():
+            _log.error("the standby ended by itself; starting it again\n%s", standby.engine.tail(5))
+            self._standby = None
+            await self._engines.end(standby.engine)
+        self._mine = [one for one in self._mine if one.alive()]
+
+    async def start(self, stored: Stored, tick: Tick = no_tick) -> Loaded:
+        """A version in a new engine."""
+        self._starting += 1
+        try:
+            loaded = await super().start(stored, tick)
+        finally:
+            self._starting -= 1
+        self._mine.append(loaded.live.engine)
+        return loaded
+
+    async def load(self, stored: Stored) -> Loaded:
+        """Into the standby; without one as :class:`Merged` does.
+
+        Raises:
+            ServingError: neither can be.
+        """
+        leaving = self._leaving
+        if leaving is not None and leaving.stored.id == stored.id and leaving.engine.alive():
+            self._stay()  # moved back while its answers were still running
+            return Loaded(leaving, _STANDBY)
+        if self._left is not None:
+            await asyncio.wait([self._left])
+        standby, self._standby = self._standby, None
+        if standby is None:
+            return await super().load(stored)
+        if standby.stored.id == stored.id:
+            back = Live(stored, standby.engine)
+            back.proved = standby.proved
+            return Loaded(back, _STANDBY)
+        why = store.difference(standby.stored, stored)
+        if not why:
+            try:
+                took = await asyncio.to_thread(standby.engine.change_weights, stored.weights)
+            except ServingError as error:
+                why = f"the standby would not change ({error.message})"
+            else:
+                _log.info("weights of the standby changed in %.2f s", took)
+                return Loaded(Live(stored, standby.engine), _STANDBY)
+        _log.info("second engine, since %s", why)
+        await self._engines.end(standby.engine)
+        return await self.start(stored)
+
+    async def undo(self, loaded: Loaded) -> None:
+        """It stays the standby, with weights that nobody is answered by."""
+        if loaded.way == _STANDBY:
+            self._let_leave(loaded.live)
+        else:
+            await super().undo(loaded)
+
+    async def turned(self, loaded: Loaded, old: Sequence[Live]) -> None:
+        """Open the door; what answered before finishes while everything goes on."""
+        self.changing = False
+        self._traffic.release()
+        for one in old:
+            if one.engine is not loaded.live.engine:
+                self._let_leave(one)
+
+    def _let_leave(self, old: Live) -> None:
+        self._leaving, self._left = old, asyncio.create_task(self._leave(old))
+
+    def _stay(self) -> None:
+        assert self._left is not None
+        self._left.cancel()
+        self._leaving = self._left = None
+
+    async def _leave(self, old: Live) -> None:
+        """Its engine is the standby when its answers have ended, unless there is one or they do not end."""
+        idle = await self._engines.idle(old)
+        if self._leaving is old:
+            self._leaving = self._left = None
+        if idle and self._standby is None:
+            self._standby = old
+        else:
+            await self._engines.finish(old)
 
 
 class Adapters:

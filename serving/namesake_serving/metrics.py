@@ -97,6 +97,11 @@ class Metrics:
             "Number of the challenger that answers a share or a copy of the requests; 0: none does.",
             registry=registry,
         )
+        self.standby = Gauge(
+            "namesake_standby_ready",
+            "1: a standby is ready for the next version, or for an engine that dies.",
+            registry=registry,
+        )
         self._served = Gauge("namesake_served_version", "Number of the version that answers.", registry=registry)
         self._asked = Gauge(
             "namesake_registry_answered_timestamp_seconds",

@@ -21,7 +21,7 @@ from namesake_serving import engine, rollout, store
 from namesake_serving.canary import Judge
 from namesake_serving.engine import Engine, Preloaded
 from namesake_serving.follow import Follower, where_it_points
-from namesake_serving.hosts import Adapters, Engines, Host, Loaded, Merged
+from namesake_serving.hosts import Adapters, Engines, Host, Loaded, Merged, WithStandby
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import Command, State, Step
 from namesake_serving.settings import Settings
@@ -296,7 +296,11 @@ class Service:
         traffics = (self.routing.champion, self.routing.challenger)
         adapters = Adapters(self._engines, self.routing, settings, folder) if settings.mode == "adapter" else None
         one = host(self.routing) if host is not None else adapters
+        self._standby: WithStandby | None = None
         hosts: list[Host] = [one or Merged(self._engines, traffic, settings) for traffic in traffics]
+        if settings.standby and one is None:
+            hosts[0] = self._standby = WithStandby(self._engines, traffics[0], settings, prove_once)
+            metrics.standby.set_function(self._standby.ready)
         self.champion = Track(self, uri, traffics[0], hosts[0], champion=True)
         rival = f"models:/{self.routing.name}@{settings.challenger}"
         self.challenger = Track(self, rival, traffics[1], hosts[1], champion=False) if compared else None
@@ -329,6 +333,8 @@ class Service:
         async with asyncio.TaskGroup() as tasks:
             for track in tracks:
                 tasks.create_task(track.follower.follow())
+            if self._standby is not None:
+                tasks.create_task(self._standby.keep())
             if len({track.host for track in tracks}) == 1:
                 tasks.create_task(self._watch(tracks[0].host, tracks))
             else:

@@ -45,6 +45,10 @@ class Settings(BaseSettings):
         model: version to serve, ``models:/ccb@champion``; empty: the champion of the newest registered model.
         mode: ``merged``, the registered weights, changed in place; or ``adapter``, one engine on the base in which
             versions are adapters side by side, so that several answer at a time, the base among them.
+        standby: in merged mode, keep a second engine beside the one that answers. A version is loaded and proved there,
+            so that no request is held and none waits for long answers to end; moving back needs no loading; an engine
+            that has died is replaced at once. Takes the memory of two; on a GPU each gets 45 % of it unless
+            ``engine_args`` say otherwise.
         base: in adapter mode, where the base is to be had: a folder or a ModelScope id; empty: what the version's
             manifest says.
         max_adapters: how many versions may be in the engine at a time, in adapter mode.
@@ -115,6 +119,7 @@ class Settings(BaseSettings):
 
     model: str = ""
     mode: Literal["merged", "adapter"] = "merged"
+    standby: bool = False
     base: str = ""
     max_adapters: Annotated[int, Field(ge=3, le=256)] = 4
     any_version: bool = False
