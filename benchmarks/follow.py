@@ -7,7 +7,8 @@ Every client asks again as soon as it is answered, streamed; beside them one ask
 somebody always comes just after a move, however long the others' answers are. Counted are requests that failed, streams
 that were cut, and streams in which two versions spoke. Seconds are from the call that moves the alias (polling
 included) to the first answer begun by the new version; to the same answer from fetched and verified (``/v1/version``
-tells when that was); and from fetched and verified to live, by the server's own metrics.
+tells when that was); and from fetched and verified to live, by the server's own metrics. With ``--standby`` there is a
+third version, the first's files once more, so that each has to be loaded.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import aiohttp
 from commands import namesake, run_id
 from measure import quantile
 
-from servers import MODEL, both_versions, namesake_serve
+from servers import MODEL, both_versions, namesake_serve, three_versions
 
 
 def prepare(store: Path) -> None:
@@ -112,7 +113,7 @@ class Change:
 async def measure(
     url: str, numbers: Sequence[int], clients: int, moves: int, tokens: int
 ) -> tuple[list[Change], Counter[str]]:
-    """Move the alias to and fro between two versions under load.
+    """Move the alias to one version after the other under load, from the first and round again.
 
     Returns:
         Each move, and how requests ended.
@@ -127,7 +128,7 @@ async def measure(
         changes = []
         for move in range(moves):
             before = await asyncio.to_thread(served_changes, url)
-            number = numbers[(move + 1) % 2]
+            number = numbers[(move + 1) % len(numbers)]
             moved, wall = time.monotonic(), time.time()
             await asyncio.to_thread(registry.point, MODEL, "champion", number)
             seconds = await load.first(f"{MODEL}-v{number}", moved)
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="length of an answer")
     parser.add_argument("--poll", type=float, default=0.2, help="the server's poll_seconds")
     parser.add_argument("--mode", choices=["merged", "adapter"], default="merged", help="the server's mode")
-    parser.add_argument("--standby", action="store_true", help="serve with a standby engine")
+    parser.add_argument("--standby", action="store_true", help="serve with a standby, among three versions")
     parser.add_argument("--store", type=Path, help="folder with mlflow.db and two versions of ccb")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -204,7 +205,8 @@ def main() -> None:
         os.chdir(store)
         words = ["--eager", "--poll-seconds", str(given.poll), "--max-streams", "64", "--mode", given.mode]
         words += ["--standby"] if given.standby else []
-        with namesake_serve(store, *words) as made, both_versions() as numbers:
+        versions = three_versions if given.standby else both_versions
+        with namesake_serve(store, *words) as made, versions() as numbers:
             if given.standby:
                 wait_for_standby(made.url)
             changes, ended = asyncio.run(measure(made.url, numbers, given.clients, given.moves, given.tokens))

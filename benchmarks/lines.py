@@ -253,19 +253,25 @@ def added(given: Given) -> Iterator[Sample]:
 
 
 def moved(given: Given) -> Iterator[Sample]:
-    """benchmarks/follow.py in either mode; a sample is a move."""
-    from follow import measure
+    """benchmarks/follow.py in either mode, and merged with a standby; a sample is a move."""
+    from follow import measure, wait_for_standby
 
-    from servers import both_versions, namesake_serve
+    from servers import both_versions, namesake_serve, three_versions
 
     store = given.store
     here = Path.cwd()
-    for mode in ("merged", "adapter"):
-        with namesake_serve(store, "--mode", mode, "--poll-seconds", "0.2") as made:
+    for mode, words, versions in (
+        ("merged", ("--mode", "merged"), both_versions),
+        ("standby", ("--standby",), three_versions),
+        ("adapter", ("--mode", "adapter"), both_versions),
+    ):
+        with namesake_serve(store, *words, "--poll-seconds", "0.2") as made:
             moves = given.of(4 * given.pairs, 2)
             os.chdir(store)
             try:
-                with both_versions() as numbers:
+                with versions() as numbers:
+                    if mode == "standby":
+                        wait_for_standby(made.url)
                     changes, ended = asyncio.run(measure(made.url, numbers, 8, moves, 24))
             finally:
                 os.chdir(here)
@@ -645,11 +651,15 @@ MEASURES = (
         Row("merged answer", "new version fetched and verified → first new answer, merged, p95", "新版本取得并核对 → 新版本的首个回答，合并模式，p95", 1, kind="value", share=0.95),
         Row("merged live", "new version fetched and verified → live, merged, p95", "新版本取得并核对 → 生效，合并模式，p95", 1, kind="value", share=0.95),
         Row("merged failed", "requests failed, cut or mixed, merged", "失败、中断或混杂的请求，合并模式", 0, kind="value", unit="requests"),
+        Row("standby", "alias moved → first new answer, merged with a standby, p95", "别名移动 → 新版本的首个回答，合并模式加备用引擎，p95", kind="value", share=0.95),
+        Row("standby answer", "new version fetched and verified → first new answer, merged with a standby, p95", "新版本取得并核对 → 新版本的首个回答，合并模式加备用引擎，p95", 1, kind="value", share=0.95),
+        Row("standby live", "new version fetched and verified → live, merged with a standby, p95", "新版本取得并核对 → 生效，合并模式加备用引擎，p95", 1, kind="value", share=0.95),
+        Row("standby failed", "requests failed, cut or mixed, merged with a standby", "失败、中断或混杂的请求，合并模式加备用引擎", 0, kind="value", unit="requests"),
         Row("adapter", "alias moved → first new answer, adapter, p95", "别名移动 → 新版本的首个回答，适配器模式，p95", kind="value", share=0.95),
         Row("adapter answer", "new version fetched and verified → first new answer, adapter, p95", "新版本取得并核对 → 新版本的首个回答，适配器模式，p95", 1, kind="value", share=0.95),
         Row("adapter live", "new version fetched and verified → live, adapter, p95", "新版本取得并核对 → 生效，适配器模式，p95", 1, kind="value", share=0.95),
         Row("adapter failed", "requests failed, cut or mixed, adapter", "失败、中断或混杂的请求，适配器模式", 0, kind="value", unit="requests"),
-    ), moved, (1.0, 0.55), serves=True),
+    ), moved, (2.2, 0.85), serves=True),
     Measure("second", (
         Row("second", "a second engine, fetched and verified → live, ÷ start of vLLM itself", "第二个引擎，取得并核对 → 生效，÷ vLLM 本身的启动", 1.1),
     ), second, (0.5, 1.0), serves=True, scales=False, most=5),

@@ -45,6 +45,26 @@ def both_versions() -> Iterator[list[int]]:
         registry.point(MODEL, "champion", numbers[0])
 
 
+@contextmanager
+def three_versions() -> Iterator[list[int]]:
+    """The same and the champion's files once more, registered for so long: a standby holds the last version but one, so
+    that moves between two need no loading there, and moves among three do.
+    """
+    import mlflow
+
+    from namesake import registry
+
+    client = mlflow.MlflowClient()
+    with both_versions() as numbers:
+        first = registry.resolve(f"models:/{MODEL}/{numbers[0]}")
+        third = int(client.create_model_version(MODEL, first.source, first.run_id, tags=dict(first.tags)).version)
+        try:
+            yield [*numbers, third]
+        finally:
+            registry.point(MODEL, "champion", numbers[0])
+            client.delete_model_version(MODEL, str(third))
+
+
 @dataclass(frozen=True)
 class Served:
     """A server that answers.
