@@ -271,6 +271,10 @@ class WithStandby(Merged):
         """Whether the standby can take a version in."""
         return self._standby is not None and self._standby.engine.alive()
 
+    def held(self) -> list[str]:
+        """Ids of the versions in engines by which nobody new is answered: what comes in next is compared with them."""
+        return [one.stored.id for one in (self._standby, self._leaving) if one is not None]
+
     async def keep(self) -> None:
         """Start a standby whenever there is none, until cancelled."""
         wait = _STANDBY_SECONDS

@@ -210,7 +210,7 @@ class Track:
         Raises:
             RegistryError: it may not be served, or cannot be.
         """
-        return verified(version, self._settings, self._service.cache, self.host.part)
+        return verified(version, self._settings, self._service.cache, self.host.part, self._service.held())
 
     async def _load(self) -> None:
         assert self._coming is not None
@@ -314,6 +314,10 @@ class Service:
     def state(self) -> State:
         """What is going on with what is served."""
         return self.champion.state
+
+    def held(self) -> list[str]:
+        """Ids of versions that answer nobody and whose copies must not go."""
+        return self._standby.held() if self._standby is not None else []
 
     def at_rest(self) -> bool:
         """Whether no version is under way, neither an alias's nor one that a client has asked for."""

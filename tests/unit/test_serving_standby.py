@@ -13,10 +13,10 @@ import pytest
 
 from namesake.errors import InputError, ServingError
 from namesake_serving import __main__ as command
-from namesake_serving import engine, hosts, settings
+from namesake_serving import engine, hosts, settings, store
 from namesake_serving.rollout import Step
 from tests.unit.loops import within
-from tests.unit.test_serving_service import LIE, Box, Running, World, is_refused, serving, until, world
+from tests.unit.test_serving_service import LIE, Box, Running, World, is_refused, serving, until, version, world
 
 __all__ = ["world"]
 
@@ -123,6 +123,19 @@ async def test_moving_back_while_the_old_answers_are_still_running_needs_nothing
                 assert running.live is new
         await until(lambda: ready(running))
         assert did(world) == [["start 1", "asked 1"], ["start 1", "asked 1", "change 2", "asked 2"]]
+
+
+@in_a_loop
+async def test_the_copy_of_what_the_standby_holds_stays(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stay: list[Sequence[str]] = []
+    monkeypatch.setattr(store, "prune", lambda *given: stay.append(given[-1]) or [])
+    async with standing_by(world, tmp_path) as running:
+        for to in (2, 3):
+            running.move(to)
+            await until(lambda to=to: running.serves(to) and ready(running))  # type: ignore[misc]
+    assert stay == [[], [store.id_of(version(1))], [store.id_of(version(1))]]
 
 
 @in_a_loop
