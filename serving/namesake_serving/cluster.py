@@ -529,6 +529,10 @@ class Fleet:
             await self._all_must("settle", Table(stored.version), seconds=self._settings.start_seconds)
         return _loaded(stored, "second engine")
 
+    async def restart(self, stored: Stored) -> Loaded:
+        """As any other version: Ray has replaced the replicas by then."""
+        return await self.load(stored)
+
     async def load(self, stored: Stored) -> Loaded:
         """Into all, the doors held; where one cannot be changed in place, into a second engine beside each.
 
@@ -671,6 +675,10 @@ class AdapterFleet(Fleet):
             # The challenger's alias is asked for in a moment; what it stands for stays in the engines until then.
             await self._all_must("settle", self._table(stored.version, None), seconds=self._settings.start_seconds)
         return Loaded(live, "adapter")
+
+    async def restart(self, stored: Stored) -> Loaded:
+        """As any other version: Ray has replaced the replicas by then."""
+        return await self.load(stored)
 
     async def load(self, stored: Stored) -> Loaded:
         """Into all, beside the others.

@@ -557,9 +557,11 @@ class Gateway:
             headers.append((b"x-namesake-trace", request.traced.id.encode()))
         try:
             async with self._upstream.post(live, request.path, body, request.session) as reply:
-                headers.append((b"content-type", reply.kind.encode()))
-                if not reply.kind.startswith("text/event-stream"):
+                kind = reply.kind
+                if not kind.startswith("text/event-stream"):
                     whole = await reply.read()
+                    if reply.status >= 400 and not _is_openais(whole):
+                        whole, kind = _failed(reply.status, whole).body, "application/json"
                     used.count(whole, ok=reply.status == 200)
                     if spare and reply.status >= 500:
                         raise _unavailable("The challenger has failed.")
@@ -567,10 +569,11 @@ class Gateway:
                     self._first_byte(request, begun)
                     if request.kept is not None:
                         request.kept.add(whole)
-                    headers.append((b"content-length", str(len(whole)).encode()))
+                    headers += [(b"content-type", kind.encode()), (b"content-length", str(len(whole)).encode())]
                     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
                     await send({"type": "http.response.body", "body": whole})
                     return
+                headers.append((b"content-type", kind.encode()))
                 await send({"type": "http.response.start", "status": reply.status, "headers": headers})
                 first, rest = True, b""
                 events = [(begin, begin.removesuffix(b'"id"') + mark + b'"id"') for begin in _EVENTS]
@@ -765,6 +768,23 @@ def _told(live: Live) -> dict[str, Any]:
         "system": live.manifest.system,
         "scores": dict(live.manifest.scores),
     }
+
+
+def _is_openais(body: bytes) -> bool:
+    """Whether it is an error as OpenAI's are."""
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return False
+    return isinstance(said, dict) and isinstance(said.get("error"), dict) and "message" in said["error"]
+
+
+def _failed(status: int, said: bytes) -> Refused:
+    """An engine's error of its own shape, in OpenAI's. Of a failure within it clients are told no more than that."""
+    if status >= 500:
+        _log.error("the engine answers %d: %r", status, said[:500])
+        return Refused(status, f"The engine failed ({status}).", kind="server_error")
+    return Refused(status, said[:500].decode(errors="replace") or f"The engine answers {status}.")
 
 
 def _named(body: bytes, mark: bytes, called: bytes, own: bytes) -> bytes:

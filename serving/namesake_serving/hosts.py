@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ class Host(Protocol):
     async def load(self, stored: Stored) -> Loaded:
         """A version beside the live one, or in its place with the door held."""
 
+    async def restart(self, stored: Stored) -> Loaded:
+        """What was live, whose engine has ended by itself, in another one."""
+
     async def undo(self, loaded: Loaded) -> None:
         """It is not to be served: back to what was."""
 
@@ -83,7 +87,7 @@ class Engines:
 
     def __init__(self, settings: Settings, folder: Path, ready: Preloaded | None = None) -> None:
         self._settings, self._folder, self._ready = settings, folder, ready
-        self._number = 0
+        self._number = self._coming = 0
         self.started: list[Engine] = []
 
     async def start(self, weights: Path, tick: Tick = no_tick, adapters: engine.Adapters | None = None) -> Engine:
@@ -96,13 +100,18 @@ class Engines:
         self._number += 1
         name = f"engine-{self._number}"
         ready, self._ready = self._ready, None
-        running = await asyncio.to_thread(engine.start, weights, self._settings, self._folder, name, adapters, ready)
-        self.started.append(running)
+        self._coming += 1
         try:
-            await asyncio.to_thread(running.wait_ready, self._settings.start_seconds, tick)
-        except BaseException:
-            await self.end(running)
-            raise
+            start = (weights, self._settings, self._folder, name, adapters, ready)
+            running = await asyncio.to_thread(engine.start, *start)
+            self.started.append(running)
+            try:
+                await asyncio.to_thread(running.wait_ready, self._settings.start_seconds, tick)
+            except BaseException:
+                await self.end(running)
+                raise
+        finally:
+            self._coming -= 1
         return running
 
     async def end(self, one: Engine) -> None:
@@ -113,8 +122,12 @@ class Engines:
     async def finish(self, live: Live) -> None:
         """End an engine when its answers have ended, or their time is up."""
         await self.idle(live)
-        await asyncio.to_thread(live.engine.stop)
-        self._forget(live.engine)
+        await self.leave(live.engine)
+
+    async def leave(self, one: Engine) -> None:
+        """End an engine that is answering nobody any more, or for too long."""
+        await asyncio.to_thread(one.stop)
+        self._forget(one)
 
     async def idle(self, live: Live) -> bool:
         """Wait until its answers have ended, or their time is up; whether they did."""
@@ -133,13 +146,14 @@ class Engines:
 
     def _check_memory(self) -> None:
         # Without room for one more the kernel would kill the one that answers. Of a GPU's memory vLLM itself says so.
-        needed = max((one.memory() for one in self.started if one.alive()), default=0)
+        each = max((one.memory() for one in self.started if one.alive()), default=0)
+        needed = each * (1 + self._coming)  # those that are starting have hardly taken theirs
         free = engine.available_memory()
         if needed > free:
             raise ServingError(
                 tr(
                     "There is no memory for a second engine: the first has {needed:.1f} GiB, {free:.1f} GiB are free.",
-                    needed=needed / 2**30,
+                    needed=each / 2**30,
                     free=free / 2**30,
                 ),
                 mend="Give the server more memory, or use --mode adapter, which needs one engine only.",
@@ -172,6 +186,10 @@ class Merged:
             if loaded is not None:
                 return loaded
         _log.info("second engine, since %s", why)
+        return await self.start(stored)
+
+    async def restart(self, stored: Stored) -> Loaded:
+        """In a new engine."""
         return await self.start(stored)
 
     async def hold(self, stored: Stored) -> str:
@@ -277,32 +295,34 @@ class WithStandby(Merged):
 
     async def keep(self) -> None:
         """Start a standby whenever there is none, until cancelled."""
-        wait = _STANDBY_SECONDS
+        wait, again = _STANDBY_SECONDS, 0.0
         while True:
-            await asyncio.sleep(wait)
+            await asyncio.sleep(_STANDBY_SECONDS)
             await self._bury()
             live = self._traffic.live
             # Any other engine is about to become the standby, or the live one.
-            if live is None or self.changing or len(self._mine) + self._starting > 1:
+            if live is None or self.changing or len(self._mine) + self._starting > 1 or time.monotonic() < again:
                 continue
             try:
-                standby = (await self.start(live.stored)).live
-                await self._warm(standby)
-            except (ServingError, OSError) as error:  # OSError: no memory or no descriptor at this moment
+                await self._warm((await self.start(live.stored)).live)
+            except Exception as error:  # whatever it is, what is live answers without a standby
+                if not isinstance(error, ServingError):
+                    _log.exception("while the standby started")
                 _log.warning("no standby: %s", error.message if isinstance(error, ServingError) else error)
                 wait = min(wait * 2, _LONGEST_STANDBY_WAIT)
-                continue
-            wait = _STANDBY_SECONDS
-            _log.info("the standby is ready")
-            await self._leave(standby)
+                again = time.monotonic() + wait
+            else:
+                wait = _STANDBY_SECONDS
 
     async def _warm(self, standby: Live) -> None:
         """It proves itself, so that what an engine does once only is done before it is needed."""
         try:
             await self._prove(standby)
-        except ServingError:
+        except BaseException:
             await self._engines.end(standby.engine)
             raise
+        _log.info("the standby is ready")
+        await self._leave(standby)
 
     async def _bury(self) -> None:
         standby = self._standby
@@ -323,36 +343,48 @@ class WithStandby(Merged):
         return loaded
 
     async def load(self, stored: Stored) -> Loaded:
-        """Into the standby; without one as :class:`Merged` does.
+        """Into the standby; without one, or where that cannot take it, as :class:`Merged` does.
 
         Raises:
             ServingError: neither can be.
         """
+        return await self._into_standby(stored) or await super().load(stored)
+
+    async def restart(self, stored: Stored) -> Loaded:
+        """In the standby; without one in a new engine."""
+        return await self._into_standby(stored) or await super().restart(stored)
+
+    async def _into_standby(self, stored: Stored) -> Loaded | None:
         leaving = self._leaving
         if leaving is not None and leaving.stored.id == stored.id and leaving.engine.alive():
             self._stay()  # moved back while its answers were still running
             return Loaded(leaving, _STANDBY)
         if self._left is not None:
-            await asyncio.wait([self._left])
+            await asyncio.wait([self._left], timeout=self._settings.hold_seconds)
+        await self._bury()
         standby, self._standby = self._standby, None
         if standby is None:
-            return await super().load(stored)
-        if standby.stored.id == stored.id:
+            return None
+        if standby.proved and standby.stored.id == stored.id:
             back = Live(stored, standby.engine)
-            back.proved = standby.proved
+            back.proved = True
             return Loaded(back, _STANDBY)
-        why = store.difference(standby.stored, stored)
-        if not why:
-            try:
-                took = await asyncio.to_thread(standby.engine.change_weights, stored.weights)
-            except ServingError as error:
-                why = f"the standby would not change ({error.message})"
-            else:
-                _log.info("weights of the standby changed in %.2f s", took)
-                return Loaded(Live(stored, standby.engine), _STANDBY)
-        _log.info("second engine, since %s", why)
-        await self._engines.end(standby.engine)
-        return await self.start(stored)
+        try:
+            if why := store.difference(standby.stored, stored):
+                _log.info("not into the standby, since %s", why)
+                await self._engines.end(standby.engine)  # the next one is started on what is live then
+                return None
+            took = await asyncio.to_thread(standby.engine.change_weights, stored.weights)
+        except ServingError as error:
+            # Not into the live engine either, which might die of them.
+            _log.info("second engine, since the standby would not change (%s)", error.message)
+            await self._engines.end(standby.engine)
+            return await self.start(stored)
+        except BaseException:
+            await self._engines.end(standby.engine)
+            raise
+        _log.info("weights of the standby changed in %.2f s", took)
+        return Loaded(Live(stored, standby.engine), _STANDBY)
 
     async def undo(self, loaded: Loaded) -> None:
         """It stays the standby, with weights that nobody is answered by."""
@@ -385,7 +417,7 @@ class WithStandby(Merged):
         if idle and self._standby is None:
             self._standby = old
         else:
-            await self._engines.finish(old)
+            await self._engines.leave(old.engine)
 
 
 class Adapters:
@@ -413,6 +445,10 @@ class Adapters:
 
     async def load(self, stored: Stored) -> Loaded:
         """A version beside the others."""
+        return await self.start(stored)
+
+    async def restart(self, stored: Stored) -> Loaded:
+        """The same, in a new engine on the base."""
         return await self.start(stored)
 
     async def start(self, stored: Stored, tick: Tick = no_tick) -> Loaded:

@@ -232,7 +232,7 @@ class Track:
         self.metrics.changed(loaded.way, seconds)
         (self.metrics.served if self.champion else self.metrics.rival)(version)
         self._service.judge.begin()
-        _log.info("%s is live after %.2f s", version.uri, seconds)
+        _log.info("%s is live after %.2f s (%s)", version.uri, seconds, loaded.way)
         self._coming = None
         leaving, self._withdrawn = [*self._withdrawn, *([old] if old is not None else [])], []
         await self.host.turned(loaded, leaving)
@@ -434,8 +434,10 @@ class Service:
                 key = track.state.live
                 while track.traffic.live is None and track.state.live == key:
                     try:
-                        again = await host.load(live.stored)
-                    except (NamesakeError, OSError) as error:  # OSError: no memory or no descriptor at this moment
+                        again = await host.restart(live.stored)
+                    except Exception as error:  # no memory or no descriptor at this moment: whatever it is, try again
+                        if not isinstance(error, NamesakeError | OSError):
+                            _log.exception("while the engine was started again")
                         _log.error("%s", _told(error))
                         await asyncio.sleep(wait)
                         wait = min(wait * 2, _LONGEST_RESTART_WAIT)

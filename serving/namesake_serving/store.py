@@ -146,7 +146,7 @@ def _alone(folder: Path, *, wait: bool = True) -> Iterator[None]:
     Raises:
         BlockingIOError: another is, and is not waited for.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # private: what is in it everybody may read
     with _lock(folder).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
@@ -350,9 +350,10 @@ def difference(live: Stored, coming: Stored) -> str:
     for path in sorted({*ours, *theirs}):
         if ours.get(path) != theirs.get(path):
             return tr("{file} differs", file=path.rpartition("/")[2])
-    for one, other in zip(
-        sorted(live.weights.glob("*.safetensors")), sorted(coming.weights.glob("*.safetensors")), strict=True
-    ):
+    files = [sorted(one.weights.glob("*.safetensors")) for one in (live, coming)]
+    if len(files[0]) != len(files[1]):  # somebody has removed a copy
+        return tr("the number of files differs")
+    for one, other in zip(*files, strict=True):
         if _shapes(one) != _shapes(other):
             return tr("the tensors of {name} differ in name, shape or type", name=other.name)
     return ""

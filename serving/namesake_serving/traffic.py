@@ -187,8 +187,9 @@ class Routing:
         """
         rival = self.challenger.live
         if model is None or model == self.name:
-            # Not while the challenger is changed: nobody who asked for neither waits at its door.
-            if shared and rival is not None and self.challenger.open and self._is_challengers(session, rival.label):
+            # While the challenger is changed its sessions wait, so that none goes back to an older version; nobody else.
+            there = rival is not None and (self.challenger.open or bool(session))
+            if shared and there and self._is_challengers(session):
                 traffic, alias = self.challenger, self.challenger_alias
             else:
                 traffic, alias = self.champion, self.alias
@@ -211,8 +212,9 @@ class Routing:
                 raise UnknownModel(str(model), self.names())
             yield live, alias
 
-    def _is_challengers(self, session: str, label: str) -> bool:
+    def _is_challengers(self, session: str) -> bool:
         if not session:
             return random.random() < self.share
-        digest = sha256(f"{label} {session}".encode("utf-8", "surrogatepass")).digest()
+        # Whatever the challenger is: when its alias moves on, its sessions go on with the newer one.
+        digest = sha256(session.encode("utf-8", "surrogatepass")).digest()
         return int.from_bytes(digest[:8], "big") < self.share * 2**64

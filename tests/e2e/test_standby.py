@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import Way, served, session_of
-from tests.e2e.test_follow import Clients, command_of, end_of, figure, live_of, server_of
+from tests.e2e.test_follow import Clients, calm_certainty, command_of, end_of, figure, live_of, server_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -60,6 +60,11 @@ def test_versions_change_under_load_and_each_came_in_by_the_standby(
     assert figure(endpoint, CHANGES) == before + 4
     assert engines(endpoint) == there
     assert len(there) == 2
+    # What is said, not only what is told: two hardly trained models are apart by how sure they are of a word.
+    sure = [calm_certainty(endpoint, client, number) for number in (1, second, 1)]
+    assert sure[1] != pytest.approx(sure[0], abs=1e-3)
+    assert sure[2] == pytest.approx(sure[0], abs=1e-3)
+    until_ready(endpoint)
 
 
 def test_a_killed_engine_is_replaced_within_seconds(endpoint: str) -> None:

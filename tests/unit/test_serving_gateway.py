@@ -714,6 +714,27 @@ async def test_what_a_client_asks_for_is_reserved_until_the_reply_has_ended(tmp_
         assert (await gate.ask("POST", CHAT, of("a"), body=big)).status == 200
 
 
+@pytest.mark.parametrize(
+    ("status", "said", "message"),
+    [
+        (400, b"no such thing", "no such thing"),
+        (422, b'{"detail": [{"msg": "odd"}]}', '{"detail": [{"msg": "odd"}]}'),
+        (404, b"", "The engine answers 404."),
+        (500, b"Traceback of the engine", "The engine failed (500)."),
+        (502, b'{"error": "a word"}', "The engine failed (502)."),
+        (400, b'{"error": {"message": "its own", "type": "x"}}', "its own"),
+    ],
+)
+@in_a_loop
+async def test_an_engines_error_has_openais_shape(status: int, said: bytes, message: str) -> None:
+    async with front() as gate:
+        gate.upstream.status, gate.upstream.whole = status, said
+        reply = await gate.ask("POST", CHAT)
+        assert (reply.status, reply.headers["content-type"]) == (status, "application/json")
+        assert reply.json["error"]["message"] == message
+        assert int(reply.headers["content-length"]) == len(reply.body)
+
+
 @in_a_loop
 async def test_a_client_that_goes_pays_for_what_it_had_and_one_that_is_refused_for_nothing(tmp_path: Path) -> None:
     async with front(api_keys_file=limited(tmp_path, a="tokens=1000")) as gate:

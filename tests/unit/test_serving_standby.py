@@ -11,10 +11,11 @@ from typing import cast
 
 import pytest
 
-from namesake.errors import InputError, ServingError
+from namesake.errors import InputError, RegistryError, ServingError
 from namesake_serving import __main__ as command
-from namesake_serving import engine, hosts, settings, store
+from namesake_serving import engine, hosts, rollout, settings, store
 from namesake_serving.rollout import Step
+from namesake_serving.store import Stored
 from tests.unit.loops import within
 from tests.unit.test_serving_service import LIE, Box, Running, World, is_refused, serving, until, version, world
 
@@ -311,6 +312,165 @@ async def test_a_standby_that_starts_when_a_second_engine_has_become_one_is_stop
         gate.set()
         await until(lambda: not world.boxes[1].alive())
         assert did(world) == [["start 1", "asked 1"], ["start 1", "asked 1", "stop"], ["start 2", "asked 2"]]
+
+
+@in_a_loop
+async def test_answers_that_do_not_end_hold_up_neither_the_next_version_nor_an_engine_that_has_died(
+    world: World, tmp_path: Path
+) -> None:
+    async with standing_by(world, tmp_path, hold_seconds=0.05) as running:
+        async with running.service.traffic.enter():
+            running.move(2)
+            await until(lambda: running.serves(2))
+            running.move(3)
+            await until(lambda: running.serves(3), 2)
+            assert world.boxes[1].did[-2:] == ["change 3", "asked 3"], "in place, as without a standby"
+            world.boxes[1].die()
+            await until(lambda: running.serves(3), 2)
+            assert did(world)[2] == ["start 3"]
+            assert world.boxes[0].did == ["start 1", "asked 1"], "touched under a running answer"
+        await until(lambda: ready(running))
+
+
+@in_a_loop
+async def test_an_engine_that_dies_while_the_old_answers_run_is_replaced_when_they_have_ended(
+    world: World, tmp_path: Path
+) -> None:
+    async with standing_by(world, tmp_path) as running:
+        async with running.service.traffic.enter():
+            running.move(2)
+            await until(lambda: running.serves(2))
+            world.gate("start", 2)
+            world.boxes[1].die()
+            await until(lambda: running.service.traffic.live is None)
+        await until(lambda: running.serves(2))
+        assert world.boxes[0].did == ["start 1", "asked 1", "change 2"]
+
+
+@in_a_loop
+async def test_a_standby_that_has_just_died_is_not_turned_to(world: World, tmp_path: Path) -> None:
+    async with standing_by(world, tmp_path) as running:
+        running.move(2)
+        await until(lambda: running.serves(2) and ready(running))
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr(hosts, "_STANDBY_SECONDS", 60)  # nobody has noticed
+        await asyncio.sleep(0.05)
+        world.boxes[0].die()
+        running.move(1)
+        await until(lambda: running.serves(1))
+        monkey.undo()
+        assert world.boxes[0].did[-1] == "kill"
+        assert world.boxes[1].did[-2:] == ["change 1", "asked 1"]
+
+
+@in_a_loop
+async def test_when_both_engines_die_one_is_started(world: World, tmp_path: Path) -> None:
+    async with standing_by(world, tmp_path) as running:
+        for box in world.boxes:
+            box.die()
+        await until(lambda: running.serves(1) and ready(running))
+        assert [box.alive() for box in world.boxes] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("fault", [RegistryError("its file is cut short"), ValueError("odd"), OSError("no disk")])
+@in_a_loop
+async def test_a_fault_while_the_standby_takes_a_version_in_leaves_a_standby(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    async with standing_by(world, tmp_path) as running:
+
+        def difference(_live: object, coming: Stored) -> str:
+            if coming.version.number == 2:
+                raise fault
+            return ""
+
+        monkeypatch.setattr(store, "difference", difference)
+        running.move(2)
+        await until(lambda: bool(world.told))
+        assert running.serves(1)
+        await until(lambda: ready(running))
+        running.move(3)
+        await until(lambda: running.serves(3))
+        assert running.figure(STANDBY) == 1
+
+
+@in_a_loop
+async def test_a_standby_that_cannot_be_started_for_any_reason_harms_nobody(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = world.gate("start", 1)
+    gate.set()
+    async with serving(world, tmp_path, standby=True) as running:
+        world.faults["start", 1] = RuntimeError("can't start new thread")
+        await until(lambda: "no standby: can't start new thread" in caplog.messages)
+        assert await running.is_answered() == 1
+        del world.faults["start", 1]
+        await until(lambda: ready(running))
+
+
+@in_a_loop
+async def test_a_version_that_was_refused_is_loaded_anew_when_it_is_tried_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "FIRST_WAIT", 0.05)
+    world.says[2] = LIE
+    async with standing_by(world, tmp_path) as running:
+        running.move(2)
+        await until(lambda: world.boxes[1].did.count("change 2") == 2)
+        del world.says[2]
+        await until(lambda: running.serves(2))
+
+
+@in_a_loop
+async def test_after_a_version_of_another_shape_the_next_like_it_needs_no_new_engine_to_go_live(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        store, "difference", lambda one, other: "" if (one.version.number > 1) == (other.version.number > 1) else "odd"
+    )
+    async with standing_by(world, tmp_path) as running:
+        running.move(2)
+        await until(lambda: running.serves(2) and ready(running))
+        gate = world.gate("start", 3)
+        running.move(3)
+        await until(lambda: running.serves(3))
+        assert did(world)[2] == ["start 2", "asked 2", "change 3", "asked 3"]
+        gate.set()
+        await until(lambda: ready(running))
+        assert did(world)[3] == ["start 3", "asked 3"]
+
+
+@in_a_loop
+async def test_engines_that_start_at_once_do_not_count_on_the_same_memory(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.memory, world.challenger = 60, version(2)  # of the 100 that are free
+    gate = world.gate("start", 1)
+    gate.set()
+    world.gate("start", 2)
+    async with serving(world, tmp_path, standby=True, canary=0.5):
+        gate.clear()
+        await until(lambda: len(world.boxes) == 2)
+        await asyncio.sleep(0.05)
+        assert len(world.boxes) == 2
+        told = [*caplog.messages, *(why for _, why in world.told if why)]
+        assert [one for one in told if "There is no memory for a second engine" in one]
+
+
+@in_a_loop
+async def test_when_it_stops_no_engine_is_left_whatever_the_standby_is_at(world: World, tmp_path: Path) -> None:
+    gate = world.gate("start", 1)
+    gate.set()
+    async with serving(world, tmp_path, standby=True):
+        gate.clear()
+        await until(lambda: len(world.boxes) == 2)
+    assert [box.alive() for box in world.boxes] == [False, False]
+    async with standing_by(world, tmp_path, shutdown_seconds=1) as running:
+        stack = running.service.traffic.enter()
+        await stack.__aenter__()
+        running.move(2)
+        await until(lambda: running.serves(2))
+    assert not [box for box in world.boxes if box.alive()]
 
 
 @pytest.mark.parametrize(

@@ -292,8 +292,25 @@ async def test_only_the_bare_name_is_shared(share: float, shared: bool, label: s
 @given(st.floats(0, 1))
 def test_a_share_is_what_it_says(share: float) -> None:
     made = routing(share)
-    taken = sum(made._is_challengers(f"session {number}", "ccb-v2") for number in range(1000))
+    taken = sum(made._is_challengers(f"session {number}") for number in range(1000))
     assert abs(taken / 1000 - share) < 0.06
+
+
+@in_a_loop
+async def test_a_session_of_the_challengers_stays_there_when_that_is_changed_and_is_another() -> None:
+    made = routing(0.5)
+    before = {f"session {n}": (await who(made, None, f"session {n}"))[0] for n in range(50)}
+    theirs = [session for session, label in before.items() if label == "ccb-v2"]
+    assert await made.challenger.hold(1)
+    waiting = [asyncio.create_task(who(made, None, session)) for session in theirs]
+    others = {session: (await who(made, None, session))[0] for session in before if session not in theirs}
+    assert set(others.values()) == {"ccb-v1"}
+    assert {(await who(made, None))[0] for _ in range(20)} == {"ccb-v1"}, "nobody else waits"
+    assert not any(one.done() for one in waiting)
+    made.challenger.live = live(3)
+    made.challenger.release()
+    assert {label for label, _ in await asyncio.gather(*waiting)} == {"ccb-v3"}
+    assert {(await who(made, None, session))[0] for session in others} == {"ccb-v1"}
 
 
 @in_a_loop
