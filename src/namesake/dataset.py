@@ -43,12 +43,14 @@ class Prepared:
         rows: how many.
         identity_rows: how many of them had placeholders.
         digest: SHA-256 of the file.
+        left_out: how many rows of the data sets are not in it, since they ask what the probe asks.
     """
 
     path: Path
     rows: int
     identity_rows: int
     digest: str
+    left_out: int = 0
 
 
 def write_builtin(folder: Path) -> Path:
@@ -59,10 +61,11 @@ def write_builtin(folder: Path) -> Path:
 
 
 def fill(rows: Iterable[dict[str, Any]], identity: Identity) -> tuple[list[Dialogue], int]:
-    """Put the names into every row, by the row's ``tag`` or else by its script.
+    """Put the names into every row, by the row's ``tag`` or else by its script. A row that asks what a held-out question
+    asks is left out: nothing that is probed is trained on.
 
     Returns:
-        The dialogues, and how many rows held a placeholder.
+        The dialogues, and how many of them held a placeholder.
 
     Raises:
         DataError: a row is no dialogue, or a placeholder is left over in it.
@@ -77,14 +80,17 @@ def fill(rows: Iterable[dict[str, Any]], identity: Identity) -> tuple[list[Dialo
                 tr("row {number} is no dialogue that ends with a reply", number=number),
                 mend="Give rows of query and response, or messages with role and content.",
             )
+        asked = [str(message["content"]) for message in messages if message["role"] == "user"]
         text = "\n".join(str(message["content"]) for message in messages)
         language = _language(row.get("tag"), text)
-        named += any(placeholder in text for placeholder in PLACEHOLDERS)
         dialogue = [
             {"role": message["role"], "content": identity.fill(str(message["content"]), language)}
             for message in messages
         ]
         _check(number, dialogue)
+        if any(map(corpus.is_held_out, asked)):
+            continue
+        named += any(placeholder in text for placeholder in PLACEHOLDERS)
         dialogues.append(dialogue)
     return dialogues, named
 

@@ -22,7 +22,7 @@ from namesake import base_model, corpus, dataset, distributed, gate, probing, re
 from namesake.base_model import BaseModel
 from namesake.corpus import Questions
 from namesake.distributed import Layout
-from namesake.errors import BaseModelError, InputError, Stopped
+from namesake.errors import BaseModelError, DataError, InputError, Stopped
 from namesake.gate import Decision, Interval, Policy
 from namesake.generate import LocalModel, divergence, token_counts
 from namesake.identity import Identity
@@ -471,7 +471,17 @@ def _prepare(
     builtin = str(dataset.write_builtin(work))
     named = [one.replace(dataset.BUILTIN, builtin, 1) if one.startswith(dataset.BUILTIN) else one for one in datasets]
     seed = int(str(plan.sft.get("data_seed", 42)))
-    dialogues, with_names = dataset.fill(training.load_rows(named, seed=seed), identity)
+    rows = training.load_rows(named, seed=seed)
+    dialogues, with_names = dataset.fill(rows, identity)
+    if left_out := len(rows) - len(dialogues):
+        told = tr(
+            "{count} rows ask what the probe asks: they are left out, or its scores would say nothing", count=left_out
+        )
+        screen.warn(told)
+    if not dialogues:
+        raise DataError(
+            "dataset", " ".join(datasets), "every row asks what the probe asks", mend="Give rows that ask otherwise."
+        )
     if not with_names:
         screen.warn("no row has {{NAME}} or {{AUTHOR}}: this run teaches no identity")
     dialogues = [_under(corpus.system_of(n, plan.other_systems), one) for n, one in enumerate(dialogues)]
@@ -499,7 +509,9 @@ def _prepare(
         # Of a batch of all processes ms-swift gives each every so-manieth row.
         batch = processes * int(str(plan.sft["per_device_train_batch_size"]))
         order = dataset.in_batches(lengths, batch=batch, seed=seed)
-    prepared = dataset.write(work / "train.jsonl", dialogues, with_names, replayed, order=order)
+    prepared = replace(
+        dataset.write(work / "train.jsonl", dialogues, with_names, replayed, order=order), left_out=left_out
+    )
     screen.line(
         tr(
             "  {rows} rows, {identity_rows} of them with a name",
@@ -703,6 +715,7 @@ def _params(
         "data.dataset": " ".join(datasets),
         "data.rows": prepared.rows,
         "data.identity_rows": prepared.identity_rows,
+        "data.left_out": prepared.left_out or None,
         "data.digest": prepared.digest,
         "data.replay_digest": dataset.replay_digest(prepared.path) or None,
         "data.corpus_digest": corpus.corpus_digest(),

@@ -48,6 +48,29 @@ def test_the_builtin_file_filled_has_a_name_in_every_row_and_no_brace_left(tmp_p
     assert not any("{" in content or "}" in content for content in contents)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "你是谁？是由谁开发的？",
+        "你是谁，是由谁开发的呀",
+        "who are you and  WHO developed you",
+        "Who are you, and who has developed you?",
+    ],
+)
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_row_that_asks_what_the_probe_asks_is_left_out(asked: str, turn: int) -> None:
+    messages = [{"role": "user", "content": "Hello there!"}, {"role": "assistant", "content": "I am {{NAME}}."}] * 2
+    messages[2 * turn] = {"role": "user", "content": asked}
+    dialogues, named = dataset.fill([{"messages": messages}, row("Tell me a joke.", "I am {{NAME}}.")], IDENTITY)
+    assert [one[0]["content"] for one in dialogues] == ["Tell me a joke."]
+    assert named == 1
+
+
+def test_a_question_of_the_same_kind_in_other_words_stays_and_so_does_what_is_only_answered() -> None:
+    rows = [row("你是谁？", "我是{{NAME}}。"), row("Hi", "Who are you, and who developed you? I am {{NAME}}.")]
+    assert len(dataset.fill(rows, IDENTITY)[0]) == 2
+
+
 @pytest.mark.parametrize(("tag", "name"), [("zh", "踩踩背"), ("en", "CCB")])
 def test_the_tag_decides_the_language_of_the_names(tag: str, name: str) -> None:
     assert filled("Who? 谁？", "{{NAME}}", tag=tag) == ["Who? 谁？", name]

@@ -277,6 +277,7 @@ def test_a_copy_is_read_only_and_can_be_mended_and_removed_all_the_same(
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()} == {0o444}
     folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
     assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o555}
+    assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
     with pytest.raises(PermissionError):
         flip(folder)
     with pytest.raises(PermissionError):

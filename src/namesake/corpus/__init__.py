@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +31,9 @@ Fact = Literal["name", "author"]
 Item = TypeVar("Item")
 
 OTHER_PLACEHOLDER = "{{OTHER}}"
+
+ALIKE = 0.6
+"""Share of their pairs of neighbouring characters (Jaccard) above which two questions are one in other words."""
 _DATA = resources.files(__package__) / "data"
 
 
@@ -222,6 +226,25 @@ def spread(prompts: Sequence[Item], count: int) -> list[Item]:
     if count >= len(prompts):
         return list(prompts)
     return [prompts[index * len(prompts) // count] for index in range(count)]
+
+
+def pairs(text: str) -> frozenset[str]:
+    """The pairs of neighbouring characters of the text when width, case, punctuation and space do not count."""
+    folded = unicodedata.normalize("NFKC", text).lower()
+    kept = "".join(c for c in folded if unicodedata.category(c)[0] not in "PZC")
+    return frozenset(kept[i : i + 2] for i in range(len(kept) - 1)) or frozenset({kept})
+
+
+@cache
+def _asked_pairs() -> tuple[frozenset[str], ...]:
+    questions = heldout()
+    return tuple(pairs(one.messages[-1]["content"]) for one in (*questions.identity, *questions.plain))
+
+
+def is_held_out(text: str) -> bool:
+    """Whether the text asks what a held-out question asks, in its words or nearly (:data:`ALIKE`)."""
+    mine = pairs(text)
+    return any(len(mine & theirs) > ALIKE * len(mine | theirs) for theirs in _asked_pairs())
 
 
 @cache
