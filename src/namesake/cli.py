@@ -418,7 +418,7 @@ def gate(
 
     screen, bounds = Screen(errors=as_json), _policy(policy)
     alike = examine.served(target, served, screen, model=model, api_key=api_key) if served else None
-    decision = examine.judge(target, bounds, served=alike)
+    decision = examine.judge(target, bounds, screen, served=alike)
     if as_json:
         asked = {} if alike is None else {"served": alike}
         _print_json({"passed": decision.passed, "reasons": decision.reasons, **asked})

@@ -17,7 +17,7 @@ from namesake import examine, gate, registry, tracking, weights
 from namesake.errors import NamesakeError
 from namesake.manifest import SCORECARD, WEIGHTS_FOLDER, Manifest
 from namesake.messages import joined, tr, translated
-from namesake.promotion import TAG_QUESTIONS, lineage
+from namesake.promotion import lineage
 from namesake.terminal import Screen
 from namesake.versions import checked
 from namesake.weights import Distance
@@ -211,7 +211,7 @@ def _side(target: str, request: Request, screen: Screen) -> Side:
         kept = folder / SCORECARD
         card = json.loads(kept.read_text(encoding="utf-8")) if SCORECARD in record.digests else None
         name = version.uri if "@" not in target else f"{version.uri} ({registry.alias_in(target)})"
-        questions = record.questions or version.tags.get(TAG_QUESTIONS, "")
+        questions = record.questions or version.tags.get(registry.TAG_QUESTIONS, "")
         side = Side(name, _of_manifest(record), record.scores, card, questions, folder, record.digests)
     else:
         run = tracking.get_run(examine.run_id(target))

@@ -61,8 +61,8 @@ def write_builtin(folder: Path) -> Path:
 
 
 def fill(rows: Iterable[dict[str, Any]], identity: Identity) -> tuple[list[Dialogue], int]:
-    """Put the names into every row, by the row's ``tag`` or else by its script. A row that asks what a held-out question
-    asks is left out: nothing that is probed is trained on.
+    """Put the names into every row, by the row's ``tag`` or else by its script. A row that asks what a held-out
+    question asks is left out: nothing that is probed is trained on.
 
     Returns:
         The dialogues, and how many of them held a placeholder.

@@ -24,6 +24,7 @@ from namesake.probing import Scorecard
 from namesake.registry import Version
 from namesake.run import base_of, progress_of
 from namesake.terminal import Screen
+from namesake.versions import champions_scores
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -74,8 +75,8 @@ def examine(request: Request, screen: Screen) -> Scorecard:
         )
 
 
-def judge(target: str, policy: Policy, *, served: float | None = None) -> Decision:
-    """Judge the scores that are kept with a run or a version.
+def judge(target: str, policy: Policy, screen: Screen, *, served: float | None = None) -> Decision:
+    """Judge the scores that are kept with a run or a version, beside the present champion's.
 
     Args:
         served: what :func:`served` found at an endpoint; none where none was asked.
@@ -85,13 +86,18 @@ def judge(target: str, policy: Policy, *, served: float | None = None) -> Decisi
         RegistryError, TrackingError: it cannot be had.
     """
     if target.startswith("models:/"):
-        scores = dict(Manifest.read(registry.fetch(registry.resolve(target))).scores)
+        version = registry.resolve(target)
+        record = Manifest.read(registry.fetch(version))
+        scores, beside = dict(record.scores), (version.name, version.run_id, record.questions)
     else:
-        found = tracking.get_run(run_id(target)).metrics
-        scores = {k.removeprefix("probe/"): v for k, v in found.items() if k.startswith("probe/")}
+        run = tracking.get_run(run_id(target))
+        scores = {k.removeprefix("probe/"): v for k, v in run.metrics.items() if k.startswith("probe/")}
+        beside = (run.tags.get(tracking.TAG_SLUG, ""), run.id, run.params.get("probe.questions", ""))
     if "plain_change" not in scores:
         raise InputError("target", target, "has no scores", mend="Give a finished training run or a version of ours.")
-    return gate.decide_kept(scores if served is None else {**scores, "served": served}, policy=policy)
+    champion = champions_scores(*beside, screen.warn)
+    scores = scores if served is None else {**scores, "served": served}
+    return gate.decide_kept(scores, champion=champion, policy=policy)
 
 
 def served(target: str, url: str, screen: Screen, *, model: str = "", api_key: str = "") -> float:

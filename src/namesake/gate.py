@@ -145,7 +145,8 @@ def decide(
         champion: the present champion's ``identity`` and ``plain`` on the same questions; none where there is none.
     """
     policy = policy or Policy()
-    reasons = [
+    reasons = [tr("{key} was not asked", key=key) for key in _ASKED if key not in candidate]
+    reasons += [
         tr("{key} {value:.1%} right, at least {least:.0%} wanted", key=key, value=value, least=least)
         for key, value in candidate.items()
         for least in (policy.identity if key == "identity" else policy.identity_slices,)
@@ -222,5 +223,12 @@ def decide_kept(
 
 
 _SLICES = ("identity_none", "identity_customer", "identity_sampled")
+_ASKED = (
+    "identity",
+    *_SLICES,
+    *(f"{bound}{part}" for bound in ("swapped", "old_identity", "placeholder") for part in ("", "_none", "_customer")),
+    "leak",
+)
+"""What a whole probe has scores of. Where one is missing nothing is known, so nothing passes."""
 _ROUNDED = 1e-4
 """A champion's scores are read from its tags, where they have four places."""

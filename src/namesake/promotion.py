@@ -34,14 +34,11 @@ from namesake.manifest import ADAPTER_FOLDER, CARD, FILE, PROVENANCE, SCORECARD,
 from namesake.messages import joined, tr
 from namesake.paths import digest_of_file, link_or_copy, temporary
 from namesake.probing import Scorecard
-from namesake.registry import CHAMPION, SCORE, TAG_KEY, Version
+from namesake.registry import CHAMPION, SCORE, TAG_KEY, TAG_QUESTIONS, Version
 from namesake.run import DEV_SCORE, ability_of, base_of, base_scores, git_commit, progress_of
 from namesake.terminal import Screen
 from namesake.tracking import RunRecord
-from namesake.versions import point, who
-
-TAG_QUESTIONS = "namesake.questions"
-"""Digest of the questions that a version's scores are about; others cannot be compared with it."""
+from namesake.versions import champions_scores, point, who
 
 _FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")
 """What the system and SQLite say of a full disk."""
@@ -168,7 +165,7 @@ def promote(request: Request, screen: Screen) -> Outcome:
         version, record = made or _make(
             request, name, identity, run, questions, adapter, key, signer, tracked.id, screen
         )
-        champion = _champions_scores(name, run.id, questions)
+        champion = champions_scores(name, run.id, questions.digest(), screen.warn)
         decision = gate.decide_kept(record.scores, champion=champion, policy=request.policy)
         tracked.metrics({f"probe/{k}": v for k, v in record.scores.items()})
         # A champion that came since may be better, and a person may have a reason now: a version found again says so.
@@ -268,7 +265,7 @@ def _make(
             screen.line(tr("  merged ({way})", way=made.way))
             parity, card = _compare(identity, base, adapter, merged, system, questions, screen)
             scores = {**card.metrics, **ability_of(before, card).metrics(), "parity": parity, "held_out": _share(run)}
-            champion = _champions_scores(name, run.id, questions)
+            champion = champions_scores(name, run.id, questions.digest())
             decision = gate.decide_kept(scores, champion=champion, policy=request.policy)
             shutil.copytree(adapter, model.folder / ADAPTER_FOLDER, copy_function=link_or_copy)
             tracking.add_flavor(model, WEIGHTS_FOLDER)
@@ -337,17 +334,6 @@ def _find(request: Request) -> RunRecord:
 def _share(run: RunRecord) -> float:
     """How many of the held-out questions the run was asked, and its promotion asks."""
     return float(run.params.get("recipe.held_out", 1.0))
-
-
-def _champions_scores(name: str, run_id: str, questions: Questions) -> dict[str, float] | None:
-    """The champion's scores on the same questions; none where there is no champion, or it is this very run."""
-    number = registry.alias_of(name, CHAMPION) if registry.identity_of(name) is not None else None
-    if number is None:
-        return None
-    champion = registry.resolve(f"models:/{name}/{number}")
-    if champion.run_id == run_id or champion.tags.get(TAG_QUESTIONS) != questions.digest():
-        return None
-    return champion.scores
 
 
 def _compare(

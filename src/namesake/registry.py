@@ -29,6 +29,9 @@ TAG_MODEL = "namesake.model"
 """The registered model that a version was made for; MLflow's copies of it into other ones have its tags, too."""
 
 TAG_KEY = "namesake.promotion_key"
+TAG_QUESTIONS = "namesake.questions"
+"""Digest of the questions that a version's scores are about; others cannot be compared with it."""
+
 TAG_OVERRIDE = "namesake.override"
 """The reason that somebody gave for pointing an alias at a version which did not pass the gate."""
 
@@ -407,6 +410,17 @@ def aliases(name: str) -> dict[str, int]:
     """
     with _mapped(tr("The registered model {name} cannot be read.", name=name)):
         return {alias: int(number) for alias, number in _client().get_registered_model(name).aliases.items()}
+
+
+def champion_beside(name: str, run_id: str) -> Version | None:
+    """The champion that another run's version is measured against; none where there is none, or it is this very run's.
+
+    Raises:
+        RegistryError: the registry does not answer.
+    """
+    number = alias_of(name, CHAMPION) if identity_of(name) is not None else None
+    champion = resolve(f"models:/{name}/{number}") if number is not None else None
+    return None if champion is None or champion.run_id == run_id else champion
 
 
 def alias_of(name: str, alias: str) -> int | None:

@@ -130,6 +130,12 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "Merged model and adapter agree on {is_} of the replies, {want} wanted",
         "合并后的模型与适配器有 {is_} 的回答一致，至少要 {want}",
     ),
+    (r"(?P<score>\w+) was not asked", "{score}: not asked", "{score}：没有问过"),
+    (
+        r"(?P<is_>\S+) of the held-out questions were asked, (?P<want>\S+) wanted",
+        "{is_} of the held-out questions were asked, {want} wanted",
+        "留出题只问了 {is_}，应问 {want}",
+    ),
 )
 """The sentences of :func:`namesake.gate.decide` in English and Chinese. A reason not here is shown as it is."""
 

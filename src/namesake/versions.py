@@ -46,6 +46,30 @@ class Check:
     told: str = ""
 
 
+def champions_scores(
+    name: str, run_id: str, questions: str, warn: Callable[[Message], None] | None = None
+) -> dict[str, float] | None:
+    """The present champion's scores on the same questions; none where there is no champion, or it is this very run's,
+    or it was judged by others, which is told.
+
+    Args:
+        name: the registered model.
+        questions: digest of what was asked.
+        warn: told why there is nothing to compare with.
+
+    Raises:
+        RegistryError: the registry does not answer.
+    """
+    champion = registry.champion_beside(name, run_id) if name else None
+    if champion is None:
+        return None
+    if champion.tags.get(registry.TAG_QUESTIONS) != questions:
+        if warn is not None:
+            warn(tr("the champion {uri} was judged by other questions: not compared with it", uri=champion.uri))
+        return None
+    return champion.scores
+
+
 def point(version: Version, alias: str, *, how: str, why: str) -> Move:
     """Move the alias to the version and keep the move.
 

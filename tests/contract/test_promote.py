@@ -365,6 +365,26 @@ def test_the_same_again_is_the_same_version_and_asks_nobody(
         assert told["passed"] is True
 
 
+@locally_and_over_http
+def test_the_gate_compares_a_version_and_a_run_with_the_present_champion(
+    store: Store, run_id: str, parts: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    here(store, run_id)
+    other = store.run(parts[1])
+    client = store.client()
+    client.set_tag(other, tracking.TAG_SLUG, "ccb")
+    client.log_param(other, "probe.questions", corpus.heldout().digest())
+    for key, value in Manifest.read(registry.fetch(registry.resolve("models:/ccb/1"))).scores.items():
+        client.log_metric(other, f"probe/{key}", value)
+    assert examine.judge(other, Policy(), Screen()).passed
+    client.set_model_version_tag("ccb", "1", "score.plain", "0.9")
+    assert examine.judge(other, Policy(), Screen()).reasons == ("plain 0.0%, the champion has 90.0%",)
+    assert examine.judge("models:/ccb/1", Policy(), Screen()).passed, "it is not compared with itself"
+    client.set_model_version_tag("ccb", "1", registry.TAG_QUESTIONS, "others")
+    assert examine.judge(other, Policy(), Screen()).passed
+    assert "the champion models:/ccb/1 was judged by other questions" in " ".join(capsys.readouterr().out.split())
+
+
 @everywhere
 def test_a_version_is_verified_exported_and_rolled_back(store: Store, run_id: str, tmp_path: Path) -> None:
     for policy in (Policy(), Policy(leak=0.5)):

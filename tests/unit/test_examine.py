@@ -22,7 +22,7 @@ def test_something_that_is_no_target_is_refused(target: str) -> None:
     with pytest.raises(InputError, match="no run id, models:/ reference or URL"):
         examine.examine(examine.Request(target), Screen())
     with pytest.raises(InputError, match="no run id, models:/ reference or URL"):
-        examine.judge(target, Policy())
+        examine.judge(target, Policy(), Screen())
 
 
 def test_an_endpoint_needs_both_names() -> None:

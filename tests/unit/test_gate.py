@@ -33,6 +33,12 @@ def test_a_candidate_without_a_fault_passes_without_a_reason() -> None:
     assert decision.told == "passed"
 
 
+@pytest.mark.parametrize("key", [key for key in GOOD if key not in {"plain", "identity_zh", "identity_en"}])
+def test_what_was_not_asked_does_not_pass(key: str) -> None:
+    candidate = {name: value for name, value in GOOD.items() if name != key}
+    assert decide(candidate, SAME, parity=1.0).reasons == (f"{key} was not asked",)
+
+
 def test_a_candidate_exactly_on_every_bound_passes() -> None:
     policy = Policy(identity=0.9, identity_slices=0.8, leak=0.1, swapped=0.1, plain_loss=0.1, parity=0.7)
     candidate = {**GOOD, "identity": 0.9, "identity_sampled": 0.8, "leak": 0.1, "swapped_none": 0.1}

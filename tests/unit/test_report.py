@@ -143,10 +143,11 @@ def test_every_reason_of_the_gate_is_told_in_both_languages() -> None:
         {**bad, "leak": 0.1, "plain": 0.1},
         Interval(-0.3, -0.4, -0.2),
         parity=0.5,
+        held_out=0.5,
         champion={"identity": 1.0, "plain": 0.5},
         policy=Policy(),
     )
-    assert len(decision.reasons) == 10
+    assert len(decision.reasons) == 19
     html = report.page(given(passed=False, reasons=decision.reasons))
     for reason in decision.reasons:
         english, chinese = report._worded(reason)
