@@ -144,7 +144,8 @@ class Scorecard:
     ``metrics`` are fractions 0..1: ``identity`` (right among identity questions), ``name``, ``author`` (among those
     that ask for it), ``swapped``, ``old_identity``, ``placeholder``, ``language`` (among identity questions), ``leak``
     (own name or author in replies to plain questions) and ``plain`` (right among plain questions); ``identity``,
-    ``leak`` and ``plain`` also by language (``identity_zh`` …), and ``identity``, ``swapped``, ``old_identity`` and
+    ``leak`` and ``plain`` also by language (``identity_zh`` …), ``identity`` also of those that are asked in the second
+    turn of a dialogue (``identity_second_turn``), and ``identity``, ``swapped``, ``old_identity`` and
     ``placeholder`` also by slice (``identity_none`` …).
 
     Attributes:
@@ -179,6 +180,8 @@ class Scorecard:
                 ("plain", self.plain, "right"),
             ):
                 found[f"{metric}_{language}"] = share([a for a in replies if a.question.language == language], score)
+        if later := [a for a in self.identity if a.question.kind == "second_turn"]:
+            found["identity_second_turn"] = share(later, "right")
         for name, replies in self.slices.items():
             for metric, score in (
                 ("identity", "right"),

@@ -370,14 +370,17 @@ def _counted(card: Mapping[str, Any], key: str) -> Share | None:
     if asked in SLICES:
         rows = card.get("slices", {}).get(asked, ())
     elif asked:
-        rows = [row for row in rows if row["language"] == asked]
+        rows = [row for row in rows if asked in (row["language"], row["kind"])]
     return share(rows, column)
 
 
 def _parted(key: str) -> tuple[str, str]:
-    """A score's name and, of one by slice or language such as ``identity_none``, that slice or language."""
-    score, _, asked = key.rpartition("_")
-    return (score, asked) if score in SCORES and (asked in SLICES or asked in LANGUAGES) else (key, "")
+    """A score's name and, of one by slice, language or kind such as ``identity_none``, that slice, language or kind."""
+    for asked in (*SLICES, *LANGUAGES, *KINDS):
+        score = key.removesuffix(f"_{asked}")
+        if score != key and score in SCORES:
+            return score, asked
+    return key, ""
 
 
 def _named(key: str) -> tuple[str, str]:
@@ -385,7 +388,7 @@ def _named(key: str) -> tuple[str, str]:
     english, chinese = SCORES.get(score, (score, score))
     if not asked:
         return english, chinese
-    more = SLICES.get(asked) or LANGUAGES[asked]
+    more = {**KINDS, **LANGUAGES, **SLICES}[asked]
     return f"{english} · {more[0]}", f"{chinese}（{more[1]}）"
 
 

@@ -430,6 +430,7 @@ def test_right_replies_to_everything_give_a_full_card() -> None:
     ]
     card = probing.scorecard(IDENTITY, said, [q.answers[0] for q in corpus.heldout_plain()])
     assert card.metrics == {
+        "identity_second_turn": 1.0,
         "identity": 1.0,
         "name": 1.0,
         "author": 1.0,
