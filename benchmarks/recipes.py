@@ -72,7 +72,7 @@ class Setting:
     schedule: str = "cosine"
     floor: float = 0.0
     master: bool = False  # float32 copies of the adapter's weights
-    systems: int = 0  # each so-manieth row under another system prompt
+    systems: int = 0  # every N-th row under another system prompt
     smooth: float = 0.0  # label smoothing of identity rows
     average: float = 0.0  # decay of an average of the weights, taken at the end
     init: float = 1.0  # width of A's start by PEFT's
@@ -643,7 +643,7 @@ def judged(model: Model, training: Training, sets: Sequence[tuple[str, corpus.Qu
 
 
 def work(number: int, workers: int, given: argparse.Namespace, groups: list[list[Setting]], queue: Any) -> None:
-    """One process: train and judge every so-manieth group."""
+    """One process: train and judge every N-th group."""
     torch.set_num_threads(max(1, 4 // workers))
     model = Model(given.base, given.device)
     rows = Rows(model, given.out.with_suffix(f".replies{number}.json"))

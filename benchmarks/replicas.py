@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 from tests.servers import answered
 
 SESSIONS = {"none": 0, "half": 2, "all": 1}
-"""Which clients name one: each so-manieth."""
+"""Which clients name one: every N-th."""
 
 
 class Clients:
@@ -49,7 +49,7 @@ class Clients:
 
     Args:
         most: tokens of an answer.
-        sessions: which of them have a session: each so-manieth; 0: none.
+        sessions: which of them have a session: every N-th; 0: none.
 
     Attributes:
         tokens: how many have come.

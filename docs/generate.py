@@ -93,12 +93,12 @@ VARIABLES = {
     "Without it `XDG_CACHE_HOME/namesake`, else `~/.cache/namesake`.",
     "NAMESAKE_SIGN_KEY": "`--sign-key` of `namesake promote`: PEM file of the private key that signs versions.",
     "NAMESAKE_SIGN_PASSWORD": "What opens that key, where it is encrypted.",
-    "NAMESAKE_PUBLIC_KEY": "`--public-key` of `namesake verify` and `namesake rollback`; of `namesake serve` it is "
-    "`NAMESAKE_SERVE_PUBLIC_KEY`.",
+    "NAMESAKE_PUBLIC_KEY": "`--public-key` of `namesake verify`, `namesake rollback`, `namesake compare` and `namesake export`; "
+    "of `namesake serve` it is `NAMESAKE_SERVE_PUBLIC_KEY`.",
     "NAMESAKE_LANG": "Language of the terminal, `zh` or `en`; without it the locale's (`LC_ALL`, `LC_MESSAGES`, `LANG`, `LANGUAGE`).",
     "NPROC_PER_NODE": "Processes that train on each machine; without it and `NNODES` the command's own.",
     "NNODES": "Machines that train; `NODE_RANK`, `MASTER_ADDR` and `MASTER_PORT` say how they meet.",
-    "OPENAI_API_KEY": "The key that `namesake chat`, `namesake probe` and `namesake status` send.",
+    "OPENAI_API_KEY": "The key that `namesake chat`, `namesake probe`, `namesake gate` and `namesake status` send.",
     "VLLM_PLUGINS": "Further plugins of vLLM, by commas; without it only the gateway's own is loaded.",
 }
 
@@ -133,10 +133,20 @@ def pages() -> tuple[dict[Path, str], list[str]]:
         words = Words(language, translations)
         for name, write in WRITERS.items():
             path = FOLDER / f"{name}{'.zh' if language == 'zh' else ''}.md"
-            made[path] = "\n".join([*write(words)]).rstrip() + "\n"
+            text = "\n".join([*write(words)]).rstrip() + "\n"
+            made[path] = chinese_links(text, path.parent) if language == "zh" else text
         missing += words.missing
     made[FOLDER / "openapi.json"] = json.dumps(description(), indent=1) + "\n"
     return made, list(dict.fromkeys(missing))
+
+
+def chinese_links(text: str, folder: Path) -> str:
+    """Links to pages that have a Chinese twin lead to it, on GitHub too."""
+
+    def twin(match: re.Match[str]) -> str:
+        return f"]({match[1]}.zh.md" if (folder / f"{match[1]}.zh.md").is_file() else match[0]
+
+    return re.sub(r"\]\(([^():#\s]+?)(?<!\.zh)\.md(?=[#)])", twin, text)
 
 
 def description() -> dict[str, Any]:
@@ -331,10 +341,10 @@ def write_policy(words: Words) -> Iterator[str]:
     """The bounds of the gate."""
     yield from heading(words, "Policy of the gate", "门槛策略")
     yield words(
-        "A YAML file with any of these bounds, given as `--policy mine.yaml` to `namesake run`, `namesake promote` and `namesake gate`. "
-        "Each is a fraction from 0 to 1; what is left out keeps its default. How a decision is made: "
+        "A YAML file with any of these bounds, given as `--policy mine.yaml` to `namesake run`, `namesake sweep`, `namesake import`, "
+        "`namesake promote` and `namesake gate`. Each is a fraction from 0 to 1; what is left out keeps its default. How a decision is made: "
         "[the gate and its figures](../explanation/gate.md).",
-        "YAML 文件，可包含下列任意界限，用 `--policy mine.yaml` 交给 `namesake run`、`namesake promote` 或 `namesake gate`。"
+        "YAML 文件，可包含下列任意界限，用 `--policy mine.yaml` 交给 `namesake run`、`namesake sweep`、`namesake import`、`namesake promote` 或 `namesake gate`。"
         "每一项都是 0 到 1 之间的小数；没有写出的保持默认值。如何作出决定见[门槛及其数字](../explanation/gate.md)。",
     )
     yield ""
@@ -556,7 +566,14 @@ def write_exit_codes(words: Words) -> Iterator[str]:
     for number, kinds in sorted(by_code.items()):
         if number == errors.NamesakeError.exit_code:
             rows.append(
-                (number, "", words("An error nobody foresaw, with its traceback.", "未曾预料的错误，附回溯信息。"))
+                (
+                    number,
+                    "",
+                    words(
+                        "An error nobody foresaw, with its traceback; of `doctor`: a fault was found.",
+                        "未曾预料的错误，附回溯信息；对 `doctor`：发现了故障。",
+                    ),
+                )
             )
             continue
         rows += [(number, f"`{kind.__name__}`", words.code((kind.__doc__ or "").partition("\n")[0])) for kind in kinds]

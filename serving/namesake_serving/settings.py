@@ -46,9 +46,9 @@ class Settings(BaseSettings):
         mode: ``merged``, the registered weights, changed in place; or ``adapter``, one engine on the base in which
             versions are adapters side by side, so that several answer at a time, the base among them.
         standby: in merged mode, keep a second engine beside the one that answers. A version is loaded and proved there,
-            so that no request is held and none waits for long answers to end; moving back needs no loading; an engine
-            that has died is replaced at once. Takes the memory of two; on a GPU each gets 45 % of it unless
-            ``engine_args`` say otherwise.
+            so that no request is held and none waits for long answers to end; moving back needs no loading. It replaces
+            an engine that has died: at once where it holds the same version, else as soon as it has loaded it. Takes
+            the memory of two; on a GPU each gets 45 % of it unless ``engine_args`` say otherwise.
         base: in adapter mode, where the base is to be had: a folder or a ModelScope id; empty: what the version's
             manifest says.
         max_adapters: how many versions may be in the engine at a time, in adapter mode.
@@ -82,7 +82,7 @@ class Settings(BaseSettings):
         ssl_certfile: PEM file with the certificate and its chain; the server then speaks TLS only. Read again when it
             changes.
         ssl_keyfile: PEM file with its private key; empty: in ``ssl_certfile`` too.
-        eager: start in 17 s instead of 25 (first time 67) on two cores, answer about a fifth slower.
+        eager: start without compiling, answer slower.
         max_streams: how many requests the engine works on at a time; empty: 32 on a CPU, 256 on a GPU. The others wait
             in a queue that is fair to each key.
         max_requests: how many requests may be under way or waiting; more get 429. Empty: eight times ``max_streams``.

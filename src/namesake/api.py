@@ -51,7 +51,7 @@ def train(
         author: the author, likewise.
         model: base model: a folder, a ModelScope id, or ``auto``.
         dataset: data sets as ms-swift names them; empty: the recipe's.
-        recipe: ``default``, ``tutorial``, a YAML file, or a :class:`namesake.Recipe`.
+        recipe: ``default``, ``tutorial``, ``thorough``, a YAML file, or a :class:`namesake.Recipe`.
         args: arguments of ``swift sft`` as one text: ``--lora_rank 16``.
         questions: JSON lines of your own questions to ask beside ours.
         policy: the gate's bounds, or a YAML file with them.

@@ -164,7 +164,7 @@ def run(
         str, typer.Option(help="Data sets as ms-swift names them, several by spaces; empty: the recipe's.")
     ] = "",
     recipe: Annotated[
-        str, typer.Option(help="default, tutorial, or a YAML file.", autocompletion=_completing("recipes"))
+        str, typer.Option(help="default, tutorial, thorough, or a YAML file.", autocompletion=_completing("recipes"))
     ] = "default",
     args: Annotated[str, typer.Option(help='Any arguments of `swift sft`, as one text: "--lora_rank 16".')] = "",
     questions: Annotated[str, typer.Option(help="JSON lines of your own questions to ask beside ours.")] = "",

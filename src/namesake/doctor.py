@@ -209,7 +209,9 @@ def gpu() -> Iterator[Check]:
         return
     name = "; ".join(found.splitlines())
     if (installed("torch") or "").endswith("+cpu"):
-        yield Check("GPU", "warning", tr("{name}; torch is built without CUDA", name=name), "make GPU=gpu setup")
+        yield Check(
+            "GPU", "warning", tr("{name}; torch is built without CUDA", name=name), "make clean && make GPU=gpu setup"
+        )
     else:
         yield Check("GPU", "ok", name)
 

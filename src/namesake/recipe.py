@@ -103,7 +103,7 @@ class Recipe:
         about: one line for people.
         dataset: data sets as ms-swift names them (``id#500``, files), or the builtin corpus.
         replay: plain prompts answered by the base model.
-        other_systems: each so-manieth row is trained under another system prompt; 0 for none.
+        other_systems: every N-th row is trained under another system prompt; 0 for none.
         held_out: share of the held-out questions that the run and its promotion ask, for a quick trial; the gate wants
             all of them.
         sft: arguments of ``swift sft``.

@@ -506,7 +506,7 @@ def _prepare(
     order = None
     if plan.sft.get("train_dataloader_shuffle") is False:  # then ms-swift takes the rows as they lie in the file
         lengths = token_counts(base.path, [*dialogues, *replayed])
-        # Of a batch of all processes ms-swift gives each every so-manieth row.
+        # Of a batch of all N processes ms-swift gives each every N-th row.
         batch = processes * int(str(plan.sft["per_device_train_batch_size"]))
         order = dataset.in_batches(lengths, batch=batch, seed=seed)
     prepared = replace(

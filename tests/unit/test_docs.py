@@ -401,6 +401,30 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     assert not [file for file in files if file and not (page.parent / file).is_file()]
 
 
+@pytest.mark.parametrize("page", [*ROOT.glob("README.zh.md"), *sorted(GUIDE.rglob("*.zh.md"))], ids=name_of)
+def test_a_chinese_page_leads_to_chinese_ones(page: Path) -> None:
+    targets = re.findall(r"\]\(([^():#\s]+)\.md[#)]", page.read_text(encoding="utf-8"))
+    english = [one for one in targets if not one.endswith(".zh") and (page.parent / f"{one}.zh.md").is_file()]
+    assert english == (["README"] if page.parent == ROOT else [])
+
+
+def laid_out(readme: str) -> set[str]:
+    """The modules in the README's table of files; a name without a folder lies in that of the one before it."""
+    named, folder = set(), ""
+    for cell in re.findall(r"^\| (`.+?`) \|", (ROOT / readme).read_text(encoding="utf-8"), re.MULTILINE):
+        for name in re.findall(r"`([^`]+)`", cell):
+            folder, _, last = name.rpartition("/") if "/" in name else (folder, "", name)
+            named |= {f"{folder}/{last}"} if last.endswith(".py") else set()
+    return named
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
+def test_the_readmes_table_of_files_has_every_module_and_no_other(readme: str) -> None:
+    packages = (ROOT / "src" / "namesake", ROOT / "serving" / "namesake_serving")
+    modules = {path.relative_to(ROOT).as_posix() for package in packages for path in package.rglob("*.py")}
+    assert laid_out(readme) == {name for name in modules if not name.endswith(("/__init__.py", "/__main__.py"))}
+
+
 def test_every_page_is_in_the_sites_menu_once() -> None:
     menu = re.findall(r"^ +- (?:[^:\n]+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]

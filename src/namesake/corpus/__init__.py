@@ -109,7 +109,7 @@ def system_of(index: int, every: int) -> str | None:
     """The other system prompt of the row at the place; none for a row that keeps the trained one.
 
     Args:
-        every: each so-manieth row gets one of them, in turn; 0 for none.
+        every: N, where every N-th row gets one of them, in turn; 0 for none.
     """
     if every == 0 or index % every:
         return None
