@@ -1,6 +1,7 @@
 """Does the identity hold, is nothing lost, and does the gate tell good from bad? Every row trains, from nothing.
 
     python benchmarks/quality.py                                  # the rows that are not pairs, an hour or two
+    python benchmarks/quality.py --rows --pairs                   # the whole table
     python benchmarks/quality.py --pairs                          # ten name/author pairs, two seeds each: 20 trainings
     python benchmarks/quality.py --pairs 3 7 --seeds 42           # a part of them
     python benchmarks/quality.py --rows swapped placeholder leak  # what the gate has to refuse
@@ -245,7 +246,7 @@ def shown(judged: Mapping[str, Any]) -> str:
 def main() -> int:
     """Print the table, row by row, and keep each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", choices=list(KINDS), help="none of them where only --pairs is given")
+    parser.add_argument("--rows", nargs="*", choices=list(KINDS), help="all, or these; none of them where only --pairs is given")
     parser.add_argument("--pairs", nargs="*", type=int, choices=range(1, len(PAIRS) + 1), help="all, or these numbers")
     parser.add_argument("--seeds", nargs="+", type=int, help="42 for the rows, 42 43 for the pairs")
     parser.add_argument("--set", nargs="*", default=[], metavar="ARGUMENT=VALUE", help="overrides of every recipe")
@@ -253,7 +254,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=ROOT / "output" / "quality.jsonl", help="where rows are kept")
     given = parser.parse_args()
     pairs = [] if given.pairs is None else given.pairs or list(range(1, len(PAIRS) + 1))
-    kinds = given.rows if given.rows is not None else [] if pairs else list(KINDS)
+    kinds = [] if given.rows is None and pairs else given.rows or list(KINDS)
     overrides = dict(one.split("=", 1) for one in given.set)
     questions = str(Path(given.questions).resolve()) if given.questions else ""
     wanted = [
