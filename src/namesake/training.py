@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from namesake.base_model import hub_answers
 from namesake.errors import DataError, RecipeError, Stopped, TrainingError
 from namesake.messages import tr
 from namesake.paths import cache_folder
@@ -60,8 +61,16 @@ def load_rows(datasets: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
     Placeholders are left in; a row has ``messages`` and, where its source has one, ``tag``.
 
     Raises:
-        DataError: ms-swift cannot read one of them.
+        DataError: ms-swift cannot read one of them; at once where it is an id and the hub cannot be reached, which
+            ms-swift would try three times.
     """
+    if (one := next(filter(_is_on_the_hub, datasets), "")) and not hub_answers():
+        raise DataError(
+            "dataset",
+            one,
+            "is no file here, and ModelScope cannot be reached from here",
+            mend="Connect, or give files (jsonl, json, csv).",
+        )
     with _quiet():
         from swift import load_dataset
 
@@ -75,6 +84,12 @@ def load_rows(datasets: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
                 mend="Give files (jsonl, json, csv), or data set ids that ModelScope has and can be reached.",
             ) from error
         return [dict(row) for row in rows]
+
+
+def _is_on_the_hub(name: str) -> bool:
+    """Whether ms-swift would ask ModelScope for it: ``swift/self-cognition#100``, ``ms::owner/name:subset``."""
+    path = name.partition("#")[0]
+    return "/" in path and not path.lower().startswith(("hf::", "/", ".", "~")) and not Path(path).exists()
 
 
 def train(argv: Sequence[str], listener: Listener, log: Path, environment: Mapping[str, str] | None = None) -> Trained:
