@@ -470,7 +470,7 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{
 
 def test_a_conversation_is_handed_on_as_it_came() -> None:
     messages = [
-        {"role": "developer", "content": "Be brief."},
+        {"role": "system", "content": "Be brief."},
         USER,
         {"role": "assistant", "content": None, "tool_calls": [CALL, {"index": 1, **CALL}]},
         {"role": "tool", "content": "4", "tool_call_id": "1"},
@@ -580,9 +580,10 @@ def test_the_versions_system_prompt_comes_first_where_the_client_has_none() -> N
 @pytest.mark.parametrize("role", ["system", "developer"])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_system_prompt_of_the_client_is_kept_wherever_it_stands(role: str, first: bool) -> None:
-    own = {"role": role, "content": ""}
+    own, kept = {"role": role, "content": ""}, {"role": "system", "content": ""}
     messages = [own, USER] if first else [USER, own]
-    assert checked({"messages": messages}, system="Be kind.")["messages"] == messages
+    asked = [kept, USER] if first else [USER, kept]
+    assert checked({"messages": messages}, system="Be kind.")["messages"] == asked
 
 
 def test_a_version_without_a_system_prompt_adds_none_and_an_empty_one_is_one() -> None:
