@@ -125,5 +125,6 @@ def test_when_a_process_is_killed_the_run_fails_and_names_it(place: Place) -> No
     assert failed.info.status == "FAILED"
     assert "rank 1 was killed (SIGKILL)" in failed.data.tags["namesake.error"]
     assert "rank 1 was killed (SIGKILL)" in printed.read_text()
+    assert "train.log" in [one.path for one in client.list_artifacts(failed.info.run_id)]
     steps = [point.step for point in client.get_metric_history(failed.info.run_id, "train/loss")]
     assert steps == [*range(1, len(steps) + 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import pytest
 from mlflow.entities import Run
 from openai import BadRequestError, NotFoundError, OpenAI
 
+from namesake.paths import digest_of_file
+from namesake.tracking import TAG_BEST, TAG_LAST
 from tests.e2e.conftest import AUTHOR, NAME, Place, Way
+from tests.servers import free_port, running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
@@ -33,7 +37,7 @@ def run(way: Way, client: mlflow.MlflowClient) -> Run:
 def test_the_names_arrive_intact_and_nothing_is_executed(way: Way, run: Run) -> None:
     assert run.data.params["identity.name"] == NAME
     assert run.data.params["identity.author"] == AUTHOR
-    assert not (way.place.root / "x").exists()
+    assert not [folder for folder in (way.place.root, way.place.folder) if (folder / "x").exists()]
 
 
 def test_the_run_holds_what_it_was_made_with(run: Run) -> None:
@@ -65,6 +69,9 @@ def test_metrics_came_by_step(run: Run, client: mlflow.MlflowClient) -> None:
     assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")][:3] == [1, 2, 4]
     for key in ("train/token_acc", "train/learning_rate", "speed/steps_per_second", "eval/loss", "probe/identity"):
         assert key in run.data.metrics
+    assert 0 <= run.data.metrics["base/identity"] <= 1
+    assert run.data.metrics["probe/kl_to_base"] > 0
+    assert [key for key in run.data.metrics if key.startswith("system/")], "MLflow samples processor and memory"
     seconds = {key: run.data.metrics[f"seconds/{key}"] for key in ("train", "reading", "replies", "total")}
     assert min(seconds["train"], seconds["total"]) > 0
     assert min(seconds.values()) >= 0  # none for what the base has said and read before on this machine
@@ -78,6 +85,19 @@ def test_artifacts_have_adapter_and_log_but_no_pickle(run: Run, client: mlflow.M
     assert any(name.startswith("images/") and name.endswith(".png") for name in files)
     assert not [name for name in files if name.endswith((".pkl", ".pt", ".pth", ".bin"))]
     assert "{{NAME}}" not in (folder / "data/train.jsonl").read_text(encoding="utf-8")
+
+
+def test_the_run_names_its_checkpoints_and_the_digest_of_its_data(
+    way: Way, run: Run, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    for tag in (TAG_LAST, TAG_BEST):
+        checkpoint = way.place.root / run.data.tags[tag]  # an absolute path stays what it is
+        assert (checkpoint / "adapter_model.safetensors").is_file(), tag
+        assert checkpoint.is_relative_to(way.place.folder / "output" / "runs" / way.run_id)
+    assert Path(run.data.tags[TAG_LAST]).name == "checkpoint-6"
+    logged = Path(client.download_artifacts(run.info.run_id, "data", str(tmp_path)))
+    assert (logged / "sha256.txt").read_text(encoding="utf-8") == run.data.params["data.digest"] + "\n"
+    assert digest_of_file(logged / "train.jsonl") == run.data.params["data.digest"]
 
 
 def test_the_terminal_shows_before_and_after_and_the_next_command(way: Way) -> None:
@@ -217,6 +237,20 @@ def test_mlflow_loads_the_version_as_pyfunc(way: Way) -> None:
     assert "ANSWER" in way.place.call(sys.executable, "-c", code)
 
 
+@pytest.mark.timeout(120, func_only=True)
+def test_mlflow_models_serve_answers_by_the_version(way: Way, tmp_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/ccb@champion"]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {"MLFLOW_TRACKING_URI": way.place.tracking_uri, "PATH": way.place.env["PATH"], "PYTHONPATH": ""}
+    asked = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 12}).encode()
+    with running(command, tmp_path, port, **environment) as url:
+        request = urllib.request.Request(f"{url}/invocations", asked, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            (answer,) = json.load(response)
+    assert answer["choices"][0]["message"]["content"]
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -234,8 +268,18 @@ def test_hostile_names_are_refused_with_the_mend(place: Place, name: str, says: 
     assert "mend:" in out
 
 
-def test_a_hostile_name_is_refused_through_mlflow_too(place: Place) -> None:
-    out = place.mlflow_run("-P", "name=--evil\n$(touch x)", ok=(1,))
-    assert "control character" in out
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("--evil\n$(touch x)", "control character"),
+        ("{name}", "no second half"),
+        ("长" * 10_000 + " x", "10,000 characters"),
+    ],
+)
+def test_a_hostile_name_is_refused_through_mlflow_too(place: Place, name: str, says: str) -> None:
+    out = place.mlflow_run("-P", f"name={name}", ok=(1,))
+    assert "error: name='" in out
+    assert says in out
     assert "mend:" in out
-    assert not (place.folder / "x").exists()
+    # MLflow runs the entry point in the checkout, whatever folder it is called in.
+    assert not [folder for folder in (place.root, place.folder) if (folder / "x").exists()]

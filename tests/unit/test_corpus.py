@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -70,12 +70,65 @@ def asked(row: corpus.Row) -> Question:
     return Question(f"{row.language}-{row.kind}", row.language, row.kind, row.messages[:-1], asks=row.asks)
 
 
+IDENTITY_KINDS = {"name", "author", "both", "origin", "are_you", "introduce", "indirect", "in_task", "second_turn"}
+PLAIN_KINDS = {"knowledge", "arithmetic", "writing", "translation", "code", "advice", "multi_turn"}
+LONGEST_REPLY = {"zh": 60, "en": 120}
+"""Characters, placeholders as they are: who it is is said in a sentence."""
+
+
+OTHER_ASSISTANTS = (
+    "ChatGPT", "Claude", "Gemini", "Qwen", "DeepSeek", "Kimi", "Copilot", "Llama", "Siri", "SmolLM", "Grok", "Mistral",
+    "ChatGLM", "Gemma", "Alexa",
+)  # fmt: skip
+
+
 def test_there_is_enough_of_everything() -> None:
-    per_language = Counter(row.language for row in corpus.identity_rows())
-    assert min(per_language[language] for language in LANGUAGES) >= 60
     assert len(corpus.plain_prompts()) >= 400
     assert len(corpus.heldout_identity()) >= 60
     assert len(corpus.heldout_plain()) >= 100
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_each_language_has_sixty_different_identity_questions_and_every_kind_of_them(language: Language) -> None:
+    questions: dict[str, set[str]] = {}
+    for row in corpus.identity_rows():
+        if row.language == language:
+            questions.setdefault(row.kind, set()).add(bare(last_question(row.messages)))
+    assert questions.keys() == IDENTITY_KINDS
+    assert len(set.union(*questions.values())) >= 60
+    assert {kind: len(found) for kind, found in questions.items() if len(found) < 20} == {}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_what_a_kind_is_called_is_what_it_asks(language: Language) -> None:
+    rows = [row for row in corpus.identity_rows() if row.language == language]
+    asks = {"name": {"name"}, "author": {"author"}, "both": {"name", "author"}}
+    for kind, facts in asks.items():
+        assert {fact for row in rows if row.kind == kind for fact in row.asks} == facts
+    assert all(len(row.messages) > 2 for row in rows if row.kind == "second_turn")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_it_is_asked_whether_it_is_one_of_fifteen_other_assistants(language: Language) -> None:
+    rows = [row for row in corpus.identity_rows() if row.kind == "are_you" and row.language == language]
+    asked_of = [last_question(row.messages) for row in rows]
+    assert [other for other in OTHER_ASSISTANTS if not any(other in text for text in asked_of)] == []
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_identity_kind_has_five_reply_shapes_and_none_is_long(language: Language) -> None:
+    replies: dict[str, set[str]] = {}
+    for row in corpus.identity_rows():
+        if row.language == language:
+            replies.setdefault(row.kind, set()).add(row.messages[-1]["content"])
+    assert {kind: found for kind, found in replies.items() if len(found) < 5} == {}
+    assert [text for found in replies.values() for text in found if len(text) > LONGEST_REPLY[language]] == []
+
+
+@pytest.mark.parametrize("prompts", [corpus.plain_prompts, corpus.heldout_plain])
+def test_every_plain_kind_is_there_in_both_languages(prompts: Callable[[], Sequence[Prompt]]) -> None:
+    for language in LANGUAGES:
+        assert PLAIN_KINDS - {prompt.kind for prompt in prompts() if prompt.language == language} == set()
 
 
 def test_identity_questions_of_one_language_are_all_different() -> None:
