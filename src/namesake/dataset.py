@@ -77,7 +77,7 @@ def fill(rows: Iterable[dict[str, Any]], identity: Identity) -> tuple[list[Dialo
             raise DataError(
                 "dataset",
                 row,
-                tr("row {number} is no dialogue that ends with a reply", number=number),
+                tr("row {number} is no dialogue of a user that ends with a reply", number=number),
                 mend="Give rows of query and response, or messages with role and content.",
             )
         asked = [str(message["content"]) for message in messages if message["role"] == "user"]
@@ -158,6 +158,7 @@ def _is_dialogue(messages: object) -> bool:
         isinstance(messages, list | tuple)
         and bool(messages)
         and all(isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str) for m in messages)
+        and any(m["role"] == "user" for m in messages)
         and messages[-1]["role"] == "assistant"
         and bool(messages[-1]["content"].strip())
     )

@@ -74,16 +74,28 @@ def load_rows(datasets: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
     with _quiet():
         from swift import load_dataset
 
+        def read(names: Sequence[str]) -> Any:
+            return load_dataset(list(names), seed=seed, shuffle=True, remove_unused_columns=False, strict=True)[0]
+
         try:
-            rows, _ = load_dataset(list(datasets), seed=seed, shuffle=True, remove_unused_columns=False, strict=True)
-        except Exception as error:  # ms-swift raises whatever its readers raise
+            return [dict(row) for row in read(datasets)]
+        except Exception as error:  # ms-swift raises whatever its readers raise, and does not say of which
+            one, why = next(filter(None, (_fault(read, name) for name in datasets)), (" ".join(datasets), error))
             raise DataError(
                 "dataset",
-                " ".join(datasets),
-                tr("ms-swift cannot read it ({error})", error=_first_line(error)),
+                one,
+                tr("ms-swift cannot read it ({error})", error=_first_line(why)),
                 mend="Give files (jsonl, json, csv), or data set ids that ModelScope has and can be reached.",
             ) from error
-        return [dict(row) for row in rows]
+
+
+def _fault(read: Callable[[Sequence[str]], Any], name: str) -> tuple[str, Exception] | None:
+    """The data set with why it cannot be read alone; none where it can."""
+    try:
+        read([name])
+    except Exception as error:  # as above
+        return name, error
+    return None
 
 
 def _is_on_the_hub(name: str) -> bool:

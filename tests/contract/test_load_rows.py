@@ -100,7 +100,6 @@ def test_a_file_that_cannot_be_read_is_refused_by_its_name(
     assert raised.value.mend
 
 
-@pytest.mark.xfail(strict=True, reason="all names are told as one value, which is cut after 80 characters")
 def test_of_several_files_the_one_that_cannot_be_read_is_named(dialogues: Path) -> None:
     broken = dialogues.with_name("broken.jsonl")
     broken.write_text('{"messages": [', encoding="utf-8")

@@ -170,6 +170,7 @@ def test_a_control_character_in_a_row_is_refused(character: str) -> None:
         {"messages": [{"role": "user", "content": "a"}]},
         {"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]},
         {"messages": [{"content": "a"}]},
+        {"messages": [{"role": "assistant", "content": "a text of no dialogue, as ms-swift reads {'text': …}"}]},
         pytest.param(
             {"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]},
         ),
