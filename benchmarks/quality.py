@@ -246,7 +246,9 @@ def shown(judged: Mapping[str, Any]) -> str:
 def main() -> int:
     """Print the table, row by row, and keep each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", choices=list(KINDS), help="all, or these; none of them where only --pairs is given")
+    parser.add_argument(
+        "--rows", nargs="*", choices=list(KINDS), help="all, or these; none of them where only --pairs is given"
+    )
     parser.add_argument("--pairs", nargs="*", type=int, choices=range(1, len(PAIRS) + 1), help="all, or these numbers")
     parser.add_argument("--seeds", nargs="+", type=int, help="42 for the rows, 42 43 for the pairs")
     parser.add_argument("--set", nargs="*", default=[], metavar="ARGUMENT=VALUE", help="overrides of every recipe")
