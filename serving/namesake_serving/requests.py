@@ -218,8 +218,8 @@ def _messages(messages: Any, system: str | None) -> list[dict[str, Any]]:
         content = message.get("content")
         if not (content is None and message["role"] == "assistant"):
             _content(content, f"{where}.content", frozenset({"text"}), frozenset())
-    # OpenAI's newer word for the same. Templates do not know it, and put their own system prompt before it, in which the
-    # base says who it was.
+    # OpenAI's newer word for the same. Templates do not know it, and put their own system prompt before it, in which
+    # the base says who it was.
     told = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
     if system is not None and not any(message["role"] == "system" for message in told):
         return [{"role": "system", "content": system}, *told]

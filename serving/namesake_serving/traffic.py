@@ -187,7 +187,7 @@ class Routing:
         """
         rival = self.challenger.live
         if model is None or model == self.name:
-            # While the challenger is changed its sessions wait, so that none goes back to an older version; nobody else.
+            # While the challenger is changed its sessions wait, so that none goes back to an older version.
             there = rival is not None and (self.challenger.open or bool(session))
             if shared and there and self._is_challengers(session):
                 traffic, alias = self.challenger, self.challenger_alias
