@@ -81,7 +81,7 @@ def test_artifacts_have_adapter_and_log_but_no_pickle(run: Run, client: mlflow.M
     folder = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"adapter/adapter_model.safetensors", "adapter/args.json", "args.json", "train.log"} <= files
-    assert {"data/train.jsonl", "scorecard.json", "swift-command.json"} <= files
+    assert {"data/train.jsonl", "scorecard.json", "swift-command.json", "replies-slices.json"} <= files
     assert any(name.startswith("images/") and name.endswith(".png") for name in files)
     assert not [name for name in files if name.endswith((".pkl", ".pt", ".pth", ".bin"))]
     assert "{{NAME}}" not in (folder / "data/train.jsonl").read_text(encoding="utf-8")
