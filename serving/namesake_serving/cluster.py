@@ -676,10 +676,6 @@ class AdapterFleet(Fleet):
             await self._all_must("settle", self._table(stored.version, None), seconds=self._settings.start_seconds)
         return Loaded(live, "adapter")
 
-    async def restart(self, stored: Stored) -> Loaded:
-        """As any other version: Ray has replaced the replicas by then."""
-        return await self.load(stored)
-
     async def load(self, stored: Stored) -> Loaded:
         """Into all, beside the others.
 

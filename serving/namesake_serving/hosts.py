@@ -28,8 +28,9 @@ Tick = Callable[[float], None]
 
 _STANDBY = "standby"
 _STANDBY_SECONDS = 0.5
-"""Between two looks for the standby; longer each time where it does not start."""
+"""Between two looks for the standby."""
 _LONGEST_STANDBY_WAIT = 60.0
+"""Until one that does not start is tried again; doubled up to this."""
 
 _log = logging.getLogger("namesake.serving")
 

@@ -690,17 +690,7 @@ def _log_scores(
             for a, b in zip(getattr(after, part), getattr(before, part), strict=True)
         ]
         tracked.table(rows, f"replies-{part}.json")
-    others = [
-        {
-            "slice": name,
-            "question": a.question.messages[-1]["content"],
-            "reply": a.reply,
-            "kind": a.question.kind,
-            **a.scores,
-        }
-        for name, replies in after.slices.items()
-        for a in replies
-    ]
+    others = [{"slice": name, **a.record()} for name, replies in after.slices.items() for a in replies]
     if others:
         tracked.table(others, "replies-slices.json")
 

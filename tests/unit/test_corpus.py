@@ -36,12 +36,6 @@ def bare(text: str) -> str:
     return "".join(c for c in folded if unicodedata.category(c)[0] not in "PZC")
 
 
-def bigrams(text: str) -> frozenset[str]:
-    """The pairs of neighbouring characters of the bare text."""
-    kept = bare(text)
-    return frozenset(kept[i : i + 2] for i in range(len(kept) - 1)) or frozenset({kept})
-
-
 def last_question(messages: Sequence[Message]) -> str:
     """What the user says last."""
     return next(m["content"] for m in reversed(messages) if m["role"] == "user")
@@ -188,20 +182,20 @@ def test_no_held_out_question_stands_inside_a_training_question() -> None:
 
 
 def test_no_held_out_question_is_close_to_a_training_question() -> None:
-    trained = {text: bigrams(text) for text in map(last_question, training())}
+    trained = {text: corpus.pairs(text) for text in map(last_question, training())}
     close = []
     for question in judging():
-        mine = bigrams(last_question(question.messages))
+        mine = corpus.pairs(last_question(question.messages))
         close += [(question.id, text) for text, pairs in trained.items() if len(mine & pairs) > 0.6 * len(mine | pairs)]
     assert close == []
 
 
 def test_no_held_out_question_is_close_to_an_earlier_turn_of_a_training_dialogue() -> None:
     turns = {m["content"] for messages in training() for m in messages if m["role"] == "user"}
-    trained = {text: bigrams(text) for text in turns}
+    trained = {text: corpus.pairs(text) for text in turns}
     close = []
     for question in judging():
-        mine = bigrams(last_question(question.messages))
+        mine = corpus.pairs(last_question(question.messages))
         close += [(question.id, text) for text, pairs in trained.items() if len(mine & pairs) > 0.6 * len(mine | pairs)]
     assert close == []
 
@@ -422,9 +416,9 @@ def test_the_system_prompt_that_the_probe_asks_under_is_not_trained_under() -> N
     assert "" in corpus.other_systems(), (
         "the empty one is trained too: the slice `none` is about questions, not prompts"
     )
-    theirs = bigrams(probing.CUSTOMER)
+    theirs = corpus.pairs(probing.CUSTOMER)
     for system in filter(None, corpus.other_systems()):
-        assert len(theirs & bigrams(system)) < 0.5 * len(theirs | bigrams(system)), system
+        assert len(theirs & corpus.pairs(system)) < 0.5 * len(theirs | corpus.pairs(system)), system
 
 
 def test_a_share_of_the_held_out_questions_has_each_language_and_kind() -> None:
