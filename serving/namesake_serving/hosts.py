@@ -301,8 +301,9 @@ class WithStandby(Merged):
             await asyncio.sleep(_STANDBY_SECONDS)
             await self._bury()
             live = self._traffic.live
-            # Any other engine is about to become the standby, or the live one.
-            if live is None or self.changing or len(self._mine) + self._starting > 1 or time.monotonic() < again:
+            if live is None or not live.engine.alive() or self.changing or time.monotonic() < again:
+                continue
+            if len(self._mine) + self._starting > 1:  # the other is about to become the standby, or the live one
                 continue
             try:
                 await self._warm((await self.start(live.stored)).live)

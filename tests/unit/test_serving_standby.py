@@ -13,7 +13,7 @@ import pytest
 
 from namesake.errors import InputError, RegistryError, ServingError
 from namesake_serving import __main__ as command
-from namesake_serving import engine, hosts, rollout, settings, store
+from namesake_serving import engine, hosts, rollout, service, settings, store
 from namesake_serving.rollout import Step
 from namesake_serving.store import Stored
 from tests.unit.loops import within
@@ -361,6 +361,18 @@ async def test_a_standby_that_has_just_died_is_not_turned_to(world: World, tmp_p
         monkey.undo()
         assert world.boxes[0].did[-1] == "kill"
         assert world.boxes[1].did[-2:] == ["change 1", "asked 1"]
+
+
+@in_a_loop
+async def test_before_anybody_has_noticed_that_the_live_engine_died_no_other_is_started(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with standing_by(world, tmp_path):
+        monkeypatch.setattr(service, "_WATCH_SECONDS", 60)
+        await asyncio.sleep(0.05)
+        world.boxes[0].die()
+        await asyncio.sleep(0.1)
+        assert len(world.boxes) == 2, "it would take the memory of the one that replaces it"
 
 
 @in_a_loop
