@@ -284,7 +284,7 @@ class WithStandby(Merged):
         self._leaving: Live | None = None
         self._left: asyncio.Task[None] | None = None
         self._mine: list[Engine] = []
-        self._starting = 0
+        self._busy = 0
 
     def ready(self) -> bool:
         """Whether the standby can take a version in."""
@@ -303,7 +303,7 @@ class WithStandby(Merged):
             live = self._traffic.live
             if live is None or not live.engine.alive() or self.changing or time.monotonic() < again:
                 continue
-            if len(self._mine) + self._starting > 1:  # the other is about to become the standby, or the live one
+            if len(self._mine) + self._busy > 1:  # the other is about to become the standby, or the live one
                 continue
             try:
                 await self._warm((await self.start(live.stored)).live)
@@ -336,11 +336,11 @@ class WithStandby(Merged):
 
     async def start(self, stored: Stored, tick: Tick = no_tick) -> Loaded:
         """A version in a new engine."""
-        self._starting += 1
+        self._busy += 1
         try:
             loaded = await super().start(stored, tick)
         finally:
-            self._starting -= 1
+            self._busy -= 1
         self._mine.append(loaded.live.engine)
         return loaded
 
@@ -357,6 +357,13 @@ class WithStandby(Merged):
         return await self._into_standby(stored) or await super().restart(stored)
 
     async def _into_standby(self, stored: Stored) -> Loaded | None:
+        self._busy += 1
+        try:
+            return await self._take_in(stored)
+        finally:
+            self._busy -= 1
+
+    async def _take_in(self, stored: Stored) -> Loaded | None:
         leaving = self._leaving
         if leaving is not None and leaving.stored.id == stored.id and leaving.engine.alive():
             self._stay()  # moved back while its answers were still running

@@ -398,8 +398,7 @@ async def test_a_fault_while_the_standby_takes_a_version_in_leaves_a_standby(
 
         monkeypatch.setattr(store, "difference", difference)
         running.move(2)
-        await until(lambda: bool(world.told))
-        assert running.serves(1)
+        await until(lambda: bool(world.told) and running.serves(1))
         await until(lambda: ready(running))
         running.move(3)
         await until(lambda: running.serves(3))
@@ -475,7 +474,7 @@ async def test_when_it_stops_no_engine_is_left_whatever_the_standby_is_at(world:
     gate.set()
     async with serving(world, tmp_path, standby=True):
         gate.clear()
-        await until(lambda: len(world.boxes) == 2)
+        await until(lambda: world.met.count(("start", 1)) == 2)
     assert [box.alive() for box in world.boxes] == [False, False]
     async with standing_by(world, tmp_path, shutdown_seconds=1) as running:
         stack = running.service.traffic.enter()
