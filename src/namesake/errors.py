@@ -27,6 +27,9 @@ from namesake.messages import tr, translated
 _SHOWN = 80
 """How many characters of a bad value a message repeats."""
 
+_SHOWN_OF_ITS_END = 30
+"""How many of them are its last: of a long path the file's name is what tells it from others."""
+
 
 class NamesakeError(Exception):
     """Root of the tree. ``mend`` says in one sentence what the user can do about it.
@@ -140,8 +143,9 @@ def said(error: BaseException) -> str:
 
 
 def shown(value: object) -> str:
-    """The value as a message repeats it: quoted, control characters escaped, cut to a readable length."""
+    """The value as a message repeats it: quoted, control characters escaped, its middle left out where it is long."""
     text = repr(value)
     if len(text) <= _SHOWN:
         return text
-    return tr("{text}… ({count:,} characters)", text=text[:_SHOWN], count=len(str(value)))
+    cut = f"{text[: _SHOWN - _SHOWN_OF_ITS_END]}…{text[-_SHOWN_OF_ITS_END:]}"
+    return tr("{text} ({count:,} characters)", text=cut, count=len(str(value)))

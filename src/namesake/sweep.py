@@ -444,14 +444,28 @@ def _through_ray(
                 else:
                     raise _fatal(event["fatal"])
     finally:
-        # What a worker took with it still says that it is running. A worker that outlived the head for a moment may yet
-        # write what came of its trial; that counts then.
-        for child in tracking.children(parent):
-            if child.status == "RUNNING" and TAG_RESULT not in child.tags:
-                tracking.left_behind(child.id)
+        _close_what_workers_left(parent, results)
     # The worker, which has the last word, also knows the run's id of a trial that was given up.
     kept = {result["number"]: result for result in _kept_results(parent)}
     results[:] = [kept.get(result["number"], result) for result in results]
+
+
+def _close_what_workers_left(parent: str, results: Sequence[Mapping[str, Any]]) -> None:
+    """End the runs that workers took with them.
+
+    A worker that outlived the head for a moment may yet have written what came of its trial; that counts then. One
+    whose trial was given up is killed after some seconds; what it had no time to say is said here.
+    """
+    ended = {result["number"] for result in _kept_results(parent)}
+    given_up = {one["number"]: one for one in results if one["state"] == "pruned" and one["number"] not in ended}
+    for child in reversed(tracking.children(parent)):  # of a trial that was begun anew the last counts
+        if TAG_RESULT in child.tags:
+            continue
+        result = given_up.pop(int(child.tags.get(TAG_TRIAL, -1)), None)
+        if result:
+            tracking.tag(child.id, {TAG_RESULT: json.dumps({**result, "run": child.id}, ensure_ascii=False)})
+        if child.status == "RUNNING":
+            tracking.left_behind(child.id, why="pruned" if result else "left behind")
 
 
 def _fatal(told: Mapping[str, str]) -> NamesakeError:

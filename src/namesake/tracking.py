@@ -415,12 +415,12 @@ def tag(run_id: str, values: Mapping[str, str]) -> None:
     Run(run_id, "").tags(values)
 
 
-def left_behind(run_id: str) -> None:
-    """End a run as KILLED that its own process, killed hard, left RUNNING."""
+def left_behind(run_id: str, why: str = "left behind") -> None:
+    """End a run as KILLED that its own process, killed hard, left RUNNING. ``why`` stays on the run."""
     import mlflow
 
     with _mapped():
-        mlflow.MlflowClient().set_tag(run_id, TAG_ENDED, "left behind")
+        mlflow.MlflowClient().set_tag(run_id, TAG_ENDED, why)
         mlflow.MlflowClient().set_terminated(run_id, "KILLED")
 
 

@@ -44,11 +44,13 @@ class Trainer:
         self.asked.append(spec["params"])
         score = self._score(spec["params"])
         early = {f"{fraction:.3f}": score / 2 for fraction in spec["at"]}
-        pruned = not all(go_on(fraction, score / 2) for fraction in spec["at"])
+        pruned = True
         with suppress(Stopped), tracking.run(f"trial {spec['number']}", parent=spec["parent"]) as tracked:
-            tracked.tags({tracking.TAG_KIND: "train", tracking.TAG_NAME: spec["name"]})
-            if pruned:
+            number = str(spec["number"])
+            tracked.tags({tracking.TAG_KIND: "train", tracking.TAG_NAME: spec["name"], sweep.TAG_TRIAL: number})
+            if not all(go_on(fraction, score / 2) for fraction in spec["at"]):
                 raise Stopped("pruned")
+            pruned = False
             # The held-out questions tell the trials apart the other way round.
             tracked.metrics({"probe/identity": 1 - score / 2, "probe/leak": 0.0, "dev/score": score})
         result = {

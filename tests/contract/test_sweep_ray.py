@@ -50,7 +50,14 @@ def trains(spec: Mapping[str, Any], go_on: GoOn, screen: Screen) -> dict[str, An
                 os.kill(os.getpid(), signal.SIGKILL)
             (folder / "hangs").touch()
             time.sleep(600)
-    result = Trainer()(spec, go_on, screen)
+
+    def slow_to_give_up(fraction: float, score: float) -> bool:
+        goes_on = go_on(fraction, score)
+        if not goes_on:
+            time.sleep(30)  # Tune kills what takes more than ten seconds to end when the sweep does
+        return goes_on
+
+    result = Trainer()(spec, slow_to_give_up, screen)
     (folder / f"ended-{number}").touch()
     return result
 

@@ -80,7 +80,14 @@ def test_a_short_value_is_shown_so_that_it_can_be_read_back(value: object) -> No
 def test_a_long_value_is_cut_and_its_length_told(value: str) -> None:
     text = shown(value)
     assert len(text) < 120
-    assert text.endswith(f"… ({len(value):,} characters)")
+    assert text.endswith(f" ({len(value):,} characters)")
+
+
+def test_of_a_long_path_the_file_s_name_is_shown() -> None:
+    text = shown(f"/home/somebody/{'a folder of many/' * 10}the-file.jsonl")
+    assert text.startswith("'/home/somebody/a folder")
+    assert "…" in text
+    assert "the-file.jsonl' (" in text
 
 
 @given(st.text(alphabet=st.characters(categories=["Cc", "Cs", "Zl", "Zp"]), max_size=200))
