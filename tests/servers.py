@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -64,11 +64,17 @@ class OpenAIServer:
     Args:
         models: ids that it lists; it answers those and refuses others as OpenAI does.
         key: the key that it wants; empty: none.
+        others: further models, each with its own answers.
     """
 
     def __init__(
-        self, reply: Callable[[list[dict[str, str]]], str], models: Sequence[str] = ("m",), key: str = ""
+        self,
+        reply: Callable[[list[dict[str, str]]], str],
+        models: Sequence[str] = ("m",),
+        key: str = "",
+        others: Mapping[str, Callable[[list[dict[str, str]]], str]] | None = None,
     ) -> None:
+        answers = {**dict.fromkeys(models, reply), **(others or {})}
         self.asked: list[dict[str, Any]] = []
         front = self
 
@@ -76,17 +82,17 @@ class OpenAIServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                self._answer(200, {"object": "list", "data": [{"id": one, "object": "model"} for one in models]})
+                self._answer(200, {"object": "list", "data": [{"id": one, "object": "model"} for one in answers]})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 front.asked.append(body)
                 if key and self.headers["authorization"] != f"Bearer {key}":
                     self._answer(401, {"error": {"message": "Wrong key."}})
-                elif body["model"] not in models:
+                elif body["model"] not in answers:
                     self._answer(404, {"error": {"message": f"There is no model {body['model']}."}})
                 else:
-                    said = {"message": {"role": "assistant", "content": reply(body["messages"])}}
+                    said = {"message": {"role": "assistant", "content": answers[body["model"]](body["messages"])}}
                     choices = [{"index": i, "finish_reason": "stop", **said} for i in range(body.get("n", 1))]
                     self._answer(200, {"id": "1", "object": "chat.completion", "model": "m", "choices": choices})
 

@@ -16,9 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from namesake import errors as errors
-    from namesake.api import PromoteOutcome, Registry, TrainOutcome, load_recipe, probe, promote, serve, train
+    from namesake.api import (
+        ProbeOutcome,
+        PromoteOutcome,
+        Registry,
+        TrainOutcome,
+        load_recipe,
+        probe,
+        promote,
+        serve,
+        train,
+    )
     from namesake.errors import InputError, NamesakeError
-    from namesake.gate import Decision, Policy
+    from namesake.gate import Decision, Interval, Policy
     from namesake.identity import Identity
     from namesake.manifest import Manifest
     from namesake.probing import Answered, Scorecard
@@ -32,10 +42,10 @@ __version__ = "0.1.0"
 _HOME = {
     "namesake.api": (
         *("train", "probe", "promote", "serve", "Registry", "load_recipe"),
-        *("TrainOutcome", "PromoteOutcome"),
+        *("TrainOutcome", "ProbeOutcome", "PromoteOutcome"),
     ),
     "namesake.errors": ("NamesakeError", "InputError"),
-    "namesake.gate": ("Decision", "Policy"),
+    "namesake.gate": ("Decision", "Interval", "Policy"),
     "namesake.identity": ("Identity",),
     "namesake.manifest": ("Manifest",),
     "namesake.probing": ("Answered", "Scorecard"),
@@ -51,10 +61,12 @@ __all__ = [
     "Decision",
     "Identity",
     "InputError",
+    "Interval",
     "Manifest",
     "Move",
     "NamesakeError",
     "Policy",
+    "ProbeOutcome",
     "PromoteOutcome",
     "Recipe",
     "Registry",

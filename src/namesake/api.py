@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from namesake import base_model, examine, gate, process, promotion, recipe, registry, run, versions
+from namesake.examine import Outcome as ProbeOutcome
 from namesake.gate import Policy
 from namesake.manifest import ADAPTER_FOLDER, WEIGHTS_FOLDER, Manifest
-from namesake.probing import Scorecard
 from namesake.promotion import Outcome as PromoteOutcome
 from namesake.recipe import Recipe
 from namesake.registry import CHAMPION, Move, Version
@@ -24,7 +24,17 @@ from namesake.server import Option, Server
 from namesake.terminal import Loudness, Screen, loudness
 from namesake.versions import Check
 
-__all__ = ["PromoteOutcome", "Registry", "TrainOutcome", "load_recipe", "probe", "promote", "serve", "train"]
+__all__ = [
+    "ProbeOutcome",
+    "PromoteOutcome",
+    "Registry",
+    "TrainOutcome",
+    "load_recipe",
+    "probe",
+    "promote",
+    "serve",
+    "train",
+]
 
 File = str | os.PathLike[str]
 Argument = str | int | float | bool | Sequence[str]
@@ -85,19 +95,24 @@ def probe(
     name: str = "",
     author: str = "",
     questions: File = "",
+    held_out: float = 1.0,
+    base: File = "",
     model: str = "",
     api_key: str = "",
     system: str | None = None,
     slices: bool = True,
     quiet: bool = False,
-) -> Scorecard:
-    """Ask a model who it is, and score what it says by rule: ``namesake probe``. Nothing is written.
+) -> ProbeOutcome:
+    """Ask a model who it is, compare its ability with its base's, and score what it says by rule: ``namesake probe``.
 
     Args:
         target: a run's id, ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, or a URL up to ``/v1``.
         name: name to look for; empty: the run's or version's own. An endpoint needs it.
         author: author, likewise.
-        questions: JSON lines of your own questions; empty: the held-out ones.
+        questions: JSON lines of your own questions, asked beside the held-out ones.
+        held_out: share of the held-out questions to ask, from 0 to 1; 0: your own alone.
+        base: whose ability to compare with: a folder, a ModelScope id, at an endpoint a model that it serves too, or
+            ``none``; empty: a run's or version's own base.
         model: model id at the endpoint; empty: its first.
         api_key: key of the endpoint.
         system: system prompt for an endpoint; none: its own.
@@ -114,6 +129,8 @@ def probe(
         name,
         author,
         questions=os.fspath(questions),
+        held_out=held_out,
+        base=os.fspath(base),
         model=model,
         api_key=api_key,
         system=system,

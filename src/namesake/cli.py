@@ -338,7 +338,19 @@ def probe(
     ],
     name: Annotated[str, typer.Option(help="Name to look for; empty: the run's or version's own.")] = "",
     author: Annotated[str, typer.Option(help="Author, likewise.")] = "",
-    questions: Annotated[str, typer.Option(help="JSON lines of your own questions; empty: the held-out ones.")] = "",
+    questions: Annotated[
+        str, typer.Option(help="JSON lines of your own questions, asked beside the held-out ones.")
+    ] = "",
+    held_out: Annotated[
+        float, typer.Option(help="Share of the held-out questions to ask, from 0 to 1; 0: your own alone.")
+    ] = 1.0,
+    base: Annotated[
+        str,
+        typer.Option(
+            help="Whose ability to compare with: a folder, a ModelScope id, at an endpoint a model that it serves too, "
+            "or none; empty: a run's or version's own base."
+        ),
+    ] = "",
     model: Annotated[
         str, typer.Option(help="Model id at the endpoint; empty: its first.", autocompletion=_served)
     ] = "",
@@ -347,19 +359,28 @@ def probe(
     slices: Annotated[bool, typer.Option(help="Ask also under other system prompts, and sampled.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole scorecard as JSON.")] = False,
 ) -> None:
-    """Ask a model who it is, and score what it says by rule."""
+    """Ask a model who it is, compare its ability with its base's, and score what it says by rule."""
     from namesake import examine
     from namesake.terminal import Screen
 
     screen = Screen(errors=as_json)
     request = examine.Request(
-        target, name, author, questions=questions, model=model, api_key=api_key, system=system, slices=slices
+        target,
+        name,
+        author,
+        questions=questions,
+        held_out=held_out,
+        base=base,
+        model=model,
+        api_key=api_key,
+        system=system,
+        slices=slices,
     )
-    card = examine.examine(request, screen)
+    found = examine.examine(request, screen)
     if as_json:
-        print(examine.to_json(card))
+        print(examine.to_json(found))
     else:
-        examine.shown(card, screen)
+        examine.shown(found, screen)
 
 
 @app.command()

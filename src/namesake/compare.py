@@ -226,7 +226,7 @@ def _side(target: str, request: Request, screen: Screen) -> Side:
     if not (request.ask or request.questions):
         return side
     screen.step(tr("asking {side}", side=side.name))
-    asked = examine.examine(examine.Request(target, questions=request.questions), screen)
+    asked = examine.ask(target, screen, questions=request.questions)
     return Side(side.name, side.facts, asked.metrics, asked.record(), "asked now", side.folder, side.digests)
 
 

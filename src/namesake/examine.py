@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from namesake import corpus, gate, probing, registry, tracking
-from namesake.errors import InputError, RegistryError
+from namesake import base_model, corpus, gate, probing, registry, tracking
+from namesake.base_model import BaseModel
+from namesake.corpus import Questions
+from namesake.errors import BaseModelError, InputError, RegistryError
 from namesake.gate import Decision, Policy
 from namesake.generate import Endpoint, LocalModel, Replier
 from namesake.identity import Identity
@@ -22,11 +25,24 @@ from namesake.manifest import SCORECARD, WEIGHTS_FOLDER, Manifest, damaged, stra
 from namesake.messages import joined, tr
 from namesake.probing import Scorecard
 from namesake.registry import Version
-from namesake.run import base_of, progress_of
+from namesake.run import (
+    ability_of,
+    base_of,
+    base_scores,
+    kl_to_base,
+    own_metrics,
+    progress_of,
+    same_base,
+    show_own,
+)
 from namesake.terminal import Screen
 from namesake.versions import champions_scores
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
+
+
+NO_BASE = "none"
+"""In the place of a base model: ability is compared with nothing."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +52,11 @@ class Request:
     Attributes:
         target: run id, ``models:/…`` or URL.
         name, author: the identity; empty for the run's or the version's. An endpoint needs both.
-        questions: file of own questions; empty for the held-out ones.
-        model: model id at the endpoint; empty for its first.
+        questions: file of own questions, asked beside the held-out ones; empty for none.
+        held_out: share of the held-out questions that are asked, from 0 to 1; 0 for the own ones alone.
+        base: what ability is compared with: a folder or ModelScope id, or at an endpoint a model that it serves too;
+            empty for a run's or a version's own base, :data:`NO_BASE` for none.
+        model: model id at the endpoint; empty: its first.
         api_key: the endpoint's key.
         system: system prompt of an endpoint's questions; none leaves it to the endpoint.
         slices: ask also under other system prompts, and sampled.
@@ -47,32 +66,96 @@ class Request:
     name: str = ""
     author: str = ""
     questions: str = ""
+    held_out: float = 1.0
+    base: str = ""
     model: str = ""
     api_key: str = ""
     system: str | None = None
     slices: bool = True
 
 
-def examine(request: Request, screen: Screen) -> Scorecard:
-    """Ask the target and score what it says. Nothing is written.
+@dataclass(frozen=True)
+class Outcome:
+    """What a target said.
+
+    Attributes:
+        card: replies to the held-out questions; without any where none were asked.
+        own: replies to the user's own questions; none where there are none.
+        base: the base model's replies to the plain held-out questions; none where there is no base beside it.
+        kl_to_base: mean KL divergence from the base on its own replies to plain questions, in nats a token; none where
+            the target's weights or the base's are not at hand.
+    """
+
+    card: Scorecard
+    own: Scorecard | None = None
+    base: Scorecard | None = None
+    kl_to_base: float | None = None
+
+    @property
+    def ability(self) -> gate.Interval | None:
+        """How plain answers changed against the base's, paired; none where there is no base."""
+        return ability_of(self.base, self.card) if self.base else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The card's fractions; with a base ``base_plain``, ``plain_change`` and its interval, ``kl_to_base``."""
+        found = dict(self.card.metrics) if self.card.identity else {}
+        if self.base and self.ability:
+            found |= {"base_plain": self.base.metrics["plain"], **self.ability.metrics()}
+        return found if self.kl_to_base is None else {**found, "kl_to_base": self.kl_to_base}
+
+    def record(self) -> dict[str, Any]:
+        """The whole of it as JSON types."""
+        own = None if self.own is None else {**self.own.record(), "metrics": own_metrics(self.own)}
+        base = None if self.base is None else self.base.record()["plain"]
+        return {**self.card.record(), "metrics": self.metrics, "base": base, "own": own}
+
+
+def examine(request: Request, screen: Screen) -> Outcome:
+    """Ask the target and score what it says, beside its base. Nothing is written but the base's replies, for later.
 
     Raises:
-        InputError: the target is none, or the identity of an endpoint is not given.
+        InputError: the target is none, the identity of an endpoint is not given, or nothing is asked.
         RegistryError, TrackingError, BaseModelError, ServingError: it cannot be had or does not answer.
     """
-    questions = corpus.read_questions(Path(request.questions)) if request.questions else None
-    with (
-        _opened(request, screen) as (replier, identity, system),
-        screen.bar("probe", 1) as bar,
-    ):
-        return probing.probe(
-            replier,
-            identity,
-            system=system,
-            questions=questions,
-            slices=request.slices,
-            progress=progress_of(bar),
-        )
+    if not 0 <= request.held_out <= 1:
+        raise InputError("held_out", request.held_out, "is no share", mend="Give a number from 0 to 1.")
+    own = corpus.read_questions(Path(request.questions)) if request.questions else None
+    if not (request.held_out or own):
+        raise InputError("held_out", request.held_out, "leaves nothing to ask", mend="Give --questions beside it.")
+    asked = corpus.heldout(request.held_out) if request.held_out else Questions((), ())
+    found = Outcome(Scorecard((), ()))
+    with _opened(request, screen) as target:
+
+        def probed(questions: Questions, slices: bool) -> Scorecard:
+            with screen.bar("probe", 1) as bar:
+                return probing.probe(
+                    target.replier,
+                    target.identity,
+                    system=target.system,
+                    questions=questions,
+                    slices=slices,
+                    progress=progress_of(bar),
+                )
+
+        if asked.identity:
+            found = replace(found, card=probed(asked, request.slices))
+        if own:
+            found = replace(found, own=probed(own, False))
+    return _beside_base(request, target, asked, found, screen) if asked.identity else found
+
+
+def ask(target: str, screen: Screen, *, questions: str = "") -> Scorecard:
+    """The scorecard of a run or a version that is asked now.
+
+    Args:
+        questions: file of own questions, asked instead of the held-out ones.
+
+    Raises:
+        InputError, RegistryError, TrackingError, BaseModelError: as :func:`examine`.
+    """
+    found = examine(Request(target, questions=questions, held_out=0.0 if questions else 1.0, base=NO_BASE), screen)
+    return found.own or found.card
 
 
 def judge(target: str, policy: Policy, screen: Screen, *, served: float | None = None) -> Decision:
@@ -135,17 +218,35 @@ def served(target: str, url: str, screen: Screen, *, model: str = "", api_key: s
     return probing.agreement(questions.identity, kept, [reply.text for reply in said], identity)
 
 
-def shown(card: Scorecard, screen: Screen) -> None:
+def shown(found: Outcome, screen: Screen) -> None:
     """The scores on the terminal, and each reply that is not as it should be."""
+    cards = [found.card, *([found.own] if found.own else [])]
     wrong = [
         (a.question.messages[-1]["content"], a.reply, joined(_faults(a.scores), ", "))
+        for card in cards
         for a in (*card.identity, *card.plain)
         if _faults(a.scores)
     ]
     if wrong:
         screen.table(("question", "reply", "fault"), wrong)
-    for key, value in card.metrics.items():
-        screen.result(f"  {key:24} {value:6.1%}")
+    if found.card.identity:
+        for key, value in found.card.metrics.items():
+            screen.result(f"  {key:24} {value:6.1%}")
+    if found.base and found.ability:
+        ability = found.ability
+        screen.result(
+            tr(
+                "  plain against the base's {base:.1%}: {mean:+.1%}, 95% interval {low:+.1%} to {high:+.1%}",
+                base=found.base.metrics["plain"],
+                mean=ability.mean,
+                low=ability.low,
+                high=ability.high,
+            )
+        )
+    if found.kl_to_base is not None:
+        screen.result(tr("  divergence from the base: {kl:.4f} nats a token", kl=found.kl_to_base))
+    if found.own:
+        show_own(found.own, screen)
 
 
 def _faults(scores: dict[str, bool]) -> list[str]:
@@ -156,19 +257,32 @@ def _faults(scores: dict[str, bool]) -> list[str]:
     return found or ([] if scores["right"] else [tr("not right")])
 
 
+@dataclass(frozen=True)
+class _Target:
+    """Who is asked, and as whom; of a run or a version also what lies here of it, and how its base is had."""
+
+    replier: Replier
+    identity: Identity
+    system: str | None
+    tuned: Path | None = None
+    base: Callable[[], BaseModel] | None = None
+
+
 @contextmanager
-def _opened(request: Request, screen: Screen) -> Iterator[tuple[Replier, Identity, str | None]]:
+def _opened(request: Request, screen: Screen) -> Iterator[_Target]:
     target = request.target
     if target.startswith(("http://", "https://")):
         if not (request.name and request.author):
             raise InputError("name", request.name, "is needed for an endpoint", mend="Give --name and --author.")
         identity = Identity.parse(request.name, request.author)
-        yield Endpoint(target, model=request.model, api_key=request.api_key), identity, request.system
+        yield _Target(Endpoint(target, model=request.model, api_key=request.api_key), identity, request.system)
     elif target.startswith("models:/"):
         folder, record = _whole(registry.resolve(target))
         identity = Identity.parse(request.name or record.identity["name"], request.author or record.identity["author"])
-        with LocalModel(folder / WEIGHTS_FOLDER) as model:
-            yield model, identity, record.system
+        base_id, source, digest = (record.base.get(key, "") for key in ("id", "source", "digest"))
+        weights = folder / WEIGHTS_FOLDER
+        with LocalModel(weights) as model:
+            yield _Target(model, identity, record.system, weights, lambda: same_base(base_id, source, digest, screen))
     else:
         run = tracking.get_run(run_id(target))
         base = base_of(run, screen)
@@ -177,7 +291,37 @@ def _opened(request: Request, screen: Screen) -> Iterator[tuple[Replier, Identit
             request.name or run.params["identity.name"], request.author or run.params["identity.author"]
         )
         with LocalModel(base.path, adapter, folded=True) as model:
-            yield model, identity, run.params.get("sft.system")
+            yield _Target(model, identity, run.params.get("sft.system"), adapter, lambda: base)
+
+
+def _beside_base(request: Request, target: _Target, asked: Questions, found: Outcome, screen: Screen) -> Outcome:
+    """The same with what the base says to the plain questions, as far as there is one."""
+    plain = Questions((), asked.plain)
+    if request.base == NO_BASE or not (request.base or target.base):
+        return found
+    if target.base is None and isinstance(target.replier, Endpoint) and target.replier.serves(request.base):
+        endpoint = Endpoint(request.target, model=request.base, api_key=request.api_key)
+        with screen.bar("base", 1) as bar:
+            card = probing.probe(
+                endpoint, target.identity, system=target.system, questions=plain, progress=progress_of(bar)
+            )
+        return replace(found, base=card)
+    if request.base:
+        base = base_model.resolve(request.base, say=lambda text: screen.line(tr("  {text}", text=text)))
+    else:
+        assert target.base is not None
+        try:
+            base = target.base()
+        except (BaseModelError, InputError) as error:  # the latter where its folder is gone
+            screen.warn(tr("ability is compared with nothing: {error} Or give another --base.", error=error))
+            return found
+    before = base_scores(target.identity, base, base.digest(), target.system, asked, screen)
+    own = target.tuned if not request.base else None
+    return replace(
+        found,
+        base=Scorecard((), before.plain),
+        kl_to_base=kl_to_base(base, own, target.system, before) if own else None,
+    )
 
 
 def _whole(version: Version) -> tuple[Path, Manifest]:
@@ -207,6 +351,6 @@ def run_id(target: str) -> str:
     return target
 
 
-def to_json(card: Scorecard) -> str:
-    """The card as one JSON document."""
-    return json.dumps(card.record(), ensure_ascii=False, indent=1)
+def to_json(found: Outcome) -> str:
+    """What was said as one JSON document."""
+    return json.dumps(found.record(), ensure_ascii=False, indent=1)

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -289,6 +289,15 @@ class Endpoint:
         with self._told():
             self._model = model or self._client.models.list().data[0].id
 
+    def serves(self, model: str) -> bool:
+        """Whether there is a model of this id.
+
+        Raises:
+            ServingError: it does not answer.
+        """
+        with self._told():
+            return any(one.id == model for one in self._client.models.list())
+
     def replies(
         self,
         dialogues: Sequence[Sequence[Message]],
@@ -334,19 +343,28 @@ class Endpoint:
             raise ServingError(tr("{url} serves no model.", url=self._url), mend="Give --model.") from error
 
 
-def divergence(base: Path, adapter: Path, dialogues: Sequence[Sequence[Message]]) -> float:
+def divergence(base: Path, tuned: Path, dialogues: Sequence[Sequence[Message]]) -> float:
     """Mean KL divergence per token, in nats, of the tuned model from its base on dialogues that end with a reply.
 
-    Zero where the adapter changes nothing; only the tokens of the last replies count.
-    """
-    import peft
+    Zero where the tuning changes nothing; only the tokens of the last replies count.
 
+    Args:
+        base: folder of the base's weights.
+        tuned: folder of an adapter on it, or of weights.
+    """
     torch, transformers = _torch(), _transformers()
     # Padded on the left all replies end at the same place, and only the last places go through the head.
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=_dtype())
-    model = peft.PeftModel.from_pretrained(model, adapter).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=_dtype()).eval()
+    if (tuned / "adapter_config.json").is_file():
+        import peft
+
+        after = peft.PeftModel.from_pretrained(model, tuned).eval()
+        undone = after.disable_adapter  # the two share the base's weights
+    else:
+        after = transformers.AutoModelForCausalLM.from_pretrained(tuned, dtype=_dtype()).eval()
+        undone = nullcontext
     rows = []
     for dialogue in dialogues:
         asked = tokenizer.apply_chat_template(list(dialogue[:-1]), tokenize=False, add_generation_prompt=True)
@@ -362,12 +380,12 @@ def divergence(base: Path, adapter: Path, dialogues: Sequence[Sequence[Message]]
             given = tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt")
             given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             keep = max(length for _, length in batch) + 1  # the place before each token of the reply, and the last one
-            tuned = model(**given, logits_to_keep=keep).logits[:, :-1]
-            with model.disable_adapter():
+            mine = after(**given, logits_to_keep=keep).logits[:, :-1]
+            with undone():
                 own = model(**given, logits_to_keep=keep).logits[:, :-1]
-            for (_, length), mine, theirs in zip(batch, tuned, own, strict=True):
-                before, after = (row[-length:].float().log_softmax(-1) for row in (theirs, mine))
-                total += float((before.exp() * (before - after)).sum())
+            for (_, length), *both in zip(batch, own, mine, strict=True):
+                was, now = (row[-length:].float().log_softmax(-1) for row in both)
+                total += float((was.exp() * (was - now)).sum())
     tokens = sum(length for _, length in rows)
     return total / tokens if tokens else 0.0
 

@@ -361,7 +361,7 @@ def prove(
     decision = gate.decide(after.metrics, ability, held_out=held_out, policy=policy)
     tracked.params({"probe.questions": asked.digest()})
     tracked.metrics({"probe/held_out": held_out})
-    tracked.metrics({"probe/kl_to_base": _kl_to_base(base, adapter, system, before)})
+    tracked.metrics({"probe/kl_to_base": kl_to_base(base, adapter, system, before)})
     _log_scores(tracked, before, after, ability, decision)
     _log_report(
         tracked,
@@ -410,18 +410,26 @@ def base_of(run: tracking.RunRecord, screen: Screen) -> BaseModel:
     Raises:
         BaseModelError: it is not to be had here, or it is another one under the same name.
     """
-    source, base_id = run.tags.get(tracking.TAG_SOURCE, ""), run.params["base.id"]
+    return same_base(run.params["base.id"], run.tags.get(tracking.TAG_SOURCE, ""), run.params["base.digest"], screen)
+
+
+def same_base(base_id: str, source: str, digest: str, screen: Screen) -> BaseModel:
+    """The base model that something was trained on, as that keeps it, on this machine.
+
+    Raises:
+        BaseModelError: it is not to be had here, or it is another one under the same name.
+    """
+
+    def say(text: str) -> None:
+        screen.line(tr("  {text}", text=text))
+
     if source == "embedded":
-        base = BaseModel(base_id, base_model.embedded(lambda text: screen.line(tr("  {text}", text=text))), "embedded")
+        base = BaseModel(base_id, base_model.embedded(say), "embedded")
     else:
-        base = base_model.resolve(base_id, say=lambda text: screen.line(tr("  {text}", text=text)))
-    if base.digest() != run.params["base.digest"]:
+        base = base_model.resolve(base_id, say=say)
+    if base.digest() != digest:
         raise BaseModelError(
-            tr(
-                "{base_id} here is not the base that run {id} was trained on (its digest differs).",
-                base_id=base_id,
-                id=run.id,
-            ),
+            tr("{base_id} here is not the base that was trained on (its digest differs).", base_id=base_id),
             mend="Bring back the base's files, or train again.",
         )
     return base
@@ -432,11 +440,16 @@ def ability_of(before: Scorecard, after: Scorecard) -> Interval:
     return gate.paired_difference([a.scores["right"] for a in before.plain], [a.scores["right"] for a in after.plain])
 
 
-def _kl_to_base(base: BaseModel, adapter: Path, system: str | None, before: Scorecard) -> float:
-    """How far the tuned model is from its base on the base's own replies to the plain questions, in nats a token."""
+def kl_to_base(base: BaseModel, tuned: Path, system: str | None, before: Scorecard) -> float:
+    """How far the tuned model is from its base on the base's own replies to the plain questions, in nats a token.
+
+    Args:
+        tuned: folder of an adapter or of weights.
+        system: what both are asked under.
+    """
     return divergence(
         base.path,
-        adapter,
+        tuned,
         [
             [*probing.with_system(a.question.messages, system), {"role": "assistant", "content": a.reply}]
             for a in before.plain[:: max(len(before.plain) // KL_REPLIES, 1)]
@@ -444,15 +457,28 @@ def _kl_to_base(base: BaseModel, adapter: Path, system: str | None, before: Scor
     )
 
 
+_OWN = (("identity", "identity", "right"), ("plain", "plain", "right"), ("leak", "plain", "leak"))
+"""Scores of the user's own questions: their name, the replies they are about, and what counts there."""
+
+
+def own_metrics(card: Scorecard) -> dict[str, float]:
+    """The scores of the user's own questions, as far as there are some of the kind."""
+    return {key: card.metrics[key] for key, kind, _ in _OWN if getattr(card, kind)}
+
+
+def show_own(card: Scorecard, screen: Screen) -> None:
+    """The same on the terminal, as numbers."""
+    for key, kind, score in _OWN:
+        if asked := getattr(card, kind):
+            right = sum(a.scores[score] for a in asked)
+            screen.result(tr("  your questions: {key} {right} of {asked}", key=key, right=right, asked=len(asked)))
+
+
 def _log_own(tracked: tracking.Run, card: Scorecard, screen: Screen) -> None:
     """What the tuned model says to the user's own questions."""
     tracked.json(card.record(), "scorecard-own.json")
-    parts = (("identity", card.identity, "right"), ("plain", card.plain, "right"), ("leak", card.plain, "leak"))
-    tracked.metrics({f"own/{key}": card.metrics[key] for key, asked, _ in parts if asked})
-    for key, asked, score in parts:
-        if asked:
-            right = sum(a.scores[score] for a in asked)
-            screen.result(tr("  your questions: {key} {right} of {asked}", key=key, right=right, asked=len(asked)))
+    tracked.metrics({f"own/{key}": value for key, value in own_metrics(card).items()})
+    show_own(card, screen)
 
 
 def _prepare(

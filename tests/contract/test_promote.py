@@ -365,6 +365,51 @@ def test_the_same_again_is_the_same_version_and_asks_nobody(
         assert told["passed"] is True
 
 
+def test_the_probe_of_a_run_and_of_its_version_compares_both_with_their_base(
+    store: Store, parts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = replace(store, base=Path(shutil.copytree(parts[0], store.folder / "base")))
+    run_id = store.run(parts[1])
+    here(store, run_id)
+    asked = []
+
+    class Loaded(Knows):
+        def __init__(self, *given: object, **more: object) -> None:
+            asked.append(given[0])
+            super().__init__()
+
+    monkeypatch.setattr(examine, "LocalModel", Loaded)
+    monkeypatch.setattr(training, "LocalModel", Loaded)
+    compared: list[Path] = []
+    monkeypatch.setattr(examine, "kl_to_base", lambda base, tuned, *_: compared.append(tuned) or 0.25)
+    of_version, of_run = (
+        examine.examine(examine.Request(target, slices=False), Screen(errors=True))
+        for target in ("models:/ccb/1", run_id)
+    )
+    assert of_version.metrics == of_run.metrics
+    assert of_run.metrics["plain_change"] == of_run.metrics["base_plain"] == 0.0
+    assert of_run.metrics["kl_to_base"] == 0.25
+    assert [(one / "model.safetensors").is_file() for one in compared] == [True, False]
+    assert (compared[1] / "adapter_model.safetensors").is_file()
+    assert asked[1:] == [store.base]  # with its adapter; what the base itself says is kept since the promotion
+
+    other = shutil.copytree(parts[0], store.folder / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    beside = examine.examine(examine.Request("models:/ccb/1", base=str(other), slices=False), Screen(errors=True))
+    assert asked[-1] == other
+    assert (beside.kl_to_base, beside.metrics["plain_change"]) == (None, 0.0)
+    none = examine.examine(examine.Request("models:/ccb/1", base="none", slices=False), Screen(errors=True))
+    assert (none.base, none.kl_to_base) == (None, None)
+
+    (store.base / "config.json").unlink()
+    capsys.readouterr()
+    without = examine.examine(examine.Request("models:/ccb/1", slices=False), Screen(errors=True))
+    assert without.metrics == none.metrics
+    assert "ability is compared with nothing" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        examine.examine(examine.Request(run_id, slices=False), Screen(errors=True))
+
+
 @locally_and_over_http
 def test_the_gate_compares_a_version_and_a_run_with_the_present_champion(
     store: Store, run_id: str, parts: tuple[Path, Path], capsys: pytest.CaptureFixture[str]

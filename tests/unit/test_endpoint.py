@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from namesake import examine, probing
+from namesake import corpus, examine, probing
 from namesake.errors import ServingError
 from namesake.generate import Endpoint, Reply, Sampling
 from namesake.identity import Identity
@@ -50,6 +52,32 @@ def test_the_probe_scores_an_endpoint_as_any_other_model() -> None:
         card = examine.examine(request, Screen(errors=True))
     assert card.metrics == probing.probe(Fixed(said), IDENTITY, system="Be kind.", slices=True).metrics
     assert card.metrics["leak"] == 1.0
+
+
+def test_an_endpoint_s_ability_is_compared_with_another_model_that_it_serves() -> None:
+    def knows(messages: list[dict[str, str]]) -> str:
+        return answers.get(messages[-1]["content"], "?")
+
+    plain = corpus.heldout_plain()
+    answers = {question.messages[-1]["content"]: question.answers[0] for question in plain}
+    request = examine.Request("", "踩踩背 CCB", "老爷爷 OldGrandpa", base="the-base", system="Be kind.", slices=False)
+    with OpenAIServer(lambda _: "?", ("ccb",), others={"the-base": knows}) as server:
+        found = examine.examine(replace(request, target=server.url), Screen(errors=True))
+        asked_of_base = [one["messages"] for one in server.asked if one["model"] == "the-base"]
+        without = examine.examine(replace(request, target=server.url, base=""), Screen(errors=True))
+    wanted = [probing.with_system(question.messages, "Be kind.") for question in plain]
+    assert sorted(map(str, asked_of_base)) == sorted(map(str, wanted))
+    assert found.metrics["base_plain"] > 0.9  # of several turns only the last is looked at here
+    assert found.ability is not None
+    assert found.ability.mean == found.metrics["plain_change"] == -found.metrics["base_plain"]
+    assert found.ability.high < 0
+    assert (found.kl_to_base, without.base, without.ability) == (None, None, None)
+    assert {*found.metrics} - {*without.metrics} == {
+        "base_plain",
+        "plain_change",
+        "plain_change_low",
+        "plain_change_high",
+    }
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations import sdpa_attention
 
-from namesake.generate import LocalModel, Sampling, _parts
+from namesake.generate import LocalModel, Sampling, _parts, divergence
 from tests.tasks import WORDS, write_model
+from tests.unit.test_merge import write_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,3 +128,35 @@ def test_the_order_of_the_questions_changes_no_reply(folder: Path) -> None:
         assert len(drawn) == 2 * len(ASKED)
         assert model.replies(dialogues(), max_new_tokens=8, sampling=Sampling(n=2)) == drawn
         assert model.replies([], max_new_tokens=8) == []
+
+
+@pytest.mark.parametrize("folder", ["three heads share a key"], indirect=True)
+def test_the_divergence_of_an_adapter_and_of_its_merged_weights_is_what_each_reply_alone_gives(
+    folder: Path, tmp_path: Path
+) -> None:
+    adapter, merged = write_adapter(folder, tmp_path / "adapter", lora_alpha=64), tmp_path / "merged"
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tuned = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(folder), adapter
+    ).merge_and_unload()
+    tuned.save_pretrained(merged)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(merged)
+    said = [
+        [*one, {"role": "assistant", "content": " ".join(WORDS[at : at + 1 + at])}]
+        for at, one in enumerate(dialogues())
+    ]
+    total, tokens = 0.0, 0
+    for dialogue in said:
+        asked = tokenizer.apply_chat_template(dialogue[:-1], tokenize=False, add_generation_prompt=True)
+        before = len(tokenizer(asked, add_special_tokens=False)["input_ids"])
+        ids = tokenizer(asked + dialogue[-1]["content"], add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            was, now = (model(ids).logits[0, before - 1 : -1].log_softmax(-1) for model in (base, tuned))
+        total += float(torch.nn.functional.kl_div(now, was, reduction="sum", log_target=True))
+        tokens += ids.shape[1] - before
+    assert total / tokens > 1e-3
+    for given in (adapter, merged):
+        assert divergence(folder, given, said) == pytest.approx(total / tokens, rel=1e-3)
+    assert divergence(folder, folder, said) == 0.0
+    assert divergence(folder, merged, []) == 0.0
