@@ -108,6 +108,7 @@ class _Request:
     kept: Kept | None = None
     traced: _Traced | None = None
     hung: asyncio.TimerHandle | None = None
+    engine_ended: bool = False
     key: Key = field(default_factory=Key)
     allowance: Allowance | None = None
 
@@ -185,9 +186,11 @@ class Gateway:
         )
         self._traces = Traces(settings.traces_share, service.metrics) if settings.traces else None
         self._allowances = Allowances(settings.requests_per_minute, settings.tokens_per_minute)
+        # Its end is then no more the challenger's fault than the champion's.
+        self._one_engine = settings.mode == "adapter"
         # A few more than the engine works on, so that it has the next one at hand when one ends. An engine of adapters
         # keeps places of its own for versions that come in: there nobody waits inside.
-        ahead = 0 if settings.mode == "adapter" else settings.streams // 8
+        ahead = 0 if self._one_engine else settings.streams // 8
         self._turns = Turns(settings.streams + ahead, settings.most_requests)
         self._summoning = 0
         self.draining = False
@@ -498,7 +501,8 @@ class Gateway:
         try:
             await self._pass_through(request, live, alias, json.dumps(body).encode(), used, send, spare=spare)
         except Refused as ended:
-            self._service.note(live, True, time.monotonic() - begun)
+            if not (request.engine_ended and self._one_engine):
+                self._service.note(live, True, time.monotonic() - begun)
             used.prompt = used.prompt if request.status else 0
             return ended
         except Moved:
@@ -574,11 +578,13 @@ class Gateway:
                     await send({"type": "http.response.body", "body": whole})
                     return
                 headers.append((b"content-type", kind.encode()))
-                await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+                start = {"type": "http.response.start", "status": reply.status, "headers": headers}
                 first, rest = True, b""
                 events = [(begin, begin.removesuffix(b'"id"') + mark + b'"id"') for begin in _EVENTS]
                 async for chunk in reply.chunks():
                     if first:
+                        # The engine sends the head long before; should it end until now, nothing has been said.
+                        await send(start)
                         self._first_byte(request, begun)
                         first = False
                     if request.kept is not None:
@@ -597,10 +603,13 @@ class Gateway:
                     await send(
                         {"type": "http.response.body", "body": chunk.replace(called, own) + end, "more_body": True}
                     )
+                if first:
+                    await send(start)
                 await send({"type": "http.response.body", "body": rest})
         except Gone as error:
             # Before the reply began it is a 503 to try again; after, the connection is cut and the client sees it.
             _log.warning("%s engine: %s", request.id, error)
+            request.engine_ended = True
             raise _unavailable("The engine has just ended; it is started again.") from error
 
     async def _body(self, request: _Request, receive: Receive) -> bytes:

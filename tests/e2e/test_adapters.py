@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from namesake import manifest
 from namesake.manifest import Manifest
+from tests import mlflow_ui
 from tests.e2e.conftest import Way, served
-from tests.e2e.test_follow import Clients, ask, live_of, until_live
+from tests.e2e.test_follow import Clients, ask, kill_under_load, live_of, until_live
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -117,6 +118,21 @@ def test_the_alias_moves_between_adapters_and_no_request_notices(
     assert long.version == "ccb-v1", "the answer that was under way all the while is by one version"
 
 
+@pytest.mark.skipif(mlflow_ui.chromium() is None, reason="no Chromium on this machine")
+def test_an_alias_moved_in_the_ui_is_followed(endpoint: str, way: Way, second: int) -> None:
+    place = way.place
+    with (
+        mlflow_ui.make_ui(place.root, place.folder, place.tracking_uri) as url,
+        Clients(endpoint, 2, {"model": "ccb@champion"}) as clients,
+    ):
+        for number in (second, 1):
+            with mlflow_ui.tab() as page:
+                mlflow_ui.open_registry(page, url, "ccb")
+                mlflow_ui.move_alias(page, "champion", number)
+                clients.wait_for(f"ccb-v{number}", time.monotonic())
+    assert clients.faults == []
+
+
 class Streaming:
     """A long answer by the champion that begins before the alias moves."""
 
@@ -209,3 +225,13 @@ def test_broken_adapters_leave_the_old_one_and_the_engine_lives(
     assert [why for index, (_, why) in enumerate(BROKEN) if why not in told[index]] == [], told
     client.set_registered_model_alias("ccb", "champion", "1")
     until_live(endpoint, 1)
+
+
+def test_a_killed_engine_is_started_again_with_its_adapters(endpoint: str, second: int) -> None:
+    kill_under_load(endpoint)
+    for _ in range(600):
+        if f"ccb-v{second}" in models(endpoint):
+            break
+        time.sleep(0.1)
+    for number in (1, second):
+        assert ask(endpoint, model=f"ccb-v{number}", max_tokens=2)[0] == f"ccb-v{number}"

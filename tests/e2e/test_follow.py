@@ -370,8 +370,14 @@ def test_a_version_that_is_deleted_while_it_is_served_goes_on_answering(
 
 
 def test_a_killed_engine_is_started_again_and_every_request_is_answered_or_told_to_come_again(endpoint: str) -> None:
-    server = server_of(endpoint)
-    engines = [pid for pid in session_of(server) if "vllm" in command_of(pid)]
+    kill_under_load(endpoint)
+
+
+def kill_under_load(url: str) -> None:
+    """SIGKILL the engine while eight clients ask: each is answered, told to come again or, where its reply had begun,
+    cut; and answered again once the engine has been started.
+    """
+    engines = [pid for pid in session_of(server_of(url)) if "vllm" in command_of(pid)]
     ended: list[list[str]] = [[] for _ in range(8)]
     killed = threading.Event()
 
@@ -379,7 +385,7 @@ def test_a_killed_engine_is_started_again_and_every_request_is_answered_or_told_
         after = False  # whether what was answered was asked after the kill
         while not (after and ended[number][-1] == "answered"):
             after = killed.is_set()
-            ended[number].append(end_of(endpoint, stream=number % 2 == 0))
+            ended[number].append(end_of(url, stream=number % 2 == 0))
             time.sleep(0 if ended[number][-1] == "answered" else 0.3)
 
     threads = [threading.Thread(target=ask_on, args=(number,)) for number in range(len(ended))]

@@ -71,6 +71,7 @@ ENGINES = (CHAT, TEXT, RESPONSES)
 STREAM = {**BODIES[CHAT], "stream": True}
 KEY = "sk-right"
 DIE = "die"
+HEAD = "head"
 
 
 def compact(value: object) -> bytes:
@@ -99,7 +100,8 @@ class Upstream:
     """A real HTTP server on a Unix socket that answers as vLLM does, or worse, and notes what it is asked.
 
     ``whole`` is a reply in one piece, where ``of_path`` has none; ``script`` is what it does for a streamed reply:
-    bytes are sent, an event is waited for, ``DIE`` cuts the connection. ``begin`` is waited for before any reply.
+    bytes are sent, an event is waited for, ``HEAD`` sends the head, as vLLM does long before its first event, ``DIE``
+    cuts the connection. ``begin`` is waited for before any reply.
     ``drop`` is for how many requests the connection is closed, as if it had rested for too long.
     """
 
@@ -154,13 +156,16 @@ class Upstream:
             if isinstance(what, asyncio.Event):
                 await what.wait()
                 continue
-            if isinstance(what, str):
+            if what == DIE:
                 assert request.transport is not None
                 request.transport.abort()
                 raise ConnectionResetError
             if not response.prepared:
-                await response.prepare(request)
-            await response.write(what)
+                writer = await response.prepare(request)
+                assert writer is not None
+                writer.send_headers()
+            if isinstance(what, bytes):
+                await response.write(what)
         return response
 
     async def figures(self, _request: web.Request) -> web.Response:
@@ -1727,8 +1732,18 @@ async def test_when_the_engine_ends_before_the_client_has_anything_it_is_told_to
 @in_a_loop
 async def test_when_the_engine_ends_before_the_first_event_the_client_is_told_to_come_again() -> None:
     async with front() as gate:
-        gate.upstream.script = [DIE]
-        assert told_to_come_again(await gate.ask("POST", CHAT, body=STREAM))
+        for script in ([DIE], [HEAD, DIE]):
+            gate.upstream.script = script
+            assert told_to_come_again(await gate.ask("POST", CHAT, body=STREAM))
+        await gate.at_rest()
+
+
+@in_a_loop
+async def test_a_stream_of_no_event_is_passed_on() -> None:
+    async with front() as gate:
+        gate.upstream.script = [HEAD]
+        reply = await gate.ask("POST", CHAT, body=STREAM)
+        assert (reply.status, reply.body) == (200, b"")
         await gate.at_rest()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from namesake_serving.traffic import Answerer, Live
@@ -15,6 +17,7 @@ from tests.unit.test_serving_gateway import (
     CHAT,
     DIE,
     END,
+    HEAD,
     STREAM,
     Front,
     event,
@@ -156,6 +159,32 @@ async def test_a_client_of_a_challenger_that_has_ended_is_answered_by_the_champi
         assert gate.serving.noted == [("ccb-v4", True), ("ccb-v3", False)]
         exact = await gate.ask("POST", CHAT, body={**body, "model": "ccb@challenger"})  # asked for by name: it is told
         assert exact.status == 503
+
+
+@in_a_loop
+async def test_a_client_of_a_challenger_that_ends_before_its_first_event_is_answered_by_the_champion() -> None:
+    async with front() as gate, upstream() as other:
+        with_challenger(gate, other)
+        other.script = [HEAD, DIE]
+        reply = await gate.ask("POST", CHAT, body=STREAM)
+        assert (reply.status, reply.headers["x-namesake-version"]) == (200, "ccb-v3")
+        assert gate.serving.noted == [("ccb-v4", True), ("ccb-v3", False)]
+
+
+@in_a_loop
+async def test_the_end_of_an_engine_that_both_are_in_is_no_fault_of_the_challenger() -> None:
+    async with front(mode="adapter") as gate:
+        with_challenger(gate, gate.upstream)
+        for script in ([HEAD, DIE], [event("我是"), DIE]):
+            gate.upstream.script = script
+            with suppress(aiohttp.ClientPayloadError):
+                async with gate.stream() as response:
+                    await response.read()
+        await gate.at_rest()
+        assert gate.serving.noted == []
+        gate.upstream.status, gate.upstream.script = 500, [event("我是"), END]  # it goes on, and has failed by itself
+        assert (await gate.ask("POST", CHAT)).status == 500
+        assert gate.serving.noted == [("ccb-v4", True), ("ccb-v3", True)]
 
 
 @in_a_loop
