@@ -15,6 +15,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from namesake import gate, recipe, search
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +27,12 @@ Schema = dict[str, Any]
 _INTEGER = r"^\s*[+-]?\d+(_\d+)*\s*$"
 _NUMBER = r"^\s*[+-]?(\d+(_\d+)*(\.(\d+(_\d+)*)?)?|\.\d+(_\d+)*)([eE][+-]?\d+(_\d+)*)?\s*$"
 _SCALARS = ["string", "number", "boolean"]
+
+_KEPT = ("type", "enum", "minimum", "exclusiveMinimum", "maximum", "default")
+"""What a schema tells of a recipe's own field, in this order."""
+
+OWN = ("other_systems", "held_out")
+"""A recipe's own numbers beside replay."""
 
 # A value in quotes is read as one on the command line, so text is right where it reads as what is wanted: YAML 1.1, which
 # PyYAML speaks, takes 1e-3 for text.
@@ -83,7 +91,7 @@ def recipe_schema() -> Schema:
         "type": "object",
         "additionalProperties": False,
         "properties": {
-            "about": {"type": [*_SCALARS, "null"], "description": plain(told["about"])},
+            "about": {"type": ["string", "null"], "description": plain(told["about"])},
             "dataset": {
                 "anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": {"type": "string"}}],
                 "description": plain(told["dataset"]),
@@ -92,10 +100,10 @@ def recipe_schema() -> Schema:
             "replay": {
                 "type": ["object", "null"],
                 "additionalProperties": False,
-                "properties": _replay(),
+                "properties": _fields(recipe.Replay),
                 "description": plain(told["replay"]),
             },
-            **_beside(),
+            **_fields(recipe.Recipe, *OWN),
             "sft": {
                 "type": ["object", "null"],
                 "additionalProperties": False,
@@ -118,31 +126,12 @@ def recipe_schema() -> Schema:
     }
 
 
-def _replay() -> Schema:
-    """The fields of replay."""
-    told = attributes(recipe.Replay)
-    bounds: dict[str, Schema] = {
-        "int": {"type": "integer", "minimum": 0},
-        "float": {"type": "number", "exclusiveMinimum": 0},
-        "str": {"enum": [*recipe.REPLAY_LOSSES]},
-    }
+def _fields(of: type, *names: str) -> Schema:
+    """Fields of a recipe as pydantic has them, with our words."""
+    made, told = TypeAdapter(of).json_schema()["properties"], attributes(of)
     return {
-        field.name: {
-            **bounds[str(field.type)],
-            "default": field.default,
-            "description": plain(told[field.name]),
-        }
-        for field in dataclasses.fields(recipe.Replay)
-    }
-
-
-def _beside() -> Schema:
-    """A recipe's own numbers beside replay."""
-    told = attributes(recipe.Recipe)
-    share = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
-    return {
-        "other_systems": {"type": "integer", "minimum": 0, "default": 0, "description": plain(told["other_systems"])},
-        "held_out": {**share, "default": 1.0, "description": plain(told["held_out"])},
+        name: {key: made[name][key] for key in _KEPT if key in made[name]} | {"description": plain(told[name])}
+        for name in names or made
     }
 
 
@@ -283,9 +272,9 @@ def without_null(value: Schema) -> Schema:
 
 def _parameters() -> Schema:
     """What a sweep may vary: a recipe's own numbers, ms-swift's arguments, and whole recipes."""
-    fields = {"replay" if name == "prompts" else f"replay.{name}": one for name, one in _replay().items()}
+    fields = {"replay" if name == "prompts" else f"replay.{name}": one for name, one in _fields(recipe.Replay).items()}
     made: Schema = {search.RECIPE: {"$ref": "#/$defs/str", "description": "Whole recipes, by name or as files."}}
-    for name, one in (fields | _beside()).items():
+    for name, one in (fields | _fields(recipe.Recipe, *OWN)).items():
         kind = {"integer": "int", "number": "float"}.get(one.get("type", ""), "str")
         value = {key: bound for key, bound in one.items() if key not in {"default", "description"}}
         made[name] = {"description": one["description"], **_parameter(value, kind)}

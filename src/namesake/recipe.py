@@ -11,15 +11,18 @@ import difflib
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from namesake.errors import RecipeError
 from namesake.messages import joined, tr
@@ -43,7 +46,8 @@ OURS = {
 }
 """Arguments that a recipe must not hold, since Namesake gives them itself, and what to use instead."""
 
-REPLAY_LOSSES = ("kl", "cross_entropy")
+ReplayLoss = Literal["kl", "cross_entropy"]
+REPLAY_LOSSES: tuple[str, ...] = get_args(ReplayLoss)
 KL_LOSS_TYPE = "replay_kl"
 """What ms-swift's ``--loss_type`` calls the first of them."""
 
@@ -64,7 +68,24 @@ OWN = (
 """What overrides may set beside ms-swift's arguments; ``replay`` alone is the number of prompts."""
 
 
-@dataclass(frozen=True)
+def _a_number(value: object) -> object:
+    if isinstance(value, bool):  # which pydantic would take for 0 or 1
+        raise PydanticCustomError("float_type", "is no number")
+    return value
+
+
+def _names(value: object) -> object:
+    return tuple(value.split()) if isinstance(value, str) else value
+
+
+Count = Annotated[int, Field(ge=0), BeforeValidator(_a_number)]
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_a_number)]
+Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(_a_number)]
+
+_CHECKED = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_CHECKED)
 class Replay:
     """How much replay is mixed in, and how it is learnt.
 
@@ -76,11 +97,11 @@ class Replay:
         opening_weight: how much more its first tokens count, where a reply turns to the name or does not.
     """
 
-    prompts: int = 0
-    max_new_tokens: int = 64
-    loss: str = "kl"
-    weight: float = 1.0
-    opening_weight: float = 1.0
+    prompts: Count = 0
+    max_new_tokens: Count = 64
+    loss: ReplayLoss = "kl"
+    weight: Weight = 1.0
+    opening_weight: Weight = 1.0
 
     @property
     def distils(self) -> bool:
@@ -94,7 +115,7 @@ class Replay:
         return {f"NAMESAKE_REPLAY_{key}": f"{value:g}" for key, value in weights.items()} if self.distils else {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CHECKED)
 class Recipe:
     """How to train.
 
@@ -111,11 +132,11 @@ class Recipe:
 
     name: str
     about: str
-    dataset: tuple[str, ...]
+    dataset: Annotated[tuple[str, ...], BeforeValidator(_names)]
     replay: Replay = field(default_factory=Replay)
-    other_systems: int = 0
-    held_out: float = 1.0
-    sft: Mapping[str, Value] = field(default_factory=dict)
+    other_systems: Count = 0
+    held_out: Share = 1.0
+    sft: dict[str, Any] = field(default_factory=dict)
 
     @property
     def system(self) -> str | None:
@@ -173,29 +194,42 @@ def setting(recipe: Recipe, key: str) -> Value | None:
 
 def _own(recipe: Recipe, given: Mapping[str, str], faults: list[str]) -> Recipe:
     """The recipe with the overrides of its own fields laid over it."""
-    values: dict[str, Any] = {}
-    for key, text in given.items():
-        if key == "replay.loss":
-            values[key] = text
-            if text not in REPLAY_LOSSES:
-                faults.append(
-                    tr("{key}={text} is neither {names}", key=key, text=text, names=" nor ".join(REPLAY_LOSSES))
-                )
-        elif key == "held_out":
-            values[key] = _from_text(key, "float", text, faults)
-            if isinstance(values[key], float) and not 0 < values[key] <= 1:
-                faults.append(tr("{key}={text} is no share greater than 0, at most 1", key=key, text=text))
-        elif key in {"replay.weight", "replay.opening_weight"}:
-            values[key] = _from_text(key, "float", text, faults)
-            if isinstance(values[key], float) and not values[key] > 0:
-                faults.append(tr("{key}={text} is not greater than 0", key=key, text=text))
+    beside = {key: value for key, value in given.items() if not key.startswith("replay")}
+    named = {key.partition(".")[2] or "prompts": value for key, value in given.items() if key not in beside}
+    try:
+        recipe = replace(recipe, replay=replace(recipe.replay, **named))  # type: ignore[arg-type]
+    except ValidationError as error:
+        faults += _told(error, "replay")
+    try:
+        return replace(recipe, **beside)  # type: ignore[arg-type]
+    except ValidationError as error:
+        faults += _told(error)
+        return recipe
+
+
+def _told(error: ValidationError, *under: str) -> Iterator[str]:
+    """What pydantic found, in our words."""
+    for one in error.errors():
+        path, value, kind = [*under, *map(str, one["loc"])], one["input"], one["type"]
+        key = "replay" if path == ["replay", "prompts"] else ".".join(path)
+        if kind == "unexpected_keyword_argument":
+            yield tr("{key} is nothing that a recipe has", key=key)
+        elif kind.startswith("int_"):
+            yield tr("{key}={value} is no whole number", key=key, value=value)
+        elif kind.startswith("float_"):
+            yield tr("{key}={value} is no number", key=key, value=value)
+        elif kind == "finite_number":
+            yield tr("{key}={value} is not finite", key=key, value=value)
+        elif kind == "literal_error":
+            yield tr("{key}={value} is none of {allowed}", key=key, value=value, allowed=", ".join(REPLAY_LOSSES))
+        elif kind == "greater_than_equal":
+            yield tr("{key}={value} is less than none", key=key, value=value)
+        elif kind == "greater_than":
+            yield tr("{key}={value} is not greater than 0", key=key, value=value)
+        elif kind == "less_than_equal":
+            yield tr("{key}={value} is greater than 1", key=key, value=value)
         else:
-            values[key] = _whole_number(key, text, faults)
-            if values[key] < 0:
-                faults.append(tr("{key}={text} is less than none", key=key, text=text))
-    beside = {key: values.pop(key) for key in ("other_systems", "held_out") if key in values}
-    named = {key.partition(".")[2] or "prompts": value for key, value in values.items()}
-    return replace(recipe, replay=replace(recipe.replay, **named), **beside)
+            yield tr("{key}={value} is of the wrong kind", key=key, value=value)
 
 
 def parse_args(line: str) -> dict[str, str]:
@@ -295,62 +329,12 @@ def _read(name_or_path: str) -> Recipe:
             tr("holds something else than {fields}", fields=", ".join(sorted(fields))),
             mend="See recipes/default.yaml.",
         )
-    dataset = data.get("dataset") or []
-    datasets = dataset if isinstance(dataset, list) else [dataset]
-    if not all(isinstance(one, str) for one in datasets):
-        raise RecipeError(
-            "recipe",
-            str(path),
-            tr("dataset: {dataset!r} is no name", dataset=dataset),
-            mend="Write one as text, or a list.",
-        )
+    sft = {OLD_SPELLINGS.get(str(k), str(k)): v for k, v in (data.pop("sft", None) or {}).items() if v is not None}
+    beside = {"about": "", "dataset": (), **{key: value for key, value in data.items() if value is not None}}
     try:
-        replay = Replay(**(data.get("replay") or {}))
-    except TypeError as error:
-        raise RecipeError(
-            "recipe", str(path), tr("replay: {error}", error=error), mend="See recipes/default.yaml."
-        ) from error
-    other_systems = data.get("other_systems", 0)
-    for number in (replay.prompts, replay.max_new_tokens, other_systems):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise RecipeError(
-                "recipe",
-                str(path),
-                tr("replay or other_systems: {number!r} is no number of prompts, tokens or rows", number=number),
-                mend="Write a whole number.",
-            )
-    for weight in (replay.weight, replay.opening_weight):
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise RecipeError(
-                "recipe",
-                str(path),
-                tr("replay: {weight!r} is no weight", weight=weight),
-                mend="Write a number greater than 0.",
-            )
-    held_out = data.get("held_out", 1.0)
-    if isinstance(held_out, bool) or not isinstance(held_out, int | float) or not 0 < held_out <= 1:
-        raise RecipeError(
-            "recipe",
-            str(path),
-            tr("held_out: {held_out!r} is no share", held_out=held_out),
-            mend="Write a number greater than 0, at most 1.",
-        )
-    if replay.loss not in REPLAY_LOSSES:
-        raise RecipeError(
-            "recipe",
-            str(path),
-            tr("replay: no loss {loss!r}", loss=replay.loss),
-            mend=tr("Use {losses}.", losses=" / ".join(REPLAY_LOSSES)),
-        )
-    return Recipe(
-        name=path.stem,
-        about=str(data.get("about", "")),
-        dataset=tuple(dataset if isinstance(dataset, list) else dataset.split()),
-        replay=replay,
-        other_systems=other_systems,
-        held_out=float(held_out),
-        sft={OLD_SPELLINGS.get(str(k), str(k)): v for k, v in (data.get("sft") or {}).items() if v is not None},
-    )
+        return Recipe(name=path.stem, sft=sft, **beside)
+    except ValidationError as error:
+        raise RecipeError("recipe", str(path), joined([*_told(error)]), mend="See recipes/default.yaml.") from error
 
 
 def _checked(key: str, value: Any, faults: list[str]) -> Value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -248,8 +249,34 @@ def test_a_file_that_is_no_recipe_is_refused(write: Path, text: str) -> None:
 @pytest.mark.parametrize("weight", ["0", "-1", "true", ".inf", ".nan", "much"])
 @pytest.mark.parametrize("key", ["weight", "opening_weight"])
 def test_what_is_no_weight_is_refused(tmp_path: Path, key: str, weight: str) -> None:
-    with pytest.raises(RecipeError, match="is no weight"):
+    with pytest.raises(RecipeError, match=rf"own\.yaml': replay\.{key}=[^ ]+ is (no number|not )"):
         load(tmp_path / "own.yaml", f"replay: {{prompts: 5, {key}: {weight}}}\nsft: {{}}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("replay: {promts: 3}", "replay.promts is nothing that a recipe has"),
+        (
+            "replay: {prompts: -3, loss: mse}",
+            "replay=-3 is less than none; replay.loss=mse is none of kl, cross_entropy",
+        ),
+        ("replay: 200", "replay=200 is of the wrong kind"),
+        ("other_systems: 2.5", "other_systems=2.5 is no whole number"),
+        ("held_out: 1.5", "held_out=1.5 is greater than 1"),
+        ("dataset: [1]", "dataset.0=1 is of the wrong kind"),
+    ],
+)
+def test_a_wrong_value_in_a_file_is_named(write: Path, text: str, says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(write, text)
+    assert f": {says}. " in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"prompts": -1}, {"prompts": True}, {"loss": "mse"}, {"weight": 0}, {"promts": 3}])
+def test_a_replay_made_in_python_is_checked_as_one_in_a_file(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Replay"):
+        Replay(**wrong)
 
 
 def test_the_loss_is_told_its_weights_only_where_it_is_used(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_every_shipped_space_can_be_read_and_has_the_recipe_itself_first() -> No
         ("parameters: {lora_rank: {choices: [{}]}}", "not different texts and numbers"),
         ("parameters: {lora_rank: 8}", "needs either choices or a range"),
         ("parameters: {lora_rank: {choices: [8], range: [1, 2]}}", "needs either choices or a range"),
-        ("parameters: {replay.loss: {choices: [kl, mse]}}", "replay.loss=mse is neither kl nor cross_entropy"),
+        ("parameters: {replay.loss: {choices: [kl, mse]}}", "replay.loss=mse is none of kl, cross_entropy"),
         ("parameters: {replay: {range: [-1, 4]}}", "replay=-1 is less than none"),
         ("parameters: {recipe: {choices: [default, nothing]}}", "there is no such recipe"),
         ("recipe: nothing\nparameters: {lora_rank: {choices: [8]}}", "there is no such recipe"),
