@@ -183,6 +183,7 @@ def serve(
     cluster = ray_backend(given) if given.backend == "ray" else None
     certificate = tls(given)
     listening = listen(given.host, given.port)
+    engine.make_room_for_sockets()
     with (
         tempfile.TemporaryDirectory(prefix=temporary("serve")) as folder,
         # Before anything is asked of the registry: vLLM takes seconds to import, and so does MLflow.

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from namesake.errors import ServingError
+from namesake.errors import InputError, ServingError
 from namesake.messages import tr
 from namesake.process import end_with_parent, multiplies_bf16
 from namesake_serving import vllm_plugin, vllm_preload
@@ -429,6 +430,29 @@ def environment(inherited: os._Environ[str] | dict[str, str], plugin: Path, *, g
         }
     paths = [str(plugin), str(Path(__file__).parents[1]), *filter(None, [inherited.get("PYTHONPATH")])]
     return {**ours, **inherited, "VLLM_PLUGINS": ",".join(plugins), "PYTHONPATH": os.pathsep.join(paths)}
+
+
+_SOCKETS_NAME = 50
+"""Bytes that a socket's path has behind the folder of temporary files: our own or vLLM's, with a margin."""
+
+_SOCKETS_PATH = 107
+"""Bytes that it may have in all (``sun_path``, unix(7))."""
+
+
+def make_room_for_sockets() -> None:
+    """Have temporary folders, of this process and of what it starts, where Unix sockets in them can be.
+
+    That is ``/tmp`` where ``TMPDIR`` is too long a path.
+
+    Raises:
+        InputError: there they cannot be.
+    """
+    given, other = tempfile.gettempdir(), "/tmp"
+    if len(os.fsencode(given)) + _SOCKETS_NAME <= _SOCKETS_PATH:
+        return
+    if not os.access(other, os.W_OK | os.X_OK):
+        raise InputError("TMPDIR", given, "is too long for the paths of Unix sockets", mend="Give a shorter folder.")
+    os.environ["TMPDIR"] = tempfile.tempdir = other
 
 
 def plugin_folder(folder: Path) -> Path:

@@ -17,7 +17,7 @@ import threading
 import time
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -827,3 +827,19 @@ def test_an_address_that_is_not_this_machines_is_refused(host: str) -> None:
         listen(host, 8000)
     assert caught.value.parameter == "port"
     assert host in caught.value.message
+
+
+@pytest.mark.parametrize("length", [57, 58, 300])
+def test_sockets_have_room_where_the_folder_of_temporary_files_is_too_deep(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = f"/{'x' * (length - 1)}"
+    monkeypatch.setattr(tempfile, "tempdir", given)
+    monkeypatch.setenv("TMPDIR", given)
+    engine.make_room_for_sockets()
+    wanted = given if length == 57 else "/tmp"
+    assert (tempfile.gettempdir(), os.environ["TMPDIR"]) == (wanted, wanted)
+    monkeypatch.setattr(tempfile, "tempdir", given)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with nullcontext() if length == 57 else pytest.raises(InputError, match=r"TMPDIR=.* is too long .*Give a shorter"):
+        engine.make_room_for_sockets()
