@@ -126,6 +126,7 @@ def examine(request: Request, screen: Screen) -> Outcome:
     asked = corpus.heldout(request.held_out) if request.held_out else Questions((), ())
     found = Outcome(Scorecard((), ()))
     with _opened(request, screen) as target:
+        base = _base(request, target, screen) if asked.identity else None  # a wrong one is told before the waiting
 
         def probed(questions: Questions, slices: bool) -> Scorecard:
             with screen.bar("probe", 1) as bar:
@@ -142,7 +143,7 @@ def examine(request: Request, screen: Screen) -> Outcome:
             found = replace(found, card=probed(asked, request.slices))
         if own:
             found = replace(found, own=probed(own, False))
-    return _beside_base(request, target, asked, found, screen) if asked.identity else found
+    return _beside(base, request, target, asked, found, screen) if base else found
 
 
 def ask(target: str, screen: Screen, *, questions: str = "") -> Scorecard:
@@ -294,34 +295,38 @@ def _opened(request: Request, screen: Screen) -> Iterator[_Target]:
             yield _Target(model, identity, run.params.get("sft.system"), adapter, lambda: base)
 
 
-def _beside_base(request: Request, target: _Target, asked: Questions, found: Outcome, screen: Screen) -> Outcome:
-    """The same with what the base says to the plain questions, as far as there is one."""
-    plain = Questions((), asked.plain)
+def _base(request: Request, target: _Target, screen: Screen) -> BaseModel | Endpoint | None:
+    """What its ability is compared with; none where there is nothing."""
     if request.base == NO_BASE or not (request.base or target.base):
-        return found
-    if target.base is None and isinstance(target.replier, Endpoint) and target.replier.serves(request.base):
-        endpoint = Endpoint(request.target, model=request.base, api_key=request.api_key)
+        return None
+    if isinstance(target.replier, Endpoint) and target.replier.serves(request.base):
+        return Endpoint(request.target, model=request.base, api_key=request.api_key)
+    if request.base:
+        return base_model.resolve(request.base, say=lambda text: screen.line(tr("  {text}", text=text)))
+    assert target.base is not None
+    try:
+        return target.base()
+    except (BaseModelError, InputError) as error:  # the latter where its folder is gone
+        screen.warn(tr("ability is compared with nothing: {error} Or give another --base.", error=error))
+        return None
+
+
+def _beside(
+    base: BaseModel | Endpoint, request: Request, target: _Target, asked: Questions, found: Outcome, screen: Screen
+) -> Outcome:
+    """The same with what the base says to the plain questions."""
+    if isinstance(base, Endpoint):
+        plain = Questions((), asked.plain)
         with screen.bar("base", 1) as bar:
             card = probing.probe(
-                endpoint, target.identity, system=target.system, questions=plain, progress=progress_of(bar)
+                base, target.identity, system=target.system, questions=plain, progress=progress_of(bar)
             )
         return replace(found, base=card)
-    if request.base:
-        base = base_model.resolve(request.base, say=lambda text: screen.line(tr("  {text}", text=text)))
-    else:
-        assert target.base is not None
-        try:
-            base = target.base()
-        except (BaseModelError, InputError) as error:  # the latter where its folder is gone
-            screen.warn(tr("ability is compared with nothing: {error} Or give another --base.", error=error))
-            return found
     before = base_scores(target.identity, base, base.digest(), target.system, asked, screen)
-    own = target.tuned if not request.base else None
-    return replace(
-        found,
-        base=Scorecard((), before.plain),
-        kl_to_base=kl_to_base(base, own, target.system, before) if own else None,
-    )
+    found = replace(found, base=Scorecard((), before.plain))
+    if request.base or target.tuned is None:
+        return found
+    return replace(found, kl_to_base=kl_to_base(base, target.tuned, target.system, before))
 
 
 def _whole(version: Version) -> tuple[Path, Manifest]:

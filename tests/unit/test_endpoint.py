@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from namesake import corpus, examine, probing
-from namesake.errors import ServingError
+from namesake.errors import InputError, ServingError
 from namesake.generate import Endpoint, Reply, Sampling
 from namesake.identity import Identity
 from namesake.terminal import Screen
@@ -78,6 +78,14 @@ def test_an_endpoint_s_ability_is_compared_with_another_model_that_it_serves() -
         "plain_change_low",
         "plain_change_high",
     }
+
+
+def test_a_base_that_is_nowhere_is_told_before_anything_is_asked() -> None:
+    with OpenAIServer(echo, ("ccb",)) as server:
+        request = examine.Request(server.url, "踩踩背 CCB", "老爷爷 OldGrandpa", base="no-such-model")
+        with pytest.raises(InputError, match="no-such-model"):
+            examine.examine(request, Screen(errors=True))
+        assert server.asked == []
 
 
 @pytest.mark.parametrize(
