@@ -127,27 +127,15 @@ def examine(request: Request, screen: Screen) -> Outcome:
     found = Outcome(Scorecard((), ()))
     with _opened(request, screen) as target:
         base = _base(request, target, screen) if asked.identity else None  # a wrong one is told before the waiting
-
-        def probed(questions: Questions, slices: bool) -> Scorecard:
-            with screen.bar("probe", 1) as bar:
-                return probing.probe(
-                    target.replier,
-                    target.identity,
-                    system=target.system,
-                    questions=questions,
-                    slices=slices,
-                    progress=progress_of(bar),
-                )
-
         if asked.identity:
-            found = replace(found, card=probed(asked, request.slices))
+            found = replace(found, card=_probed(target, asked, screen, slices=request.slices))
         if own:
-            found = replace(found, own=probed(own, False))
+            found = replace(found, own=_probed(target, own, screen, slices=False))
     return _beside(base, request, target, asked, found, screen) if base else found
 
 
 def ask(target: str, screen: Screen, *, questions: str = "") -> Scorecard:
-    """The scorecard of a run or a version that is asked now.
+    """The scorecard of a run or a version that is asked now, also under other system prompts and sampled.
 
     Args:
         questions: file of own questions, asked instead of the held-out ones.
@@ -155,8 +143,9 @@ def ask(target: str, screen: Screen, *, questions: str = "") -> Scorecard:
     Raises:
         InputError, RegistryError, TrackingError, BaseModelError: as :func:`examine`.
     """
-    found = examine(Request(target, questions=questions, held_out=0.0 if questions else 1.0, base=NO_BASE), screen)
-    return found.own or found.card
+    asked = corpus.read_questions(Path(questions)) if questions else corpus.heldout()
+    with _opened(Request(target), screen) as opened:
+        return _probed(opened, asked, screen, slices=True)
 
 
 def judge(target: str, policy: Policy, screen: Screen, *, served: float | None = None) -> Decision:
@@ -293,6 +282,18 @@ def _opened(request: Request, screen: Screen) -> Iterator[_Target]:
         )
         with LocalModel(base.path, adapter, folded=True) as model:
             yield _Target(model, identity, run.params.get("sft.system"), adapter, lambda: base)
+
+
+def _probed(target: _Target, questions: Questions, screen: Screen, *, slices: bool) -> Scorecard:
+    with screen.bar("probe", 1) as bar:
+        return probing.probe(
+            target.replier,
+            target.identity,
+            system=target.system,
+            questions=questions,
+            slices=slices,
+            progress=progress_of(bar),
+        )
 
 
 def _base(request: Request, target: _Target, screen: Screen) -> BaseModel | Endpoint | None:

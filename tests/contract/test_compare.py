@@ -194,6 +194,20 @@ def test_asked_anew_both_answer_now(make: Any, monkeypatch: pytest.MonkeyPatch) 
     assert {score.difference for score in found.scores} == {0.0}
 
 
+def test_own_questions_are_asked_of_both_under_every_system_prompt(
+    make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    a, b = make(card(), weights()), make(card(), weights())
+    monkeypatch.setattr(examine, "LocalModel", Knows)
+    (tmp_path / "mine.jsonl").write_text(
+        '{"question": "Who?", "asks": ["name"]}\n{"question": "1+1?", "answers": ["2"]}\n', encoding="utf-8"
+    )
+    found = compared(a, b, questions=str(tmp_path / "mine.jsonl"))
+    assert {"identity", "identity_none", "identity_customer", "identity_sampled", "plain"} <= {
+        score.metric for score in found.scores
+    }
+
+
 @pytest.mark.parametrize("wrong", ["ccb", "models:/ccb", "http://127.0.0.1:8000/v1"])
 def test_what_is_neither_run_nor_version_is_told(client: mlflow.MlflowClient, wrong: str) -> None:
     with pytest.raises(InputError):
