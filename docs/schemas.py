@@ -31,7 +31,7 @@ _SCALARS = ["string", "number", "boolean"]
 _KEPT = ("type", "enum", "minimum", "exclusiveMinimum", "maximum", "default")
 """What a schema tells of a recipe's own field, in this order."""
 
-OWN = ("other_systems", "held_out")
+OWN = tuple(key for key in recipe.OWN if not key.startswith("replay"))
 """A recipe's own numbers beside replay."""
 
 # A value in quotes is read as one on the command line, so text is right where it reads as what is wanted: YAML 1.1, which

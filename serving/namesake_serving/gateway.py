@@ -108,7 +108,6 @@ class _Request:
     kept: Kept | None = None
     traced: _Traced | None = None
     hung: asyncio.TimerHandle | None = None
-    engine_ended: bool = False
     key: Key = field(default_factory=Key)
     allowance: Allowance | None = None
 
@@ -501,7 +500,7 @@ class Gateway:
         try:
             await self._pass_through(request, live, alias, json.dumps(body).encode(), used, send, spare=spare)
         except Refused as ended:
-            if not (request.engine_ended and self._one_engine):
+            if not (self._one_engine and isinstance(ended.__cause__, Gone)):
                 self._service.note(live, True, time.monotonic() - begun)
             used.prompt = used.prompt if request.status else 0
             return ended
@@ -609,7 +608,6 @@ class Gateway:
         except Gone as error:
             # Before the reply began it is a 503 to try again; after, the connection is cut and the client sees it.
             _log.warning("%s engine: %s", request.id, error)
-            request.engine_ended = True
             raise _unavailable("The engine has just ended; it is started again.") from error
 
     async def _body(self, request: _Request, receive: Receive) -> bytes:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Outcome:
     base: Scorecard | None = None
     kl_to_base: float | None = None
 
-    @property
+    @cached_property
     def ability(self) -> gate.Interval | None:
         """How plain answers changed against the base's, paired; none where there is no base."""
         return ability_of(self.base, self.card) if self.base else None
@@ -303,7 +304,7 @@ def _base(request: Request, target: _Target, screen: Screen) -> BaseModel | Endp
     if isinstance(target.replier, Endpoint) and target.replier.serves(request.base):
         return Endpoint(request.target, model=request.base, api_key=request.api_key)
     if request.base:
-        return base_model.resolve(request.base, say=lambda text: screen.line(tr("  {text}", text=text)))
+        return base_model.resolve(request.base, say=screen.detail)
     assert target.base is not None
     try:
         return target.base()

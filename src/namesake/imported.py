@@ -184,7 +184,7 @@ def _base(request: Request, checkpoint: Checkpoint, screen: Screen) -> BaseModel
     if not named:
         raise _refused(checkpoint.path, tr("has an {file} that names no model", file=_ARGS), "Give --model.")
     try:
-        return base_model.resolve(named, say=lambda text: screen.line(tr("  {text}", text=text)))
+        return base_model.resolve(named, say=screen.detail)
     except (InputError, BaseModelError) as error:
         raise BaseModelError(
             tr("The base model of the checkpoint cannot be had: {message}", message=error.message),

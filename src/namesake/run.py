@@ -175,7 +175,7 @@ def run(request: Request, screen: Screen, watch: Watch | None = None) -> Outcome
             }
         )
         screen.step(tr("run {title}", title=title))
-        base = base_model.resolve(request.model, say=lambda text: screen.line(tr("  {text}", text=text)))
+        base = base_model.resolve(request.model, say=screen.detail)
         if base.note:
             screen.warn(base.note)
         base_digest = base.digest()
@@ -272,7 +272,7 @@ def join(request: Request, layout: Layout, screen: Screen) -> None:
             mend="Call `namesake run` with the same arguments on this node.",
         )
     plan = recipe.load(request.recipe, overrides=request.overrides, args=request.args)
-    base = base_model.resolve(request.model, say=lambda text: screen.line(tr("  {text}", text=text)))
+    base = base_model.resolve(request.model, say=screen.detail)
     log = Path(str(plan.sft.get("output_dir", "output"))).resolve() / "nodes" / str(layout.node) / "train.log"
     log.unlink(missing_ok=True)
     screen.step(tr("node {node} of {nodes}: trains when node 0 does", node=layout.node, nodes=layout.nodes))
@@ -419,14 +419,10 @@ def same_base(base_id: str, source: str, digest: str, screen: Screen) -> BaseMod
     Raises:
         BaseModelError: it is not to be had here, or it is another one under the same name.
     """
-
-    def say(text: str) -> None:
-        screen.line(tr("  {text}", text=text))
-
     if source == "embedded":
-        base = BaseModel(base_id, base_model.embedded(say), "embedded")
+        base = BaseModel(base_id, base_model.embedded(screen.detail), "embedded")
     else:
-        base = base_model.resolve(base_id, say=say)
+        base = base_model.resolve(base_id, say=screen.detail)
     if base.digest() != digest:
         raise BaseModelError(
             tr("{base_id} here is not the base that was trained on (its digest differs).", base_id=base_id),

@@ -34,6 +34,7 @@ from namesake.messages import tr
 from namesake.paths import store_address, temporary
 from namesake.search import Search, Trial
 from namesake.terminal import Screen
+from namesake.tracking import RunRecord
 
 PLAN = "sweep.json"
 """Artifact of the parent: what was asked for, from which the sweep goes on."""
@@ -326,18 +327,19 @@ def _open(parent: tracking.Run, identity: Identity, plan: Mapping[str, Any], wan
 
 def _earlier(parent: str, screen: Screen) -> list[dict[str, Any]]:
     """What came of the trials before an interruption. Failed ones are tried again, and so is what was under way."""
-    for child in tracking.children(parent):
+    children = tracking.children(parent)
+    for child in children:
         if child.status == "RUNNING" and TAG_RESULT not in child.tags:
             tracking.left_behind(child.id)
-    results = [result for result in _kept_results(parent) if result["state"] != "failed"]
+    results = [result for result in _kept_results(children) if result["state"] != "failed"]
     if results:
         screen.line(tr("  {count} trials are there already", count=len(results)))
     return results
 
 
-def _kept_results(parent: str) -> list[dict[str, Any]]:
+def _kept_results(children: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """What came of each trial that ended, as its run says."""
-    return [json.loads(one.tags[TAG_RESULT]) for one in tracking.children(parent) if TAG_RESULT in one.tags]
+    return [json.loads(one.tags[TAG_RESULT]) for one in children if TAG_RESULT in one.tags]
 
 
 def _all(
@@ -446,7 +448,7 @@ def _through_ray(
     finally:
         _close_what_workers_left(parent, results)
     # The worker, which has the last word, also knows the run's id of a trial that was given up.
-    kept = {result["number"]: result for result in _kept_results(parent)}
+    kept = {result["number"]: result for result in _kept_results(tracking.children(parent))}
     results[:] = [kept.get(result["number"], result) for result in results]
 
 
@@ -456,9 +458,10 @@ def _close_what_workers_left(parent: str, results: Sequence[Mapping[str, Any]]) 
     A worker that outlived the head for a moment may yet have written what came of its trial; that counts then. One
     whose trial was given up is killed after some seconds; what it had no time to say is said here.
     """
-    ended = {result["number"] for result in _kept_results(parent)}
+    children = tracking.children(parent)
+    ended = {result["number"] for result in _kept_results(children)}
     given_up = {one["number"]: one for one in results if one["state"] == "pruned" and one["number"] not in ended}
-    for child in reversed(tracking.children(parent)):  # of a trial that was begun anew the last counts
+    for child in reversed(children):  # of a trial that was begun anew the last counts
         if TAG_RESULT in child.tags:
             continue
         result = given_up.pop(int(child.tags.get(TAG_TRIAL, -1)), None)

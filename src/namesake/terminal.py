@@ -134,6 +134,10 @@ class Screen:
         """One line of what was asked for, likewise."""
         self.console.print(Text(translated(text), style=style), soft_wrap=True)
 
+    def detail(self, text: str) -> None:
+        """A line that belongs to the step before it."""
+        self.line(tr("  {text}", text=text))
+
     def step(self, text: str) -> None:
         """What begins now."""
         self.line(f"› {translated(text)}", "bold")

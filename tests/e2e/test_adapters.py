@@ -37,10 +37,7 @@ def endpoint(way: Way, client: mlflow.MlflowClient, second: int) -> Iterator[str
         patch.setenv("NAMESAKE_SERVE_CANARY_LATENCY", "50")  # a busy machine is not what is tested
         server = served(way.place, "--mode", "adapter", "--poll-seconds", "0.2", *words)
     with server as url:
-        for _ in range(300):
-            if f"ccb-v{second}" in models(url):
-                break
-            time.sleep(0.1)
+        until_there(url, second)
         yield url
 
 
@@ -48,6 +45,14 @@ def models(url: str) -> list[str]:
     """What is answered to."""
     with urllib.request.urlopen(f"{url}/models", timeout=5) as response:
         return [one["id"] for one in json.load(response)["data"]]
+
+
+def until_there(url: str, number: int, seconds: float = 180) -> None:
+    """Wait until the version answers, too."""
+    end = time.monotonic() + seconds
+    while f"ccb-v{number}" not in models(url):
+        assert time.monotonic() < end, f"version {number} is not among them"
+        time.sleep(0.2)
 
 
 def certainty(url: str, model: str) -> float:
@@ -229,9 +234,6 @@ def test_broken_adapters_leave_the_old_one_and_the_engine_lives(
 
 def test_a_killed_engine_is_started_again_with_its_adapters(endpoint: str, second: int) -> None:
     kill_under_load(endpoint)
-    for _ in range(600):
-        if f"ccb-v{second}" in models(endpoint):
-            break
-        time.sleep(0.1)
+    until_there(endpoint, second)
     for number in (1, second):
         assert ask(endpoint, model=f"ccb-v{number}", max_tokens=2)[0] == f"ccb-v{number}"

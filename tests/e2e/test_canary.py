@@ -9,12 +9,11 @@ import time
 from collections.abc import Iterator
 
 import mlflow
-import psutil
 import pytest
 
-from tests.e2e.conftest import Way, served, session_of
-from tests.e2e.test_adapters import models
-from tests.e2e.test_follow import Clients, command_of, figure, live_of, server_of
+from tests.e2e.conftest import Way, served
+from tests.e2e.test_adapters import until_there
+from tests.e2e.test_follow import Clients, engines, figure, live_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -33,22 +32,8 @@ def endpoint(way: Way, second: int, client: mlflow.MlflowClient) -> Iterator[str
         patch.setenv("NAMESAKE_SERVE_CANARY_LATENCY", "50")  # a busy machine is not what is tested
         server = served(way.place, "--eager", "--poll-seconds", "0.2", *words)
     with server as url:
-        until_challenged(url, second)
+        until_there(url, second)
         yield url
-
-
-def until_challenged(url: str, number: int, seconds: float = 180) -> None:
-    """Wait until the challenger answers."""
-    end = time.monotonic() + seconds
-    while f"ccb-v{number}" not in models(url):
-        assert time.monotonic() < end, f"version {number} is no challenger"
-        time.sleep(0.2)
-
-
-def engines(url: str) -> list[int]:
-    """The engines' first processes, in the order of their starts."""
-    found = [pid for pid in session_of(server_of(url)) if "vllm.entrypoints" in command_of(pid)]
-    return sorted(found, key=lambda pid: psutil.Process(pid).create_time())
 
 
 def test_two_engines_answer_side_by_side_and_copies_are_kept(endpoint: str, way: Way, second: int) -> None:
@@ -96,7 +81,7 @@ def test_a_challenger_whose_engine_is_killed_goes_back_by_itself_and_no_request_
     client.delete_registered_model_alias("ccb", "challenger")
     time.sleep(1)
     client.set_registered_model_alias("ccb", "challenger", str(second))
-    until_challenged(endpoint, second)
+    until_there(endpoint, second)
     with Clients(endpoint, CLIENTS, {"max_tokens": 8}) as clients:
         clients.wait_for(f"ccb-v{second}", time.monotonic())
     assert clients.faults == []

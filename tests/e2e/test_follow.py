@@ -377,7 +377,7 @@ def kill_under_load(url: str) -> None:
     """SIGKILL the engine while eight clients ask: each is answered, told to come again or, where its reply had begun,
     cut; and answered again once the engine has been started.
     """
-    engines = [pid for pid in session_of(server_of(url)) if "vllm" in command_of(pid)]
+    engine = engines(url)[0]
     ended: list[list[str]] = [[] for _ in range(8)]
     killed = threading.Event()
 
@@ -392,7 +392,7 @@ def kill_under_load(url: str) -> None:
     for thread in threads:
         thread.start()
     time.sleep(2)
-    os.kill(engines[0], signal.SIGKILL)
+    os.kill(engine, signal.SIGKILL)
     killed.set()
     for thread in threads:
         thread.join(120)
@@ -533,6 +533,12 @@ def other_configuration(way: Way, client: mlflow.MlflowClient) -> int:
 def server_of(url: str) -> int:
     """The process that serves there; others of this session may serve, too."""
     return children_named(f"namesake_serving --port {urlsplit(url).port}")[0]
+
+
+def engines(url: str) -> list[int]:
+    """The engines' first processes, in the order of their starts."""
+    found = [pid for pid in session_of(server_of(url)) if "vllm.entrypoints" in command_of(pid)]
+    return sorted(found, key=lambda pid: psutil.Process(pid).create_time())
 
 
 def children_named(part: str) -> list[int]:

@@ -9,11 +9,10 @@ import time
 from collections.abc import Iterator
 
 import mlflow
-import psutil
 import pytest
 
-from tests.e2e.conftest import Way, served, session_of
-from tests.e2e.test_follow import Clients, calm_certainty, command_of, end_of, figure, live_of, server_of
+from tests.e2e.conftest import Way, served
+from tests.e2e.test_follow import Clients, calm_certainty, end_of, engines, figure, live_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -36,12 +35,6 @@ def until_ready(url: str, seconds: float = 180) -> None:
     while figure(url, "namesake_standby_ready") != 1:
         assert time.monotonic() < end, "there is no standby"
         time.sleep(0.2)
-
-
-def engines(url: str) -> list[int]:
-    """The engines' first processes, in the order of their starts."""
-    found = [pid for pid in session_of(server_of(url)) if "vllm.entrypoints" in command_of(pid)]
-    return sorted(found, key=lambda pid: psutil.Process(pid).create_time())
 
 
 def test_versions_change_under_load_and_each_came_in_by_the_standby(
