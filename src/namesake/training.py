@@ -71,7 +71,7 @@ def load_rows(datasets: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
             "is no file here, and ModelScope cannot be reached from here",
             mend="Connect, or give files (jsonl, json, csv).",
         )
-    with _quiet():
+    with _quiet(), _environment():
         from swift import load_dataset
 
         def read(names: Sequence[str]) -> Any:
@@ -116,7 +116,7 @@ def train(argv: Sequence[str], listener: Listener, log: Path, environment: Mappi
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _output_to(log):
+        with _output_to(log), _environment(environment):
             import torch
             from swift import SftArguments, TrainerCallback, callbacks_map, sft_main
             from swift.utils import parse_args
@@ -124,7 +124,6 @@ def train(argv: Sequence[str], listener: Listener, log: Path, environment: Mappi
             from namesake import distil  # registers its loss
 
             distil.CACHE = cache_folder()
-            os.environ.update(environment or {})
 
             class Forward(TrainerCallback):  # type: ignore[misc]
                 """Hands ms-swift's events on to the listener."""
@@ -231,6 +230,28 @@ def _printing_to_descriptors() -> Iterator[None]:
                 # Never closed: handlers of loggers that are made meanwhile keep it.
                 stack.enter_context(redirected(os.fdopen(number, "w", buffering=1, encoding="utf-8", closefd=False)))
         yield
+
+
+@contextmanager
+def _environment(given: Mapping[str, str] | None = None) -> Iterator[None]:
+    """The environment with what is given; afterwards without it, and the object that it was.
+
+    ``datasets`` puts a copy in the place of ``os.environ`` wherever it maps (``Dataset.map``): whoever holds the
+    first one, rich and default arguments of ours among them, would not see what is set from then on.
+    """
+    first, given = os.environ, given or {}
+    before = {name: first.get(name) for name in given}
+    first.update(given)
+    try:
+        yield
+    finally:
+        now, os.environ = {**os.environ}, first
+        for name in {*first, *now, *given}:
+            value = before.get(name) if name in given else now.get(name)
+            if value is None:
+                first.pop(name, None)
+            elif first.get(name) != value:
+                first[name] = value
 
 
 @contextmanager

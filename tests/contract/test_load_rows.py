@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from namesake.distributed import layout
 from namesake.errors import DataError
 from namesake.training import load_rows
 
@@ -56,6 +58,16 @@ def test_dialogues_are_read_whole_with_their_tag(dialogues: Path) -> None:
     assert sorted(((row["messages"], row["tag"]) for row in found), key=str) == sorted(
         ((row["messages"], row["tag"]) for row in written), key=str
     )
+
+
+def test_the_environment_stays_the_object_it_was(dialogues: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = os.environ
+    load_rows([str(dialogues)], seed=42)  # ms-swift maps, and datasets would leave a copy
+    assert os.environ is environment
+    monkeypatch.setenv("NPROC_PER_NODE", "2")  # as in a notebook's next cell
+    found = layout()
+    assert found
+    assert found.per_node == 2
 
 
 def test_a_table_of_query_and_response_becomes_dialogues(table: Path) -> None:
