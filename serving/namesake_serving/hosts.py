@@ -104,7 +104,13 @@ class Engines:
         self._coming += 1
         try:
             start = (weights, self._settings, self._folder, name, adapters, ready)
-            running = await asyncio.to_thread(engine.start, *start)
+            begun = asyncio.create_task(asyncio.to_thread(engine.start, *start))
+            try:
+                running = await asyncio.shield(begun)
+            except asyncio.CancelledError:  # the thread goes on, and nobody else would know of what it starts
+                with suppress(ServingError):
+                    await self.end(await begun)
+                raise
             self.started.append(running)
             try:
                 await asyncio.to_thread(running.wait_ready, self._settings.start_seconds, tick)

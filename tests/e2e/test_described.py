@@ -1,0 +1,79 @@
+"""What the OpenAPI description allows and forbids is answered as it says, with a real engine behind the gateway."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from schemathesis.config import SchemathesisConfig
+
+from namesake_serving.requests import FIELDS
+from namesake_serving.settings import Settings
+from tests.e2e.conftest import Way, served
+from tests.e2e.test_follow import ask, engines
+from tests.unit.test_serving_gateway import BODIES, CHAT, RESPONSES, TEXT
+from tests.unit.test_serving_openapi import DESCRIPTION, JSON, check_as_described
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+MOST = 8
+"""Tokens of a reply; the usual bound would have the engine talk for a minute where a request names none."""
+
+
+def _here(one: dict[str, Any]) -> dict[str, Any]:
+    """A part of the description as it holds for a server with that bound and without keys."""
+    if one.get("maximum") == Settings.model_fields["max_tokens"].default:
+        one["maximum"] = MOST
+    one.pop("security", None)
+    return one
+
+
+schema = schemathesis.openapi.from_dict(
+    json.loads(DESCRIPTION.read_text(encoding="utf-8"), object_hook=_here),
+    config=SchemathesisConfig.from_dict({"generation": {"mode": "all"}}),
+).include(path=[CHAT, TEXT, RESPONSES])
+SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def endpoint(way: Way) -> Iterator[str]:
+    """A server whose replies are short; in the end the same engine says what it said at first."""
+    with served(way.place, "--eager", "--max-tokens", str(MOST)) as url:
+        before = engines(url), ask(url, max_tokens=MOST)
+        yield url
+        assert (engines(url), ask(url, max_tokens=MOST)) == before
+
+
+@schema.parametrize()
+@settings(SETTINGS, max_examples=40, phases=[Phase.explicit, Phase.generate])
+def test_every_request_that_it_describes_and_every_one_it_forbids_is_answered_as_it_says(
+    case: schemathesis.Case, endpoint: str
+) -> None:
+    check_as_described(case, case.call(base_url=endpoint.removesuffix("/v1"), timeout=60))
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, RESPONSES])
+@given(data=st.data())
+@settings(SETTINGS, max_examples=60)
+def test_whatever_is_in_a_field_is_no_failure_of_the_engine(path: str, data: st.DataObject, endpoint: str) -> None:
+    more: dict[str, Any] = data.draw(st.dictionaries(st.sampled_from(sorted(FIELDS[path])), JSON, max_size=3))
+    body = json.dumps({**BODIES[path], **more}).encode("utf-8", "surrogatepass")
+    request = urllib.request.Request(
+        f"{endpoint.removesuffix('/v1')}{path}", body, {"content-type": "application/json"}
+    )
+    opener = urllib.request.build_opener(_AnyStatus)
+    with opener.open(request, timeout=60) as response:
+        assert response.status in {200, 400, 404}, response.read()
+
+
+class _AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Hands a refusal back as it hands an answer back."""
+
+    def http_response(self, _request: urllib.request.Request, response: Any) -> Any:
+        return response
