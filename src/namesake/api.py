@@ -101,6 +101,7 @@ def probe(
     api_key: str = "",
     system: str | None = None,
     slices: bool = True,
+    sampled: int | None = None,
     quiet: bool = False,
 ) -> ProbeOutcome:
     """Ask a model who it is, compare its ability with its base's, and score what it says by rule: ``namesake probe``.
@@ -117,6 +118,7 @@ def probe(
         api_key: key of the endpoint.
         system: system prompt for an endpoint; none: its own.
         slices: ask also under other system prompts, and sampled.
+        sampled: so many identity questions are asked sampled, four replies each; none for all, on a CPU here for 16.
         quiet: print no progress.
 
     Raises:
@@ -135,6 +137,7 @@ def probe(
         api_key=api_key,
         system=system,
         slices=slices,
+        sampled=sampled,
     )
     with _loudness(quiet):
         return examine.examine(request, Screen())

@@ -357,6 +357,13 @@ def probe(
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = "",
     system: Annotated[str | None, typer.Option(help="System prompt for an endpoint; none: its own.")] = None,
     slices: Annotated[bool, typer.Option(help="Ask also under other system prompts, and sampled.")] = True,
+    sampled: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Identity questions that are asked sampled, four replies each; default: all, on a CPU here 16.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole scorecard as JSON.")] = False,
 ) -> None:
     """Ask a model who it is, compare its ability with its base's, and score what it says by rule."""
@@ -375,6 +382,7 @@ def probe(
         api_key=api_key,
         system=system,
         slices=slices,
+        sampled=sampled,
     )
     found = examine.examine(request, screen)
     if as_json:

@@ -61,6 +61,8 @@ class Request:
         api_key: the endpoint's key.
         system: system prompt of an endpoint's questions; none leaves it to the endpoint.
         slices: ask also under other system prompts, and sampled.
+        sampled: so many of the identity questions are asked sampled; none for all, or for fewer where the model answers
+            from this machine's CPU (:func:`namesake.probing.probe`).
     """
 
     target: str
@@ -73,6 +75,7 @@ class Request:
     api_key: str = ""
     system: str | None = None
     slices: bool = True
+    sampled: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def examine(request: Request, screen: Screen) -> Outcome:
     with _opened(request, screen) as target:
         base = _base(request, target, screen) if asked.identity else None  # a wrong one is told before the waiting
         if asked.identity:
-            found = replace(found, card=_probed(target, asked, screen, slices=request.slices))
+            found = replace(found, card=_probed(target, asked, screen, slices=request.slices, sampled=request.sampled))
         if own:
             found = replace(found, own=_probed(target, own, screen, slices=False))
     return _beside(base, request, target, asked, found, screen) if base else found
@@ -285,7 +288,9 @@ def _opened(request: Request, screen: Screen) -> Iterator[_Target]:
             yield _Target(model, identity, run.params.get("sft.system"), adapter, lambda: base)
 
 
-def _probed(target: _Target, questions: Questions, screen: Screen, *, slices: bool) -> Scorecard:
+def _probed(
+    target: _Target, questions: Questions, screen: Screen, *, slices: bool, sampled: int | None = None
+) -> Scorecard:
     with screen.bar("probe", 1) as bar:
         return probing.probe(
             target.replier,
@@ -293,6 +298,7 @@ def _probed(target: _Target, questions: Questions, screen: Screen, *, slices: bo
             system=target.system,
             questions=questions,
             slices=slices,
+            sampled=sampled,
             progress=progress_of(bar),
         )
 

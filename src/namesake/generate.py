@@ -55,7 +55,13 @@ class Sampling:
 
 
 class Replier(Protocol):
-    """Anything that answers dialogues."""
+    """Anything that answers dialogues.
+
+    Attributes:
+        slow: whether it computes on this machine's CPU, where each reply counts.
+    """
+
+    slow: bool
 
     def replies(
         self,
@@ -86,6 +92,7 @@ class LocalModel(AbstractContextManager["LocalModel"]):
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.slow = self._device == "cpu"
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=_dtype()).to(self._device)
         if model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(_grouped_attention())
@@ -280,6 +287,8 @@ class Endpoint:
         api_key: the key it wants; empty for none.
         streams: requests under way at a time.
     """
+
+    slow = False
 
     def __init__(self, url: str, *, model: str = "", api_key: str = "", streams: int = 16) -> None:
         import openai

@@ -38,8 +38,9 @@ SYSTEM_SLICES = {"none": "", "customer": CUSTOMER}
 SAMPLED = "sampled"
 SAMPLING = Sampling(n=4, temperature=0.7, seed=0)
 SAMPLED_QUESTIONS = 16
-"""The slice under the trained prompt that is drawn instead of greedy: so many of the identity questions, taken at even
-distances (each language and kind has its share), ``SAMPLING.n`` replies to each.
+"""Replies to an identity question are drawn, too, ``SAMPLING.n`` to each, under the trained prompt. Where replies take
+long, on a CPU in this process, only to so many of the questions, taken at even distances: each language and kind has
+its share.
 """
 
 OLD_IDENTITIES = (
@@ -242,6 +243,7 @@ def probe(
     system: str | None,
     questions: Questions | None = None,
     slices: bool = False,
+    sampled: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scorecard:
     """Ask the questions greedily under the system prompt (none: the model's template decides).
@@ -249,10 +251,13 @@ def probe(
     Args:
         questions: what is asked; none for the held-out questions.
         slices: ask the identity questions also without a system prompt, under a customer's, and sampled.
+        sampled: so many of them are asked sampled; none for all, or where the replier is slow ``SAMPLED_QUESTIONS``.
     """
     questions = questions or corpus.heldout()
     who, plain = questions.identity, questions.plain
-    few = corpus.spread(who, SAMPLED_QUESTIONS)
+    if sampled is None:
+        sampled = SAMPLED_QUESTIONS if replier.slow else len(who)
+    few = corpus.spread(who, sampled)
     rounds: list[tuple[str, Sequence[Question], str | None, int, Sampling | None]] = [
         ("identity", who, system, IDENTITY_TOKENS, None),
         ("plain", plain, system, PLAIN_TOKENS, None),
@@ -293,8 +298,8 @@ def scorecard(
 ) -> Scorecard:
     """Score replies to the questions (none: the held-out ones), given in the questions' order.
 
-    The slice ``sampled`` has ``SAMPLING.n`` replies to each of its questions, all to the first one first; any other has
-    one reply to each identity question.
+    The slice ``sampled`` has ``SAMPLING.n`` replies to each question that was asked in it, all to the first one first;
+    any other has one reply to each identity question.
     """
     questions = questions or corpus.heldout()
 
@@ -304,10 +309,11 @@ def scorecard(
             for question, reply in zip(asked, replies, strict=True)
         )
 
-    def asked_in(name: str) -> Sequence[Question]:
+    def asked_in(name: str, replies: Sequence[str]) -> Sequence[Question]:
         if name != SAMPLED:
             return questions.identity
-        return [q for q in corpus.spread(questions.identity, SAMPLED_QUESTIONS) for _ in range(SAMPLING.n)]
+        few = corpus.spread(questions.identity, len(replies) // SAMPLING.n)
+        return [question for question in few for _ in range(SAMPLING.n)]
 
     return Scorecard(
         scored(questions.identity, identity_replies),
@@ -315,7 +321,7 @@ def scorecard(
             Answered(question, reply, {"right": is_right(question, reply), "leak": leaks(reply, identity)})
             for question, reply in zip(questions.plain, plain_replies, strict=True)
         ),
-        {name: scored(asked_in(name), replies) for name, replies in (slices or {}).items()},
+        {name: scored(asked_in(name, replies), replies) for name, replies in (slices or {}).items()},
     )
 
 

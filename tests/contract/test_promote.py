@@ -73,6 +73,8 @@ pytestmark = pytest.mark.timeout(600)
 class Knows:
     """A model that says who it is, and nothing else; it stands where transformers would answer."""
 
+    slow = True
+
     def __init__(self, *_: object, **__: object) -> None:
         self._said = {json.dumps(q.messages): SAID[q.language] for q in corpus.heldout_identity()}
 

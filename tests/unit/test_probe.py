@@ -303,6 +303,8 @@ def test_a_chinese_answer_may_stand_inside_a_sentence() -> None:
 class Fixed:
     """A replier that gives one reply to everything; remembers what it was asked, and how much in each go."""
 
+    slow = True
+
     def __init__(self, text: str = "") -> None:
         self.asked: list[tuple[list[Message], int]] = []
         self.goes: list[int] = []
@@ -406,8 +408,21 @@ def test_few_questions_are_asked_in_one_go_and_each_reply_is_its_questions(share
     assert [done for done, _ in told] == sorted(done for done, _ in told)
 
 
-def test_replies_of_a_card_make_the_same_card_again() -> None:
-    card = probing.probe(Fixed("I'm CCB."), IDENTITY, system=None, slices=True)
+@pytest.mark.parametrize(
+    ("slow", "given", "asked"), [(True, None, 16), (False, None, 64), (True, 64, 64), (False, 5, 5)]
+)
+def test_all_are_asked_sampled_unless_replies_take_long(slow: bool, given: int | None, asked: int) -> None:
+    fixed = Fixed()
+    fixed.slow = slow
+    card = probing.probe(fixed, IDENTITY, system=None, slices=True, sampled=given)
+    questions = [one.question for one in card.slices["sampled"]]
+    assert questions == [q for q in corpus.spread(corpus.heldout().identity, asked) for _ in range(4)]
+    assert len(questions) == 4 * asked
+
+
+@pytest.mark.parametrize("sampled", [None, 64])
+def test_replies_of_a_card_make_the_same_card_again(sampled: int | None) -> None:
+    card = probing.probe(Fixed("I'm CCB."), IDENTITY, system=None, slices=True, sampled=sampled)
     said = card.replies()
     assert probing.scorecard(IDENTITY, said["identity"], said["plain"], slices=said["slices"]) == card
 

@@ -17,6 +17,8 @@ from namesake.replay import Dialogue, replay_rows, usable
 class Parrot:
     """A replier that says the last message back; remembers what it was asked."""
 
+    slow = True
+
     def __init__(self, replies: Sequence[Reply] | None = None) -> None:
         self.asked: list[list[Message]] = []
         self.limits: list[int] = []
