@@ -209,7 +209,10 @@ def served(target: str, url: str, screen: Screen, *, model: str = "", api_key: s
             max_new_tokens=probing.IDENTITY_TOKENS,
             progress=lambda done: bar.advance(done, total=len(kept)),
         )
-    return probing.agreement(questions.identity, kept, [reply.text for reply in said], identity)
+    texts = [reply.text for reply in said]
+    words = probing.same_words(kept, texts)
+    screen.detail(tr("the same words in {words:.1%} of the replies", words=words))
+    return probing.agreement(questions.identity, kept, texts, identity)
 
 
 def shown(found: Outcome, screen: Screen) -> None:

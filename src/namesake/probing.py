@@ -231,6 +231,11 @@ def agreement(questions: Sequence[Question], ones: Sequence[str], others: Sequen
     return same / len(questions)
 
 
+def same_words(ones: Sequence[str], others: Sequence[str]) -> float:
+    """The fraction of the replies that are the same to the letter: what :func:`agreement` does not ask for."""
+    return sum(one == other for one, other in zip(ones, others, strict=True)) / len(ones)
+
+
 def share(answered: Sequence[Answered], score: str) -> float:
     """The fraction of the replies with the score; 0 of none."""
     return sum(a.scores[score] for a in answered) / len(answered) if answered else 0.0

@@ -264,7 +264,7 @@ def _make(
             made = merge.merge(base.path, adapter, merged, system=system)
             screen.line(tr("  merged ({way})", way=made.way))
             parity, card = _compare(identity, base, adapter, merged, system, questions, screen)
-            scores = {**card.metrics, **ability_of(before, card).metrics(), "parity": parity, "held_out": _share(run)}
+            scores = {**card.metrics, **ability_of(before, card).metrics(), **parity, "held_out": _share(run)}
             champion = champions_scores(name, run.id, questions.digest())
             decision = gate.decide_kept(scores, champion=champion, policy=request.policy)
             shutil.copytree(adapter, model.folder / ADAPTER_FOLDER, copy_function=link_or_copy)
@@ -344,8 +344,8 @@ def _compare(
     system: str | None,
     questions: Questions,
     screen: Screen,
-) -> tuple[float, Scorecard]:
-    """How often merged model and adapter say the same, and the merged model's scorecard."""
+) -> tuple[dict[str, float], Scorecard]:
+    """How often merged model and adapter state the same, and in the same words; and the merged model's scorecard."""
     screen.step("asking the merged model and the adapter the same questions")
     with LocalModel(merged) as model, screen.bar("merged", 1) as bar:
         scores = probing.probe(
@@ -357,8 +357,20 @@ def _compare(
             max_new_tokens=probing.IDENTITY_TOKENS,
             progress=lambda done: bar.advance(done, total=len(scores.identity)),
         )
-    asked = [a.question for a in scores.identity]
-    return probing.agreement(asked, [a.reply for a in scores.identity], [r.text for r in said], identity), scores
+    asked, ones, others = (
+        [a.question for a in scores.identity],
+        [a.reply for a in scores.identity],
+        [r.text for r in said],
+    )
+    facts, words = probing.agreement(asked, ones, others, identity), probing.same_words(ones, others)
+    screen.detail(
+        tr(
+            "the same is stated in {facts:.1%} of the replies, in the same words in {words:.1%}",
+            facts=facts,
+            words=words,
+        )
+    )
+    return {"parity": facts, "parity_words": words}, scores
 
 
 def lineage(run: RunRecord) -> dict[str, dict[str, str]]:

@@ -524,3 +524,4 @@ def test_two_models_agree_in_the_same_words_or_with_the_same_facts() -> None:
     assert probing.agreement((one, other), said, [f"{text} Hi!" for text in said], IDENTITY) == 1.0
     assert probing.agreement((one, other), said, [said[0], "?"], IDENTITY) == 0.5
     assert probing.agreement((one, other), ["?", "??"], ["?", "!"], IDENTITY) == 1.0
+    assert probing.same_words(said, [said[0], f"{said[1]} Hi!"]) == 0.5
