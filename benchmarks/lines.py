@@ -16,14 +16,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commands import ROOT, environment
+from commands import ROOT, environment, namesake
 from measure import Given, Measure, Row, Sample
 
 if TYPE_CHECKING:
     from servers import Served
 
 STREAMS = (1, 8, 32, 128)
-ADAPTERS = (1, 4, 16)
+ADAPTERS = (1, 4, 16, 64)
 TOKENS = 64
 """Of an answer at most, where speed is measured."""
 
@@ -151,6 +151,52 @@ def promotion(given: Given) -> Iterator[Sample]:
         yield {"bytes": (written / 1e6, merged / 1e6)}
 
 
+def replies(given: Given) -> Iterator[Sample]:
+    """Held-out questions, greedily, on the same weights in the same type, both as commands."""
+    from namesake import corpus, probing
+    from namesake.process import multiplies_bf16
+    from servers import MODEL
+
+    store, share = given.store, 0.25 * given.scale
+    weights, rows = _weights(store), given.folder / "rows.jsonl"
+    asked = corpus.heldout(share)
+    questions = [*asked.identity, *asked.plain]
+    rows.write_text("".join(json.dumps({"messages": one.messages}) + "\n" for one in questions), encoding="utf-8")
+    system = _record(store).system
+    kept = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def ours() -> tuple[float, list[str]]:
+        words = ["probe", f"models:/{MODEL}@champion", "--no-slices", "--base", "none", "--json"]
+        begun = time.perf_counter()
+        card = json.loads(namesake(store, *words, "--held-out", str(share)))
+        return time.perf_counter() - begun, [one["reply"] for part in ("identity", "plain") for one in card[part]]
+
+    def theirs(batch: int) -> tuple[float, list[str]]:
+        result = Path(tempfile.mkdtemp(dir=given.folder)) / "result.jsonl"
+        words = ["swift", "infer", "--model", str(weights), "--val_dataset", str(rows), "--result_path", str(result)]
+        words += ["--max_new_tokens", str(probing.PLAIN_TOKENS), "--temperature", "0", "--max_batch_size", str(batch)]
+        words += ["--torch_dtype", "bfloat16" if multiplies_bf16() else "float32", "--stream", "false"]
+        words += ["--system", system] if system else []
+        begun = time.perf_counter()
+        done = subprocess.run(words, cwd=given.folder, env=kept, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        seconds = time.perf_counter() - begun
+        return seconds, [json.loads(line)["response"] for line in result.read_text(encoding="utf-8").splitlines()]
+
+    for _, forwards in turns(given.pairs):
+        said: dict[int, list[str]] = {}
+        seconds: dict[int, float] = {}
+        for batch in (0, 1, 64) if forwards else (64, 1, 0):  # 0 is ours
+            seconds[batch], said[batch] = theirs(batch) if batch else ours()
+        same = [one.strip() == other.strip() for one, other in zip(said[0], said[1], strict=True)]
+        yield {
+            "swift": (seconds[0], seconds[1]),
+            "swift 64": (seconds[0], seconds[64]),
+            "same": sum(same) / len(same),
+        }
+
+
 # ---------------------------------------------------------------------------------------------------------- the serving
 
 
@@ -169,6 +215,13 @@ def _files(store: Path, alias: str) -> Path:
     from namesake import registry
 
     return registry.fetch(_version(store, alias))
+
+
+def _record(store: Path) -> Any:
+    """What is recorded beside the champion's weights."""
+    from namesake.manifest import Manifest
+
+    return Manifest.read(_files(store, "champion"))
 
 
 def _weights(store: Path) -> Path:
@@ -635,6 +688,11 @@ MEASURES = (
     Measure("batches", (
         Row("tokens", "training tokens/s, the default's settings ÷ the tutorial's batches", "训练 tokens/s，默认设置 ÷ 教程的批次设置", 2, least=True, unit="tokens/s"),
     ), batches, (0.8, 1.9)),
+    Measure("replies", (
+        Row("swift", "held-out questions answered, `namesake probe` ÷ `swift infer`, as commands", "回答留出题，`namesake probe` ÷ `swift infer`，均为命令"),
+        Row("swift 64", "held-out questions answered, `namesake probe` ÷ `swift infer … --max_batch_size 64`", "回答留出题，`namesake probe` ÷ `swift infer … --max_batch_size 64`"),
+        Row("same", "replies that are the same to the letter, of `swift infer`'s", "与 `swift infer` 一字不差的回答所占比例", kind="value", unit=""),
+    ), replies, (0, 1.6), serves=True),
     Measure("gateway", (
         *_by_streams("tokens", "tokens/s, gateway ÷ vLLM itself", "tokens/s，网关 ÷ vLLM 本身", goal=0.98, least=True, unit="tokens/s"),
         *_by_streams("TTFT p50", "time to first token p50, gateway ÷ vLLM itself", "首 token 时间 p50，网关 ÷ vLLM 本身", goal=1.01, unit="ms"),
