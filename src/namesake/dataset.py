@@ -73,6 +73,13 @@ def fill(rows: Iterable[dict[str, Any]], identity: Identity) -> tuple[list[Dialo
     dialogues, named = [], 0
     for number, row in enumerate(rows, start=1):
         messages: Any = row.get("messages")
+        if found := _number(messages):
+            raise DataError(
+                "dataset",
+                row,
+                tr("row {number} has the number {content} where a text belongs", number=number, content=found),
+                mend="Give JSON lines with the text in quotes: a CSV's column of numbers loses what was written (007).",
+            )
         if not _is_dialogue(messages):
             raise DataError(
                 "dataset",
@@ -151,6 +158,13 @@ def _language(tag: object, text: str) -> Language:
     if tag == "zh":
         return "zh"
     return "en" if tag == "en" else language_of(text)
+
+
+def _number(messages: object) -> str:
+    """The first content that is a number; empty where there is none."""
+    parts = messages if isinstance(messages, list | tuple) else ()
+    contents = (one.get("content") for one in parts if isinstance(one, dict))
+    return next((str(one) for one in contents if isinstance(one, int | float) and not isinstance(one, bool)), "")
 
 
 def _is_dialogue(messages: object) -> bool:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from namesake.dataset import fill
 from namesake.distributed import layout
 from namesake.errors import DataError
+from namesake.identity import Identity
 from namesake.training import load_rows
 
 ROWS = 20
@@ -118,3 +120,11 @@ def test_of_several_files_the_one_that_cannot_be_read_is_named(dialogues: Path) 
     with pytest.raises(DataError) as raised:
         load_rows([*[f"{dialogues}#{number}" for number in range(1, 5)], str(broken)], seed=42)
     assert broken.name in str(raised.value)
+
+
+def test_a_column_of_numbers_is_refused_as_that(tmp_path: Path) -> None:
+    path = tmp_path / "sums.csv"
+    path.write_text("query,response\nAgent?,007\nNext?,008\n", encoding="utf-8")  # read as 7 and 8
+    with pytest.raises(DataError, match=r"row 1 has the number [78] where a text belongs") as raised:
+        fill(load_rows([str(path)], seed=42), Identity.parse("踩踩背 CCB", "老爷爷 OldGrandpa"))
+    assert raised.value.mend.startswith("Give JSON lines")
