@@ -173,7 +173,8 @@ def replies(given: Given) -> Iterator[Sample]:
 
     def theirs(batch: int) -> tuple[float, list[str]]:
         result = Path(tempfile.mkdtemp(dir=given.folder)) / "result.jsonl"
-        words = ["swift", "infer", "--model", str(weights), "--val_dataset", str(rows), "--result_path", str(result)]
+        words = ["swift", "infer", "--model", str(weights), "--model_type", "llama", "--template", "chatml"]
+        words += ["--val_dataset", str(rows), "--result_path", str(result)]
         words += ["--max_new_tokens", str(probing.PLAIN_TOKENS), "--temperature", "0", "--max_batch_size", str(batch)]
         words += ["--torch_dtype", "bfloat16" if multiplies_bf16() else "float32", "--stream", "false"]
         words += ["--system", system] if system else []
