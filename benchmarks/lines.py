@@ -736,7 +736,7 @@ MEASURES = (
     Measure("adapters", (
         Row("one", "tokens/s at 16 streams, one adapter ÷ merged", "16 路 tokens/s，一个适配器 ÷ 合并", unit="tokens/s"),
         *(Row(f"{count}", f"tokens/s at 16 streams, {count} adapters ÷ one", f"16 路 tokens/s，{count} 个适配器 ÷ 一个", unit="tokens/s") for count in ADAPTERS[1:]),
-        Row("came", "first answer of an adapter that is not loaded yet: the last eight of 64 ÷ the first eight", "尚未载入的适配器的首个回答：64 个中的后八个 ÷ 前八个"),
+        Row("came", "first answer of an adapter not loaded yet: the last 8 of 64 ÷ the first 8", "尚未载入的适配器的首个回答：64 个中的后 8 个 ÷ 前 8 个"),
     ), adapters, (2.6, 1.05), serves=True),
     Measure("defaults", (
         Row("1", "tokens/s, our CPU defaults ÷ vLLM's own, 1 stream", "tokens/s，我们的 CPU 默认设置 ÷ vLLM 自己的，1 路", unit="tokens/s"),

@@ -317,6 +317,7 @@ def stated(results: Results, language: str = "en") -> str:
 def plots(measures: Sequence[Measure], results: Results) -> dict[str, bytes]:
     """PNG files by name: the ratios beside their goals, on a logarithmic axis; and each line's samples as they came."""
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import LogLocator
 
     ink, grid, good, bad, plain = "#3d444d", "#e3e7eb", "#2f8f5b", "#c98a45", "#86b3e6"
     rows = [
@@ -343,15 +344,17 @@ def plots(measures: Sequence[Measure], results: Results) -> dict[str, bytes]:
     axes.set_yticks(range(len(rows)), [row.what.replace("`", "").replace("$", r"\$") for row, *_ in reversed(rows)])
     axes.tick_params(length=0, labelcolor=ink, labelsize=8)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axes.tick_params(axis="x", which="both", labelsize=8)
     axes.grid(axis="x", color=grid)
     axes.set_axisbelow(True)
+    axes.set_ylim(-1, len(rows))
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_title(
+    canvas.suptitle(
         "Ratios A / B: each stroke a pair, the dot their median, the bar its interval.\n"
         "Hollow arrow: the goal and its good side. Green meets it, brown does not, blue is only reported.",
-        loc="left", fontsize=9, color=ink,
+        x=0.01, ha="left", fontsize=9, color=ink,
     )  # fmt: skip
     written = io.BytesIO()
     canvas.savefig(written, format="png", dpi=120, metadata={"Software": None})
