@@ -44,10 +44,12 @@ SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=list(
 @pytest.fixture(scope="module")
 def endpoint(way: Way) -> Iterator[str]:
     """A server whose replies are short; in the end the same engine says what it said at first."""
-    with served(way.place, "--eager", "--max-tokens", str(MOST)) as url:
-        before = engines(url), ask(url, max_tokens=MOST)
-        yield url
-        assert (engines(url), ask(url, max_tokens=MOST)) == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NAMESAKE_SERVE_MAX_TOKENS", str(MOST))
+        with served(way.place, "--eager") as url:
+            before = engines(url), ask(url, max_tokens=MOST)
+            yield url
+            assert (engines(url), ask(url, max_tokens=MOST)) == before
 
 
 @schema.parametrize()
