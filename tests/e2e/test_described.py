@@ -1,4 +1,4 @@
-"""What the OpenAPI description allows and forbids is answered as it says, with a real engine behind the gateway."""
+"""What the OpenAPI description allows and forbids fails no real engine, and is answered in the shapes that it has."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.config import SchemathesisConfig
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from namesake_serving.requests import FIELDS
 from namesake_serving.settings import Settings
 from tests.e2e.conftest import Way, served
 from tests.e2e.test_follow import ask, engines
 from tests.unit.test_serving_gateway import BODIES, CHAT, RESPONSES, TEXT
-from tests.unit.test_serving_openapi import DESCRIPTION, JSON, check_as_described
+from tests.unit.test_serving_openapi import DESCRIPTION, JSON
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -54,10 +55,13 @@ def endpoint(way: Way) -> Iterator[str]:
 
 @schema.parametrize()
 @settings(SETTINGS, max_examples=40, phases=[Phase.explicit, Phase.generate])
-def test_every_request_that_it_describes_and_every_one_it_forbids_is_answered_as_it_says(
+def test_what_it_describes_is_answered_or_refused_in_its_shapes_and_what_it_forbids_is_refused(
     case: schemathesis.Case, endpoint: str
 ) -> None:
-    check_as_described(case, case.call(base_url=endpoint.removesuffix("/v1"), timeout=60))
+    response = case.call(base_url=endpoint.removesuffix("/v1"), timeout=60)
+    # vLLM refuses more than a description can say (a token that its vocabulary lacks): with 400, never 5xx.
+    case.validate_response(response, excluded_checks=[positive_data_acceptance])
+    assert response.status_code < 500
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT, RESPONSES])
