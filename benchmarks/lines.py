@@ -154,6 +154,7 @@ def promotion(given: Given) -> Iterator[Sample]:
 def replies(given: Given) -> Iterator[Sample]:
     """Held-out questions, greedily, on the same weights in the same type, both as commands."""
     from namesake import corpus, probing
+    from namesake.manifest import Manifest
     from namesake.process import multiplies_bf16
     from servers import MODEL
 
@@ -162,7 +163,7 @@ def replies(given: Given) -> Iterator[Sample]:
     asked = corpus.heldout(share)
     questions = [*asked.identity, *asked.plain]
     rows.write_text("".join(json.dumps({"messages": one.messages}) + "\n" for one in questions), encoding="utf-8")
-    system = _record(store).system
+    system = Manifest.read(_files(store, "champion")).system
     kept = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def ours() -> tuple[float, list[str]]:
@@ -190,11 +191,10 @@ def replies(given: Given) -> Iterator[Sample]:
         seconds: dict[int, float] = {}
         for batch in (0, 1, 64) if forwards else (64, 1, 0):  # 0 is ours
             seconds[batch], said[batch] = theirs(batch) if batch else ours()
-        same = [one.strip() == other.strip() for one, other in zip(said[0], said[1], strict=True)]
         yield {
             "swift": (seconds[0], seconds[1]),
             "swift 64": (seconds[0], seconds[64]),
-            "same": sum(same) / len(same),
+            "same": probing.same_words([one.strip() for one in said[0]], [one.strip() for one in said[1]]),
         }
 
 
@@ -216,13 +216,6 @@ def _files(store: Path, alias: str) -> Path:
     from namesake import registry
 
     return registry.fetch(_version(store, alias))
-
-
-def _record(store: Path) -> Any:
-    """What is recorded beside the champion's weights."""
-    from namesake.manifest import Manifest
-
-    return Manifest.read(_files(store, "champion"))
 
 
 def _weights(store: Path) -> Path:

@@ -357,11 +357,8 @@ def _compare(
             max_new_tokens=probing.IDENTITY_TOKENS,
             progress=lambda done: bar.advance(done, total=len(scores.identity)),
         )
-    asked, ones, others = (
-        [a.question for a in scores.identity],
-        [a.reply for a in scores.identity],
-        [r.text for r in said],
-    )
+    asked = [a.question for a in scores.identity]
+    ones, others = [a.reply for a in scores.identity], [r.text for r in said]
     facts, words = probing.agreement(asked, ones, others, identity), probing.same_words(ones, others)
     screen.detail(
         tr(

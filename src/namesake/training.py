@@ -245,9 +245,10 @@ def _environment(given: Mapping[str, str] | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        now, os.environ = {**os.environ}, first
-        for name in {*first, *now, *given}:
-            value = before.get(name) if name in given else now.get(name)
+        wanted: dict[str, str | None] = {**os.environ, **before}
+        os.environ = first  # noqa: B003 - what it lacks is put into it below
+        for name in {*first, *wanted}:
+            value = wanted.get(name)
             if value is None:
                 first.pop(name, None)
             elif first.get(name) != value:
