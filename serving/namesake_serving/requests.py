@@ -290,7 +290,9 @@ def _responses(body: dict[str, Any], kept: dict[str, Any], system: str | None) -
         if not isinstance(text, dict) or not set(text) <= {"format", "verbosity"}:
             raise BadRequest("text takes format.", "text")
         _format(text.get("format"), "text.format", None)
-        kept["text"] = {"format": text["format"]} if text.get("format") else None
+        kept.pop("text", None)
+        if text.get("format"):
+            kept["text"] = {"format": text["format"]}
     given = body.get("input")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if not isinstance(items, list) or not 1 <= len(items) <= MAX_MESSAGES:
@@ -388,7 +390,8 @@ def _schema(schema: Any, where: str) -> None:
     if _depth(schema) > MAX_SCHEMA_DEPTH:
         raise BadRequest(f"{where} is nested more than {MAX_SCHEMA_DEPTH} deep.", where)
     for key, value in _pairs(schema):
-        patterns = [value] if key == "pattern" else [*value] if key == "patternProperties" else []
+        by_pattern = key == "patternProperties" and isinstance(value, dict)  # else it is no schema: the engine says so
+        patterns = [*value] if by_pattern else [value] if key == "pattern" else []
         for pattern in patterns:
             if isinstance(pattern, str) and len(pattern) > MAX_PATTERN_CHARACTERS:
                 raise BadRequest(f"{where} has a pattern longer than {MAX_PATTERN_CHARACTERS} characters.", where)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -702,6 +702,61 @@ def test_known_fields_with_anything_in_them_are_bounded_or_refused(route: str, b
 @given(st.sampled_from(sorted(FIELDS[CHAT] - {"messages"})), JSON)
 def test_one_field_with_anything_in_it_is_bounded_or_refused(key: str, value: object) -> None:
     judge(CHAT, {"messages": [USER], key: value})
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"anyOf": [{"pattern": "a", "maxLength": 2}]}},
+    "patternProperties": {"b": {"items": {"maxItems": 2}}},
+}
+RICH: dict[str, dict[str, Any]] = {
+    CHAT: {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "x"}]},
+            {"role": "assistant", "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "1", "content": "4"},
+        ],
+        "logit_bias": {"15": -100},
+        "response_format": reply_of(SCHEMA),
+        "tools": [function(parameters=SCHEMA)],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "stop": ["x"],
+    },
+    TEXT: {"prompt": ["x"], "logit_bias": {"15": -100}, "stop": ["x"], "stream": True, "stream_options": {}},
+    RESPONSES: {
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+            {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": "4"},
+        ],
+        "text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}},
+        "tools": [{"type": "function", "name": "f", "parameters": SCHEMA}],
+        "tool_choice": {"type": "function", "name": "f"},
+        "reasoning": {"effort": "low"},
+    },
+}
+"""Bodies in which everything that has an inside has one."""
+
+
+def altered(value: Any, other: object) -> Iterator[Any]:
+    """The value with another one at each place within it."""
+    yield other
+    for place in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        for inner in altered(value[place], other):
+            whole = value.copy()
+            whole[place] = inner
+            yield whole
+
+
+@pytest.mark.parametrize("route", [CHAT, TEXT, RESPONSES])
+@given(JSON)
+def test_anything_at_any_place_of_a_body_is_bounded_or_refused(route: str, other: object) -> None:
+    assert check(route, RICH[route], max_tokens=MOST_TOKENS, system=None)  # or most of it would never be looked at
+    for body in altered(RICH[route], other):
+        if isinstance(body, dict) and set(body) <= FIELDS[route]:
+            judge(route, body)
 
 
 @given(MESSAGES)
