@@ -20,6 +20,7 @@ from tests.e2e.conftest import Way, served
 from tests.e2e.test_follow import ask, engines
 from tests.unit.test_serving_gateway import BODIES, CHAT, RESPONSES, TEXT
 from tests.unit.test_serving_openapi import DESCRIPTION, JSON
+from tests.unit.test_serving_requests import RICH, altered
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -69,7 +70,31 @@ def test_what_it_describes_is_answered_or_refused_in_its_shapes_and_what_it_forb
 @settings(SETTINGS, max_examples=60)
 def test_whatever_is_in_a_field_is_no_failure_of_the_engine(path: str, data: st.DataObject, endpoint: str) -> None:
     more: dict[str, Any] = data.draw(st.dictionaries(st.sampled_from(sorted(FIELDS[path])), JSON, max_size=3))
-    body = json.dumps({**BODIES[path], **more}).encode("utf-8", "surrogatepass")
+    is_no_failure(endpoint, path, {**BODIES[path], **more})
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, RESPONSES])
+@given(data=st.data())
+@settings(SETTINGS, max_examples=60)
+def test_whatever_is_at_any_place_is_no_failure_of_the_engine(path: str, data: st.DataObject, endpoint: str) -> None:
+    # The embedded model has no parser of calls, for whose lack the engine would refuse all else.
+    whole = {key: value for key, value in RICH[path].items() if key not in {"tools", "tool_choice"}}
+    bodies = [body for body in altered(whole, data.draw(JSON)) if isinstance(body, dict)]
+    is_no_failure(endpoint, path, data.draw(st.sampled_from(bodies)))
+
+
+@pytest.mark.parametrize("value", [{"maxLength": ["踩踩背" * 20]}, {"x": 1 << 64}], ids=["long Chinese", "65 bits"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_llguidance_fails_at_is_refused(value: dict[str, Any], stream: bool, endpoint: str) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}
+    body = {**BODIES[CHAT], "response_format": schema, "stream": stream}
+    assert httpx.post(f"{endpoint}/chat/completions", json=body, timeout=60).status_code == 400
+
+
+def is_no_failure(endpoint: str, path: str, body: dict[str, Any]) -> None:
+    """It is answered or refused; within a stream, too, where an error comes as an event."""
+    content = json.dumps(body).encode("utf-8", "surrogatepass")
     headers = {"content-type": "application/json"}
-    response = httpx.post(f"{endpoint.removesuffix('/v1')}{path}", content=body, headers=headers, timeout=60)
+    response = httpx.post(f"{endpoint.removesuffix('/v1')}{path}", content=content, headers=headers, timeout=60)
     assert response.status_code in {200, 400, 404}, response.text
+    assert '"code": 5' not in response.text

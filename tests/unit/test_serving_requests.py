@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_a_json_object_is_read(raw: bytes) -> None:
     ],
 )
 def test_what_is_no_json_is_refused(raw: bytes) -> None:
-    with pytest.raises(BadRequest, match=r"The body is no JSON\."):
+    with pytest.raises(BadRequest, match=r"The body is no JSON: .+\."):
         parse(raw)
 
 
@@ -78,6 +79,14 @@ def test_json_that_is_no_object_is_refused(raw: bytes) -> None:
 def test_words_for_numbers_that_json_does_not_have_are_refused(word: str) -> None:
     with pytest.raises(BadRequest, match="no JSON"):
         parse(b'{"temperature": %s}' % word.encode())
+
+
+@pytest.mark.parametrize("number", [1 << 64, -(1 << 63) - 1, 10**30])
+def test_a_number_of_more_than_64_bits_is_refused_wherever_it_stands(number: int) -> None:
+    """The engine's parser of schemas fails at it, and so would others."""
+    with pytest.raises(BadRequest, match="has more than 64 bits"):
+        parse(b'{"text": {"format": {"schema": {"x": [%d]}}}}' % number)
+    assert parse(b'{"a": [%d, %d]}' % ((1 << 64) - 1, -(1 << 63)))
 
 
 def test_a_number_with_thousands_of_digits_is_refused_and_not_worked_on() -> None:
@@ -396,6 +405,26 @@ def test_a_schema_that_makes_a_grammar_too_large_is_refused_wherever_it_stands(s
     assert fault({"tools": [{"type": "function", "name": "f", "parameters": schema}]}, RESPONSES) == (
         "tools[0].parameters"
     )
+
+
+@pytest.mark.parametrize("value", [["踩踩背" * 20], [{"x": "é" * 60}]], ids=["Chinese", "Latin"])
+@pytest.mark.parametrize("key", ["maxLength", "pattern", "patternProperties", "properties", "type", "minimum", "$ref"])
+def test_a_wrong_value_that_llguidance_fails_to_quote_is_refused_by_its_place(key: str, value: object) -> None:
+    wrong = {"properties": {"名": {key: value}}}
+    with pytest.raises(BadRequest, match=rf"is no JSON schema: its properties\.名\.{re.escape(key)} is") as caught:
+        checked({"response_format": reply_of(wrong)})
+    assert caught.value.param == "response_format.schema"
+
+
+def test_what_the_engine_itself_can_refuse_or_takes_is_left_to_it() -> None:
+    for schema in (
+        {"maxLength": ["踩"]},
+        {"maxLength": "x" * 200},
+        {"items": [{"title": "踩踩背" * 20}, {"title": "老爷爷" * 20}]},
+        {"description": "踩踩背" * 20, "enum": ["踩踩背" * 20, "踩踩背" * 20]},
+        {"properties": {"required": {"description": "踩踩背" * 40}}},
+    ):
+        assert checked({"response_format": reply_of(schema)})["response_format"] == reply_of(schema)
 
 
 def test_a_schema_within_its_bounds_is_handed_on() -> None:
