@@ -443,7 +443,9 @@ def whole(url: str, path: str, streams: int, requests: int, tokens: int = 16) ->
 def adapters(given: Given) -> Iterator[Sample]:
     """16 streams: merged, by one adapter, and by several in turn on one base."""
     from load import Load
+    from merge import seconds_of
 
+    from namesake.manifest import Manifest
     from servers import MODEL, ask, hello, namesake_serve, resting
 
     store = given.store
@@ -462,13 +464,23 @@ def adapters(given: Given) -> Iterator[Sample]:
             return found["output_throughput"]
 
         names = [f"{MODEL}-v{number}" for number in numbers]
-        came = []
-        for name in names:  # each is fetched, verified and loaded by its first request
-            begun = time.perf_counter()
-            ask(several.url, hello(model=name))
-            came.append(time.perf_counter() - begun)
-        for first, last in zip(came[:8], came[-8:], strict=True):
+        identity = Manifest.read(_files(store, "champion")).identity
+        asked = ["--name", identity["name"], "--author", identity["author"], "--model", names[0], "--base", "none"]
+        asked += ["--no-slices", "--held-out", str(0.25 * given.scale)]
+
+        def came(name: str) -> float:  # fetched, verified and loaded by its first request
+            return seconds_of(lambda: ask(several.url, hello(model=name)))
+
+        def probed() -> list[float]:
+            with resting(merged):
+                return [seconds_of(lambda: namesake(store, "probe", several.url, *asked)) for _ in range(given.pairs)]
+
+        seconds, one = [came(names[0])], probed()
+        seconds += [came(name) for name in names[1:]]
+        for first, last in zip(seconds[:8], seconds[-8:], strict=True):
             yield {"came": (last, first)}
+        for first, last in zip(one, probed(), strict=True):
+            yield {"probe": (last, first)}
         rate(merged, [MODEL])
         for _, forwards in turns(given.pairs):
             found = {}
@@ -730,6 +742,7 @@ MEASURES = (
         Row("one", "tokens/s at 16 streams, one adapter ÷ merged", "16 路 tokens/s，一个适配器 ÷ 合并", unit="tokens/s"),
         *(Row(f"{count}", f"tokens/s at 16 streams, {count} adapters ÷ one", f"16 路 tokens/s，{count} 个适配器 ÷ 一个", unit="tokens/s") for count in ADAPTERS[1:]),
         Row("came", "first answer of an adapter not loaded yet: the last 8 of 64 ÷ the first 8", "尚未载入的适配器的首个回答：64 个中的后 8 个 ÷ 前 8 个"),
+        Row("probe", "`namesake probe` of one adapter, 64 loaded ÷ one", "对一个适配器的 `namesake probe`，载入 64 个 ÷ 一个"),
     ), adapters, (2.6, 1.05), serves=True),
     Measure("defaults", (
         Row("1", "tokens/s, our CPU defaults ÷ vLLM's own, 1 stream", "tokens/s，我们的 CPU 默认设置 ÷ vLLM 自己的，1 路", unit="tokens/s"),

@@ -23,6 +23,7 @@ MAX_SCHEMA_COUNT = 1024
 MAX_PATTERN_CHARACTERS = 256
 MAX_TOOLS = 64
 MAX_DEPTH = 32
+MAX_BITS = 64
 MAX_FEEDBACK_CHARACTERS = 4096
 MAX_FEEDBACK_NUMBER = 1 << 53
 
@@ -468,8 +469,9 @@ def _stream_options(body: dict[str, Any]) -> None:
 
 
 def _whole(text: str) -> int:
-    if len(text) > 20 or not -(1 << 63) <= (number := int(text)) < 1 << 64:  # the engine's parsers hold no more
-        raise ValueError(f"{text[:30]} has more than 64 bits")
+    # What the engine's parsers hold: with a sign or without.
+    if len(text) > 20 or not -(1 << MAX_BITS - 1) <= (number := int(text)) < 1 << MAX_BITS:
+        raise ValueError(f"{text[:30]} has more than {MAX_BITS} bits")
     return number
 
 

@@ -124,6 +124,8 @@ def examine(request: Request, screen: Screen) -> Outcome:
     """
     if not 0 <= request.held_out <= 1:
         raise InputError("held_out", request.held_out, "is no share", mend="Give a number from 0 to 1.")
+    if request.sampled is not None and request.sampled < 1:
+        raise InputError("sampled", request.sampled, "asks nothing", mend="Give 1 or more, or ask without slices.")
     own = corpus.read_questions(Path(request.questions)) if request.questions else None
     if not (request.held_out or own):
         raise InputError("held_out", request.held_out, "leaves nothing to ask", mend="Give --questions beside it.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,8 +62,8 @@ def load_rows(datasets: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
     Placeholders are left in; a row has ``messages`` and, where its source has one, ``tag``.
 
     Raises:
-        DataError: ms-swift cannot read one of them; at once where it is an id and the hub cannot be reached, which
-            ms-swift would try three times.
+        DataError: ms-swift cannot read one of them, or would leave out rows of a file, of which it tells its log alone;
+            at once where it is an id and the hub cannot be reached, which ms-swift would try three times.
     """
     if (one := next(filter(_is_on_the_hub, datasets), "")) and not hub_answers():
         raise DataError(
@@ -73,12 +74,15 @@ def load_rows(datasets: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
         )
     with _quiet(), _environment():
         from swift import load_dataset
+        from swift.utils import get_logger
 
         def read(names: Sequence[str]) -> Any:
             return load_dataset(list(names), seed=seed, shuffle=True, remove_unused_columns=False, strict=True)[0]
 
+        left_out = _LeftOut()
+        get_logger().addHandler(left_out)
         try:
-            return [dict(row) for row in read(datasets)]
+            rows = [dict(row) for row in read(datasets)]
         except Exception as error:  # ms-swift raises whatever its readers raise, and does not say of which
             one, why = next(filter(None, (_fault(read, name) for name in datasets)), (" ".join(datasets), error))
             raise DataError(
@@ -87,6 +91,28 @@ def load_rows(datasets: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
                 tr("ms-swift cannot read it ({error})", error=_first_line(why)),
                 mend="Give files (jsonl, json, csv), or data set ids that ModelScope has and can be reached.",
             ) from error
+        finally:
+            get_logger().removeHandler(left_out)
+    if left_out.rows and not any(map(_is_on_the_hub, datasets)):
+        raise DataError(
+            "dataset",
+            " ".join(datasets),
+            tr("{count} rows have no dialogue", count=left_out.rows),
+            mend="Give rows of query and response, or messages with role and content.",
+        )
+    return rows
+
+
+class _LeftOut(logging.Handler):
+    """Counts the rows that ms-swift leaves out (``RowPreprocessor.__call__``)."""
+
+    rows = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Read one of its lines."""
+        told = re.match(r"Dataset filtered, origin length: (\d+), filtered dataset length: (\d+)", record.getMessage())
+        if told:
+            self.rows += int(told[1]) - int(told[2])
 
 
 def _fault(read: Callable[[Sequence[str]], Any], name: str) -> tuple[str, Exception] | None:
