@@ -473,7 +473,10 @@ def adapters(given: Given) -> Iterator[Sample]:
 
         def probed() -> list[float]:
             with resting(merged):
-                return [seconds_of(lambda: namesake(store, "probe", several.url, *asked)) for _ in range(given.pairs)]
+                return [
+                    seconds_of(lambda: namesake(store, "probe", f"{several.url}/v1", *asked))
+                    for _ in range(given.pairs)
+                ]
 
         seconds, one = [came(names[0])], probed()
         seconds += [came(name) for name in names[1:]]
