@@ -45,7 +45,9 @@ def endpoint(url: str, *, model: str = "", api_key: str = "", temperature: float
                 tr("Nothing answers at {url}.", url=url), mend="Start it with `namesake serve`, or give --url."
             ) from error
         except openai.APIError as error:
-            raise ServingError(tr("{url} refuses: {error}.", url=url, error=error)) from error
+            from namesake.generate import refusal
+
+            raise refusal(url, error) from error
 
     return answer
 

@@ -347,9 +347,18 @@ class Endpoint:
                 tr("Nothing answers at {url}.", url=self._url), mend="Start it, or give another --url."
             ) from error
         except openai.APIError as error:
-            raise ServingError(tr("{url} refuses: {error}.", url=self._url, error=error)) from error
+            raise refusal(self._url, error) from error
         except IndexError as error:
             raise ServingError(tr("{url} serves no model.", url=self._url), mend="Give --model.") from error
+
+
+def refusal(url: str, error: Exception) -> ServingError:
+    """What to tell of an endpoint's refusal; of one that has no such path, what is missing in its URL."""
+    import openai
+
+    somewhere_else = isinstance(error, openai.NotFoundError) and not url.rstrip("/").endswith("/v1")
+    told = tr("{url} refuses: {error}.", url=url, error=str(error).rstrip("."))
+    return ServingError(told, mend="Give the URL up to /v1." if somewhere_else else "")
 
 
 def divergence(base: Path, tuned: Path, dialogues: Sequence[Sequence[Message]]) -> float:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from namesake.errors import InputError, RegistryError
 from namesake.messages import tr
@@ -57,6 +60,21 @@ who can change it can run code where ``mlflow.pyfunc`` loads it.
 """
 
 
+class Golden(TypedDict):
+    """A question with the merged model's own greedy reply."""
+
+    messages: list[dict[str, str]]
+    reply: str
+
+
+class Decided(TypedDict, total=False):
+    """What the gate said."""
+
+    passed: bool
+    reasons: list[str]
+    policy: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a version holds.
@@ -92,9 +110,9 @@ class Manifest:
     recipe: Mapping[str, str]
     tools: Mapping[str, str]
     override: str = ""
-    golden: Sequence[Mapping[str, Any]] = ()
+    golden: Sequence[Golden] = ()
     format: int = FORMAT
-    gate: Mapping[str, Any] = field(default_factory=dict)
+    gate: Decided = field(default_factory=Decided)
     questions: str = ""
     promoted: Mapping[str, str] = field(default_factory=dict)
 
@@ -107,12 +125,25 @@ class Manifest:
         """Back from :meth:`to_json`.
 
         Raises:
-            ValueError, TypeError: it is no manifest.
+            ValueError: it is no manifest, or something in it is of the wrong type.
         """
-        data: dict[str, Any] = json.loads(text)
-        if type(data.get("format")) is not int:
-            raise TypeError("its format is no number")
-        return cls(**{**data, "golden": tuple(data.get("golden", ()))})
+        from pydantic import ValidationError  # here: most commands read none
+
+        try:
+            found: Manifest = _shape().validate_json(text, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc'])) or FILE}: {first['msg']}") from None
+        lacks = (
+            {"name", "author"} - found.identity.keys() | {"id"} - found.base.keys() | {"format"} - {*json.loads(text)}
+        )
+        if lacks:
+            raise ValueError(f"it lacks {', '.join(sorted(lacks))}")
+        if not all(
+            one["messages"] and all(m.keys() >= {"role", "content"} for m in one["messages"]) for one in found.golden
+        ):
+            raise ValueError("golden: a question is no dialogue")
+        return replace(found, golden=tuple(found.golden))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -124,11 +155,18 @@ class Manifest:
         path = folder / FILE
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RegistryError(
                 tr("The version in {folder} has no readable {file} ({error}).", folder=folder, file=FILE, error=error),
                 mend="Promote it with `namesake promote`.",
             ) from error
+
+
+@cache
+def _shape() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Manifest)
 
 
 def digests(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from namesake import corpus, gate, manifest, merge, model_card, probing, provenance, registry, tracking
 from namesake.base_model import BaseModel
@@ -30,7 +29,7 @@ from namesake.errors import PromotionError, RegistryError, said
 from namesake.gate import Policy
 from namesake.generate import LocalModel
 from namesake.identity import Identity
-from namesake.manifest import ADAPTER_FOLDER, CARD, FILE, PROVENANCE, SCORECARD, WEIGHTS_FOLDER, Manifest
+from namesake.manifest import ADAPTER_FOLDER, CARD, FILE, PROVENANCE, SCORECARD, WEIGHTS_FOLDER, Golden, Manifest
 from namesake.messages import joined, tr
 from namesake.paths import digest_of_file, link_or_copy, temporary
 from namesake.probing import Scorecard
@@ -395,7 +394,7 @@ def _record(
     scores: Mapping[str, float],
     decision: gate.Decision,
     asked: Questions,
-    known: list[dict[str, Any]],
+    known: list[Golden],
 ) -> Manifest:
     made = lineage(run)
     return Manifest(
@@ -446,7 +445,7 @@ def _utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def golden(scores: Scorecard) -> list[dict[str, Any]]:
+def golden(scores: Scorecard) -> list[Golden]:
     """Questions whose answers an engine has to give again: the first two identity questions (those of the tutorial) and
     the first plain one that it knows.
     """

@@ -16,11 +16,12 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from namesake_serving.requests import FIELDS
 from namesake_serving.settings import Settings
+from tests.anything import altered
 from tests.e2e.conftest import Way, served
 from tests.e2e.test_follow import ask, engines
 from tests.unit.test_serving_gateway import BODIES, CHAT, RESPONSES, TEXT
 from tests.unit.test_serving_openapi import DESCRIPTION, JSON
-from tests.unit.test_serving_requests import RICH, altered
+from tests.unit.test_serving_requests import RICH
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

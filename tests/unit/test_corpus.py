@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from namesake import corpus, probing
 from namesake.corpus import Message, Prompt, Question
 from namesake.errors import DataError
 from namesake.identity import AUTHOR_PLACEHOLDER, LANGUAGES, NAME_PLACEHOLDER, Identity, Language, language_of
+from tests.anything import JSON, altered
 
 PAIRS = [
     ("踩踩背 CCB", "老爷爷 OldGrandpa"),
@@ -380,7 +383,9 @@ def test_own_questions_are_read_with_what_is_left_out_filled_in(tmp_path: Path) 
         ('{"messages": "Who?", "asks": ["name"]}', "has no question"),
         ('{"messages": [{"role": "system", "content": "x"}], "asks": ["name"]}', "has no question"),
         ('{"messages": [{"role": "assistant", "content": "x"}], "asks": ["name"]}', "does not end with"),
+        ('{"messages": [{"role": ["user"], "content": "x"}], "asks": ["name"]}', "has no question"),
         ('{"question": "Who?", "asks": ["age"]}', "something else than name and author"),
+        ('{"question": "Who?", "asks": [{}]}', "something else than name and author"),
         ('{"question": "Who?", "answers": [1]}', "answers that are no texts"),
         ('{"question": "Who?"}', "either asks or answers"),
         ('{"question": "Who?", "asks": ["name"], "answers": ["x"]}', "either asks or answers"),
@@ -391,6 +396,20 @@ def test_own_questions_are_read_with_what_is_left_out_filled_in(tmp_path: Path) 
 def test_a_wrong_question_is_refused_with_its_line(tmp_path: Path, line: str, says: str) -> None:
     with pytest.raises(DataError, match=says):
         corpus.read_questions(own(tmp_path, line))
+
+
+@given(JSON)
+@settings(max_examples=40)
+def test_anything_at_any_place_of_a_question_is_taken_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, other: object
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "question.jsonl"
+    asked = {"id": "a", "kind": "b", "lang": "zh", "messages": [{"role": "user", "content": "x"}], "asks": ["name"]}
+    for one in (*altered(asked, other), *altered({"question": "x", "answers": ["y"]}, other)):
+        path.write_text(json.dumps(one), encoding="utf-8")
+        with suppress(DataError):
+            found = corpus.read_questions(path)
+            assert len(found.identity) + len(found.plain) == 1
 
 
 def test_a_missing_file_of_questions_is_refused(tmp_path: Path) -> None:

@@ -101,6 +101,14 @@ def test_an_endpoint_that_refuses_is_told(models: tuple[str, ...], given: dict[s
         Endpoint(server.url, **{"api_key": "sesame", **given}).replies([[]], max_new_tokens=1)
 
 
+def test_a_url_that_ends_before_v1_is_told_as_that() -> None:
+    with OpenAIServer(echo) as server:
+        for url, mend in ((server.url.removesuffix("/v1"), "Give the URL up to /v1."), (server.url, "")):
+            with pytest.raises(ServingError, match=r"There is no model n\.( Give|$)") as caught:
+                Endpoint(url, model="n").replies([[]], max_new_tokens=1)
+            assert caught.value.mend == mend
+
+
 def test_where_nothing_listens_it_is_said() -> None:
     with OpenAIServer(echo) as server:
         pass

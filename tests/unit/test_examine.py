@@ -42,6 +42,8 @@ def test_a_share_of_the_questions_that_is_none_is_refused(share: float) -> None:
 def test_no_questions_at_all_are_refused_with_the_mend() -> None:
     with pytest.raises(InputError, match=r"held_out=0\.0: leaves nothing to ask\. Give --questions beside it\."):
         examine.examine(examine.Request("http://127.0.0.1:1/v1", held_out=0.0), Screen())
+    with pytest.raises(InputError, match=r"sampled=0: asks nothing\. Give 1 or more, or ask without slices\."):
+        examine.examine(examine.Request("http://127.0.0.1:1/v1", sampled=0), Screen())
 
 
 def test_own_questions_are_asked_beside_the_held_out_ones_or_alone(

@@ -10,12 +10,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 
 from namesake.errors import RegistryError
-from namesake.manifest import ADAPTER_FOLDER, FETCHED, FILE, SIGNATURE, Manifest, code_in, damaged, digests, strange
+from namesake.manifest import (
+    ADAPTER_FOLDER,
+    FETCHED,
+    FILE,
+    SIGNATURE,
+    Golden,
+    Manifest,
+    code_in,
+    damaged,
+    digests,
+    strange,
+)
+from namesake.model_card import card
+from namesake.provenance import statement
+from tests.anything import JSON, altered
 
 
 def manifest(system: str | None = "Be kind.", override: str = "") -> Manifest:
@@ -49,6 +63,26 @@ def version(tmp_path: Path) -> Path:
 def test_a_manifest_is_the_same_after_being_written_and_read(system: str | None, override: str) -> None:
     mine = manifest(system, override)
     assert Manifest.from_json(mine.to_json()) == mine
+
+
+@given(JSON)
+@settings(max_examples=40)
+def test_anything_at_any_place_of_a_manifest_is_refused_or_what_it_says_can_be_told(other: object) -> None:
+    asked: Golden = {"messages": [{"role": "user", "content": "你是谁？"}], "reply": "我是踩踩背。"}
+    whole = replace(
+        manifest(),
+        golden=(asked,),
+        gate={"passed": False, "reasons": ["leak"], "policy": {"leak": 0.0}},
+        promoted={"model": "ccb", "by": "me"},
+    )
+    for one in altered(json.loads(whole.to_json()), other):
+        try:
+            found = Manifest.from_json(json.dumps(one))
+        except ValueError:
+            continue
+        assert Manifest.from_json(found.to_json()) == found
+        assert card(found)
+        assert statement(found)
 
 
 def test_a_manifest_is_read_from_a_versions_folder(tmp_path: Path) -> None:

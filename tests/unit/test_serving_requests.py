@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from namesake_serving import requests
 from namesake_serving.requests import FIELDS, BadRequest, check, feedback, parse
+from tests.anything import JSON, SCALAR, altered
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 USER = {"role": "user", "content": "你是谁？"}
@@ -655,11 +656,6 @@ def test_prompts_beyond_bounds_are_refused(prompt: object) -> None:
 
 # ------------------------------------------------------------------------------------------------ anything at all
 
-SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-JSON = st.recursive(
-    SCALAR, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-)
-
 
 def without_odd_roles(value: object) -> bool:
     """Whether no message has a role that is a list or an object, which has a test of its own."""
@@ -767,16 +763,6 @@ RICH: dict[str, dict[str, Any]] = {
     },
 }
 """Bodies in which everything that has an inside has one."""
-
-
-def altered(value: Any, other: object) -> Iterator[Any]:
-    """The value with another one at each place within it."""
-    yield other
-    for place in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        for inner in altered(value[place], other):
-            whole = value.copy()
-            whole[place] = inner
-            yield whole
 
 
 @pytest.mark.parametrize("route", [CHAT, TEXT, RESPONSES])

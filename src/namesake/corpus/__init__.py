@@ -186,14 +186,14 @@ def _own_question(number: int, line: str) -> Question:
 
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refuse("is not JSON") from error
     if not isinstance(record, dict):
         raise refuse("is no object")
     messages = record.get("messages") or [{"role": "user", "content": record.get("question")}]
     if not isinstance(messages, list) or not all(
         isinstance(m, dict)
-        and m.get("role") in {"user", "assistant"}
+        and m.get("role") in ("user", "assistant")  # a list, which is no role, has no place in a set
         and isinstance(m.get("content"), str)
         and m["content"].strip()
         for m in messages
@@ -202,7 +202,7 @@ def _own_question(number: int, line: str) -> Question:
     if messages[-1]["role"] != "user":
         raise refuse("does not end with the user's question")
     asks, answers = record.get("asks") or [], record.get("answers") or []
-    if not (isinstance(asks, list) and set(asks) <= {"name", "author"}):
+    if not (isinstance(asks, list) and all(one in ("name", "author") for one in asks)):
         raise refuse("asks for something else than name and author")
     if not (isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)):
         raise refuse("has answers that are no texts")
