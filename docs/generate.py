@@ -84,7 +84,7 @@ LIMITS = {
     "MAX_PATTERN_CHARACTERS": "characters of a regular expression in a JSON schema",
     "MAX_TOOLS": "tools, and calls of tools in a message",
     "MAX_DEPTH": "levels of nesting of the JSON body",
-    "MAX_BITS": "bits of a whole number",
+    "MAX_BITS": "bits of a whole number in a JSON schema",
     "MAX_FEEDBACK_CHARACTERS": "characters of a text in feedback, and of its `rationale`",
     "MAX_FEEDBACK_NUMBER": "a number in feedback, either side of zero",
 }

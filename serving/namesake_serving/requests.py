@@ -113,7 +113,7 @@ def parse(raw: bytes) -> dict[str, Any]:
         BadRequest: it is none, or nested too deeply.
     """
     try:
-        body = json.loads(raw, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole)
+        body = json.loads(raw, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"The body is no JSON: {str(error)[:200]}.") from error
     if not isinstance(body, dict):
@@ -394,6 +394,9 @@ def _schema(schema: Any, where: str) -> None:
     """The bounds of a JSON schema, which the engine turns into a grammar before the first token."""
     if _depth(schema) > MAX_SCHEMA_DEPTH:
         raise BadRequest(f"{where} is nested more than {MAX_SCHEMA_DEPTH} deep.", where)
+    # What the engine's parser holds: with a sign or without.
+    if any(isinstance(one, int) and not -(1 << MAX_BITS - 1) <= one < 1 << MAX_BITS for one in _values(schema)):
+        raise BadRequest(f"{where} has a whole number of more than {MAX_BITS} bits.", where)
     for key, value in _pairs(schema):
         by_pattern = key == "patternProperties" and isinstance(value, dict)  # else it is no schema: the engine says so
         patterns = [*value] if by_pattern else [value] if key == "pattern" else []
@@ -413,12 +416,18 @@ def _schema(schema: Any, where: str) -> None:
             raise BadRequest(f"{where} is no JSON schema: its {place[:200]} is of the wrong type.", where)
 
 
+def _values(value: Any) -> Iterator[Any]:
+    """Everything in it, at any depth."""
+    yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _values(inner)
+
+
 def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
     """Every key with its value, at any depth."""
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _pairs(inner)
-    if isinstance(value, dict):
-        yield from value.items()
+    for inner in _values(value):
+        if isinstance(inner, dict):
+            yield from inner.items()
 
 
 def _stops(stop: Any) -> None:
@@ -466,13 +475,6 @@ def _stream_options(body: dict[str, Any]) -> None:
     ):
         raise BadRequest("stream_options takes include_usage.", "stream_options")
     options.pop("include_obfuscation", None)
-
-
-def _whole(text: str) -> int:
-    # What the engine's parsers hold: with a sign or without.
-    if len(text) > 20 or not -(1 << MAX_BITS - 1) <= (number := int(text)) < 1 << MAX_BITS:
-        raise ValueError(f"{text[:30]} has more than {MAX_BITS} bits")
-    return number
 
 
 def _finite(text: str) -> float:
