@@ -333,6 +333,8 @@ def _tools(route: str, body: dict[str, Any]) -> None:
     tools, choice = body.get("tools"), body.get("tool_choice")
     if tools is not None and (not isinstance(tools, list) or len(tools) > MAX_TOOLS):
         raise BadRequest(f"tools must be a list of up to {MAX_TOOLS} functions.", "tools")
+    if tools is not None and len(json.dumps(tools)) > MAX_SCHEMA_CHARACTERS:
+        raise BadRequest(f"tools is longer than {MAX_SCHEMA_CHARACTERS} characters.", "tools")
     names = []
     for index, tool in enumerate(tools or []):
         where = f"tools[{index}]"
@@ -351,8 +353,6 @@ def _tools(route: str, body: dict[str, Any]) -> None:
             raise BadRequest(f"{where} must be a function with a name, and may have parameters.", where)
         names.append(function["name"])
         _schema(function.get("parameters"), f"{where}.parameters")
-    if tools is not None and len(json.dumps(tools)) > MAX_SCHEMA_CHARACTERS:
-        raise BadRequest(f"tools is longer than {MAX_SCHEMA_CHARACTERS} characters.", "tools")
     if choice is None or choice in ("none", "auto", "required"):
         return
     chosen = choice if isinstance(choice, dict) else {}

@@ -112,7 +112,7 @@ class _LeftOut(logging.Handler):
         """Read one of its lines."""
         told = re.match(r"Dataset filtered, origin length: (\d+), filtered dataset length: (\d+)", record.getMessage())
         if told:
-            self.rows += int(told[1]) - int(told[2])
+            self.rows += max(0, int(told[1]) - int(told[2]))  # of one row it may also make several
 
 
 def _fault(read: Callable[[Sequence[str]], Any], name: str) -> tuple[str, Exception] | None:
