@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +38,13 @@ def namesake(store: Path, *words: str, uri: str = "") -> str:
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done.stdout
+
+
+def seconds_of(command: Callable[[], object]) -> float:
+    """Wall time."""
+    start = time.perf_counter()
+    command()
+    return time.perf_counter() - start
 
 
 def run_id(output: str) -> str:

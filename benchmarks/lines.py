@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commands import ROOT, environment, namesake
+from commands import ROOT, environment, namesake, seconds_of
 from measure import Given, Measure, Row, Sample
 
 if TYPE_CHECKING:
@@ -443,7 +443,6 @@ def whole(url: str, path: str, streams: int, requests: int, tokens: int = 16) ->
 def adapters(given: Given) -> Iterator[Sample]:
     """16 streams: merged, by one adapter, and by several in turn on one base."""
     from load import Load
-    from merge import seconds_of
 
     from namesake.manifest import Manifest
     from servers import MODEL, ask, hello, namesake_serve, resting
@@ -631,9 +630,8 @@ def helps(given: Given) -> Iterator[Sample]:
     """`namesake --help`, and Python alone beside it."""
 
     def seconds(words: Sequence[str]) -> float:
-        begun = time.perf_counter()
-        subprocess.run(words, env=environment(given.folder), check=True, capture_output=True)
-        return time.perf_counter() - begun
+        started = environment(given.folder)
+        return seconds_of(lambda: subprocess.run(words, env=started, check=True, capture_output=True))
 
     ours = [sys.executable, "-m", "namesake", "--help"]
     seconds(ours)  # compiled from now on

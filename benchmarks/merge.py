@@ -19,11 +19,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from commands import ROOT, environment
+from commands import ROOT, environment, seconds_of
 
 MERGE = """
 import re, sys, time
@@ -128,16 +127,7 @@ def merged(way: str, base: Path, adapter: Path, target: Path) -> tuple[float, fl
 
 def copied(base: Path, target: Path) -> float:
     """Seconds of ``cp``."""
-    start = time.perf_counter()
-    subprocess.run(["cp", "-r", "--reflink=never", base, target], check=True)
-    return time.perf_counter() - start
-
-
-def seconds_of(command: Callable[[], object]) -> float:
-    """Wall time."""
-    start = time.perf_counter()
-    command()
-    return time.perf_counter() - start
+    return seconds_of(lambda: subprocess.run(["cp", "-r", "--reflink=never", base, target], check=True))
 
 
 def swift_export(base: Path, adapter: Path, target: Path, folder: Path) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jsonschema_rs import Draft201909Validator, ValidationErrorKind
@@ -410,8 +410,8 @@ def _schema(schema: Any, where: str) -> None:
     # Else the engine says what is wrong, but for this: llguidance 1.7 quotes 100 bytes of a keyword's wrong value, and
     # fails where they end within a character. Draft 2019-09 also knows the lists of items that older drafts have.
     for error in _META_SCHEMA.iter_errors(schema):
-        quoted = json.dumps(error.instance, ensure_ascii=False)
-        if isinstance(error.kind, _WRONG_TYPE) and not quoted.isascii() and len(quoted.encode()) > 100:
+        quoted = json.dumps(error.instance, ensure_ascii=False) if isinstance(error.kind, _WRONG_TYPE) else ""
+        if not quoted.isascii() and len(quoted.encode()) > 100:
             place = ".".join(map(str, error.instance_path))
             raise BadRequest(f"{where} is no JSON schema: its {place[:200]} is of the wrong type.", where)
 
@@ -419,8 +419,13 @@ def _schema(schema: Any, where: str) -> None:
 def _values(value: Any) -> Iterator[Any]:
     """Everything in it, at any depth."""
     yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for inner in _within(value):
         yield from _values(inner)
+
+
+def _within(value: Any) -> Iterable[Any]:
+    """What an object or a list holds."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
@@ -495,9 +500,5 @@ def _depth(value: object) -> int:
         deepest += 1
         if deepest > MAX_DEPTH:
             break
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
-        ]
+        level = [inner for outer in level for inner in _within(outer)]
     return deepest

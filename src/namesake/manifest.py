@@ -155,7 +155,7 @@ class Manifest:
         path = folder / FILE
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise RegistryError(
                 tr("The version in {folder} has no readable {file} ({error}).", folder=folder, file=FILE, error=error),
                 mend="Promote it with `namesake promote`.",
