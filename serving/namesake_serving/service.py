@@ -109,7 +109,7 @@ class Track:
         self.traffic.live = live
         await self.host.turned(loaded, [])
         self.metrics.served(first)
-        await asyncio.to_thread(store.remember, self._service.cache, self.uri, first)
+        await self._remember(first)
 
     async def stop(self) -> None:
         """Let go of what is under way."""
@@ -132,6 +132,10 @@ class Track:
         self.metrics.rival(None)
         if why:
             self._service.in_the_background(self._tell_registry, self._versions[key], why)
+
+    def serves(self, key: str | None) -> bool:
+        """Whether this is still what is to answer."""
+        return self.state.live == key and not self.state.unwanted
 
     def _key(self, version: Version) -> str:
         key = key_of(version)
@@ -236,8 +240,14 @@ class Track:
         self._coming = None
         leaving, self._withdrawn = [*self._withdrawn, *([old] if old is not None else [])], []
         await self.host.turned(loaded, leaving)
+        await self._remember(version)  # first: a registry that is away has time
         await asyncio.to_thread(self._tell_registry, version, None)
-        await asyncio.to_thread(store.remember, self._service.cache, self.uri, version)
+
+    async def _remember(self, version: Version) -> None:
+        try:
+            await asyncio.to_thread(store.remember, self._service.cache, self.uri, version)
+        except OSError as error:  # it is served all the same; only a start while the registry is away would lack it
+            _log.error("which version is served cannot be kept: %s", _told(error))
 
     async def _retire(self) -> None:
         leaving, self._withdrawn = self._withdrawn, []
@@ -316,8 +326,9 @@ class Service:
         return self.champion.state
 
     def held(self) -> list[str]:
-        """Ids of versions that answer nobody and whose copies must not go."""
-        return self._standby.held() if self._standby is not None else []
+        """Ids of versions whose copies must not go."""
+        live = [track.traffic.live.stored.id for track in self._tracks() if track.traffic.live is not None]
+        return [*live, *(self._standby.held() if self._standby is not None else [])]
 
     def at_rest(self) -> bool:
         """Whether no version is under way, neither an alias's nor one that a client has asked for."""
@@ -432,7 +443,7 @@ class Service:
             await host.lost(dead)
             for track, live in lost:
                 key = track.state.live
-                while track.traffic.live is None and track.state.live == key:
+                while track.traffic.live is None and track.serves(key):
                     try:
                         again = await host.restart(live.stored)
                     except Exception as error:  # no memory or no descriptor at this moment: whatever it is, try again
@@ -443,10 +454,10 @@ class Service:
                         wait = min(wait * 2, _LONGEST_RESTART_WAIT)
                         continue
                     wait, again.live.verified = 1.0, live.verified
-                    if track.traffic.live is None and track.state.live == key:
+                    if track.traffic.live is None and track.serves(key):
                         track.traffic.live = again.live
                         await host.turned(again, [])
-                    else:  # the alias moved on and the new version was faster
+                    else:  # the alias moved on and the new version was faster, or it has been withdrawn
                         await host.undo(again)
 
 
@@ -473,11 +484,11 @@ def verified(version: Version, settings: Settings, cache: Path, part: str, stay:
     if settings.require_gate and not version.tags.get("namesake.gate", "").startswith("passed"):
         told = tr("{uri} did not pass the gate.", uri=version.uri)
         raise RegistryError(told, mend="Promote a run that passes it.", kind="gate")
+    if gone := store.prune(cache, version.name, settings.keep_versions, stay, coming=version):
+        _log.info("copies of versions removed: %s", ", ".join(gone))
     stored = store.fetch(version, cache, settings.public_key, part)
     if part == WEIGHTS_FOLDER:
         store.check_weights(stored.weights)
-    if gone := store.prune(cache, version.name, settings.keep_versions, stay):
-        _log.info("copies of versions removed: %s", ", ".join(gone))
     return stored
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -75,9 +74,6 @@ class Base:
     digest: str
 
 
-_FETCHING = threading.Lock()
-
-
 def fetch(version: Version, cache: Path, public_key: Path | None = None, part: str = WEIGHTS_FOLDER) -> Stored:
     """Get the version's files and check them: with a public key first the signature, before anything parses them, then
     every digest, and that there is nothing else.
@@ -94,14 +90,14 @@ def fetch(version: Version, cache: Path, public_key: Path | None = None, part: s
         RegistryError: files are missing, changed, not signed by the key, or of a kind that may hold code.
     """
     folder = cache / "versions" / f"{version.name}-{id_of(version)}"
-    with _FETCHING, _alone(folder):  # champion, challenger, a client, another server here may want one at one moment
+    with _alone(folder):  # champion, challenger, a client, another server here may want one at one moment
         stored = _fetch(version, folder, public_key, part)
         copies.seal(folder)
         os.utime(_lock(folder))
         return stored
 
 
-def prune(cache: Path, name: str, keep: int, stay: Collection[str] = ()) -> list[str]:
+def prune(cache: Path, name: str, keep: int, stay: Collection[str] = (), *, coming: Version | None = None) -> list[str]:
     """Remove copies of the model's versions but the ``keep`` that were fetched last, or the disk fills move by move.
 
     One that a server of this machine answers with stays too, by what :func:`remember` wrote: it is loaded from there
@@ -109,6 +105,7 @@ def prune(cache: Path, name: str, keep: int, stay: Collection[str] = ()) -> list
 
     Args:
         stay: ids of versions that stay, too.
+        coming: a version that is about to be fetched, one of the ``keep``: there has to be room for it before.
 
     Returns:
         Names of the folders that are gone.
@@ -118,6 +115,9 @@ def prune(cache: Path, name: str, keep: int, stay: Collection[str] = ()) -> list
     copied = [path for path in versions.glob("*") if path.is_dir() and pattern.fullmatch(path.name)]
     served = {f"{one.name}-{id_of(one)}" for one in map(_remembered, versions.glob("last-*.json")) if one}
     served |= {f"{name}-{one}" for one in stay}
+    if coming is not None:
+        own = f"{name}-{id_of(coming)}"
+        copied, keep = [path for path in copied if path.name != own], keep - 1
     gone = []
     for folder in sorted(copied, key=_used, reverse=True)[keep:]:
         if folder.name in served:
@@ -141,7 +141,7 @@ def _lock(folder: Path) -> Path:
 
 @contextmanager
 def _alone(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """No other process of this machine is at the folder meanwhile.
+    """No other thread or process of this machine is at the folder meanwhile: the lock is the open file's (flock(2)).
 
     Raises:
         BlockingIOError: another is, and is not waited for.

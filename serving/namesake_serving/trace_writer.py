@@ -126,8 +126,8 @@ def main() -> None:
     """Write until standard input ends."""
     process.settle()
     # Whatever waits is for MLflow to take soon or not at all: nobody is served by minutes of trying again.
-    for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", "10")):
-        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    process.hurry()
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.nice(_NICE)  # the answers themselves come first
     for number in (signal.SIGINT, signal.SIGTERM):  # the gateway ends this by ending its input, when it has finished
         signal.signal(number, signal.SIG_IGN)

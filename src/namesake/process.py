@@ -17,6 +17,8 @@ spinning at all costs a quarter (docs/lab-notes.md).
 """
 
 CPU = Path("/proc/cpuinfo")
+DEVICES = Path("/dev")
+WSL = Path("/usr/lib/wsl/lib/libcuda.so.1")
 
 _PR_SET_PDEATHSIG = 1
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
@@ -29,6 +31,15 @@ def settle() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # It prints a run's address, with a server, among what `--json` prints; ours is on the terminal.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+
+def hurry() -> None:
+    """Have MLflow try a request once more and no oftener: its seven tries take four minutes, in which whoever serves
+    would neither start from its own store nor hear that the server is back. What the user has set stays.
+
+    Its time limit stays too: a server that hands artifacts on reads a whole file before it sends the first byte.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
 def own_ray() -> dict[str, str]:
@@ -59,6 +70,12 @@ def multiplies_bf16() -> bool:
         return True
     has = set(found[2].split())
     return has >= _AVX512 if found[1] == "flags" else "bf16" in has
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA device is there, without importing torch. The Makefile asks the same."""
+    # A container has the devices it was given, under the numbers that they have on their machine.
+    return any(DEVICES.glob("nvidia[0-9]*")) or WSL.exists()
 
 
 def end_with_parent() -> None:

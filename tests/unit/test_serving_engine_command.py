@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import importlib.machinery
 import json
@@ -17,15 +18,18 @@ import threading
 import time
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from namesake import registry
 from namesake.errors import InputError, RegistryError, ServingError
+from namesake.process import hurry
 from namesake.registry import Version
+from namesake_serving import __main__ as command_line
 from namesake_serving import engine, settings, store, vllm_plugin
 from namesake_serving.__main__ import choose, listen
 from namesake_serving.engine import Adapters, Engine
@@ -51,6 +55,17 @@ def after(line: list[str], word: str) -> str:
 def environment(inherited: dict[str, str] | None = None, *, gpu: bool = False) -> dict[str, str]:
     """The server's environment."""
     return engine.environment(inherited or {}, PLUGIN, gpu=gpu)
+
+
+def test_no_line_a_request_fills_the_disk_and_the_end_of_a_long_log_is_read_alone(tmp_path: Path) -> None:
+    assert "--disable-uvicorn-access-log" in words()
+    log = tmp_path / "engine.log"
+    log.write_bytes(b"x" * 1_000_000 + "踩\n".encode() * 50_000 + b"the\nend\n")
+    one = Engine(cast(Any, None), tmp_path / "socket", log, 0)
+    assert one.tail(2) == "the\nend"
+    assert len(one.tail(1_000_000).encode()) <= 1 << 16
+    log.write_bytes(b"x" * 1_000_000)
+    assert set(one.tail()) == {"x"}
 
 
 def test_the_server_is_this_pythons_and_not_the_broken_vllm_command() -> None:
@@ -798,6 +813,83 @@ def test_while_the_registry_is_away_what_was_never_served_is_not_guessed(
     store.remember(tmp_path, "models:/ccb@champion", CCB)
     with pytest.raises(RegistryError, match="away"):
         choose(uri)
+
+
+def test_a_registry_that_says_nothing_is_waited_for_no_longer_than_whoever_started_the_server_waits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use(monkeypatch, Registry(), tmp_path)
+    silent = threading.Event()
+    monkeypatch.setattr(registry, "resolve", lambda _uri: silent.wait(15))
+    monkeypatch.setattr(command_line, "_ASKING_SECONDS", 0.05)
+    with pytest.raises(RegistryError, match=r"has not answered for 0\.05 s"):
+        choose("ccb@champion")
+    store.remember(tmp_path, "models:/ccb@champion", CCB)
+    assert choose("ccb@champion") == ("models:/ccb@champion", CCB)
+    silent.set()
+
+
+def test_mlflow_is_told_to_try_once_more_and_no_oftener(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES
+
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    hurry()
+    assert MLFLOW_HTTP_REQUEST_MAX_RETRIES.get() == 1
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+    hurry()
+    assert MLFLOW_HTTP_REQUEST_MAX_RETRIES.get() == 4
+
+
+class Follows:
+    """A service that notes when it runs."""
+
+    uri = "models:/ccb@champion"
+
+    def __init__(self) -> None:
+        manifest = SimpleNamespace(identity={"name": "踩踩背 CCB", "author": "老爷爷 OldGrandpa"})
+        self.traffic = SimpleNamespace(live=SimpleNamespace(version=CCB, manifest=manifest))
+        self.runs = asyncio.Event()
+
+    async def start(self, _first: Version, _tick: object) -> None:
+        """It is up."""
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        self.runs.set()
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_engines_are_watched_while_mlflow_is_asked_for_its_calls_and_in_the_end_that_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answered: bool
+) -> None:
+    told, taken_back = threading.Event(), list[str]()
+
+    def add(_url: str, _secret: str) -> str:
+        assert told.wait(15)
+        return "w-1"
+
+    monkeypatch.setattr(registry, "add_webhook", add)
+    monkeypatch.setattr(registry, "remove_webhook", taken_back.append)
+
+    async def follow() -> None:
+        made = Follows()
+        given = settings.read(webhook_url="http://serving.example:8000", webhook_secret="s" * 32)
+        following = asyncio.create_task(command_line._follow(cast(Any, made), CCB, given))
+        await asyncio.wait_for(made.runs.wait(), 5)
+        assert "ready at" not in capsys.readouterr().out
+        if answered:
+            told.set()
+            while "ready at" not in capsys.readouterr().out:
+                await asyncio.sleep(0.01)
+        following.cancel()
+        await asyncio.sleep(0.01)
+        told.set()
+        with suppress(asyncio.CancelledError):
+            await following
+
+    asyncio.run(asyncio.wait_for(follow(), 10))
+    assert taken_back == ["w-1"]
 
 
 def test_a_free_port_is_bound(tmp_path: Path) -> None:

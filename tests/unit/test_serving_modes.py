@@ -307,7 +307,7 @@ async def test_copies_of_versions_go_but_those_of_champion_and_challenger_are_kn
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     asked = list[tuple[str, int]]()
-    monkeypatch.setattr(store, "prune", lambda _cache, name, keep, _stay: asked.append((name, keep)) or [])
+    monkeypatch.setattr(store, "prune", lambda _cache, name, keep, _stay, **_: asked.append((name, keep)) or [])
     async with compared(world, tmp_path, mode, keep_versions=7) as running:
         assert store.recall(running.cache, "models:/ccb@champion") == version(1)
         assert store.recall(running.cache, "models:/ccb@challenger") == version(2)

@@ -461,9 +461,9 @@ async def test_weights_of_another_shape_go_into_a_second_engine_and_the_old_one_
             assert await running.is_answered() == 2
             await asyncio.sleep(0.03)
             assert cast(Box, old.engine).alive(), "stopped under a running answer"
-            assert running.service.state.step is Step.RETIRING
-        await until(lambda: running.serves(2))
+            assert running.serves(2), "nothing waits for its end"
         one, two = world.boxes
+        await until(lambda: not one.alive())
         assert (one.did, two.did) == (["start 1", "asked 1", "stop"], ["start 2", "asked 2"])
         assert running.figure('namesake_version_changes_total{reason="",result="live",way="second engine"}') == 1
         running.move(3)  # and the second one is changed in place from now on
@@ -482,7 +482,127 @@ async def test_an_old_engine_whose_answers_do_not_end_is_stopped_all_the_same(wo
     async with serving(world, tmp_path, shutdown_seconds=0) as running, running.service.traffic.enter():
         running.move(2)
         await until(lambda: running.serves(2))
-        assert world.boxes[0].did[-1] == "stop"
+        await until(lambda: world.boxes[0].did[-1] == "stop")
+
+
+@in_a_loop
+async def test_while_an_old_engine_finishes_the_alias_may_move_on(world: World, tmp_path: Path) -> None:
+    world.other.add(2)
+    async with serving(world, tmp_path) as running:
+        async with running.service.traffic.enter() as old:
+            running.move(2)
+            await until(lambda: running.serves(2))
+            world.other.clear()
+            running.move(3)
+            await until(lambda: running.serves(3))
+            assert cast(Box, old.engine).alive()
+        await until(lambda: [box.alive() for box in world.boxes] == [False, True])
+
+
+@in_a_loop
+async def test_a_third_engine_is_started_when_the_first_has_made_room(world: World, tmp_path: Path) -> None:
+    world.other |= {2, 3}
+    async with serving(world, tmp_path) as running:
+        async with running.service.traffic.enter():
+            running.move(2)
+            await until(lambda: running.serves(2))
+            running.move(3)
+            await running.met("check", 3)
+            await asyncio.sleep(0.03)
+            assert len(world.boxes) == 2
+        await until(lambda: running.serves(3))
+        await until(lambda: [box.alive() for box in world.boxes] == [False, False, True])
+
+
+@in_a_loop
+async def test_an_engine_that_comes_up_again_too_late_is_ended_also_while_weights_are_changed_in_another(
+    world: World, tmp_path: Path
+) -> None:
+    world.other.add(2)
+    second = world.gate("start", 2)
+    async with serving(world, tmp_path) as running:
+        first, proof = world.gate("start", 1), world.gate("prove", 3)
+        running.move(2)
+        await running.met("start", 2)
+        world.boxes[0].die()
+        await until(lambda: len(world.boxes) == 3)  # version 1 once more
+        second.set()
+        await until(lambda: running.serves(2))
+        world.other.clear()
+        running.move(3)
+        await running.met("prove", 3)
+        first.set()
+        await until(lambda: not world.boxes[2].alive())
+        proof.set()
+        await until(lambda: running.serves(3))
+        assert world.boxes[1].did == ["start 2", "asked 2", "change 3", "asked 3"]
+
+
+@in_a_loop
+async def test_a_challenger_that_was_withdrawn_while_its_engine_was_down_does_not_come_back(
+    world: World, tmp_path: Path
+) -> None:
+    world.challenger = version(2)
+    async with serving(world, tmp_path, canary=0.1) as running:
+        rival = running.service.challenger
+        assert rival is not None
+        await until(lambda: rival.traffic.live is not None and rival.state.step is Step.REST)
+        again, third = world.gate("start", 2), world.gate("fetch", 3)
+        world.challenger = version(3)
+        running.service.wake()
+        await running.met("fetch", 3)
+        world.boxes[1].die()
+        await until(lambda: len(world.boxes) == 3)
+        world.challenger = None
+        running.service.wake()
+        await until(lambda: rival.state.unwanted)
+        again.set()
+        await until(lambda: not world.boxes[2].alive())
+        third.set()
+        await until(lambda: rival.state.step is Step.REST)
+        assert (rival.traffic.live, rival.state.live) == (None, None)
+        assert running.serves(1)
+
+
+@in_a_loop
+async def test_a_full_disk_on_which_nothing_can_be_kept_does_not_end_a_server_that_can_answer(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def remember(_cache: Path, _uri: str, which: Version) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(store, "remember", remember)
+    async with serving(world, tmp_path) as running:
+        assert await running.is_answered() == 1
+        running.move(2)
+        await until(lambda: running.serves(2))
+        assert any("No space left on device" in one for one in caplog.messages)
+
+
+@in_a_loop
+async def test_which_version_is_served_is_kept_before_a_registry_that_is_away_is_told(
+    world: World, tmp_path: Path
+) -> None:
+    world.gate("tag", 2)
+    async with serving(world, tmp_path) as running:
+        running.move(2)
+        await running.met("tag", 2)
+        assert store.recall(running.cache, URI) == version(2)
+
+
+def test_room_is_made_before_a_version_is_fetched(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prune(_cache: Path, name: str, keep: int, stay: Sequence[str], *, coming: Version) -> list[str]:
+        assert (name, keep, stay, coming) == ("ccb", 5, ["v1-x"], version(2))
+        assert world.fetched == []
+        return []
+
+    monkeypatch.setattr(store, "prune", prune)
+    world.faults["fetch", 2] = OSError("No space left on device")
+    with pytest.raises(OSError, match="No space"):
+        service.verified(version(2), settings.read(), tmp_path, "model", ["v1-x"])
+    assert world.fetched == [2]
 
 
 @in_a_loop
@@ -495,6 +615,7 @@ async def test_when_answers_run_too_long_for_a_change_in_place_a_second_engine_i
             running.move(2)
             await until(lambda: running.live.version.number == 2)
         await until(lambda: running.serves(2))
+        await until(lambda: not world.boxes[0].alive())
         assert [box.did for box in world.boxes] == [["start 1", "asked 1", "stop"], ["start 2", "asked 2"]]
         assert "second engine, since answers were still running after 0.02 s" in caplog.messages
 

@@ -10,7 +10,9 @@ import shutil
 import stat
 import struct
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +153,39 @@ def test_the_copy_of_a_version_that_answers_stays(server: Server, cache: Path) -
     assert copied(cache) == {"ccb-v1", "ccb-v2", "ccb-v3", "ccb-v4"}
     store.prune(cache, "ccb", 1)
     assert copied(cache) == {"ccb-v1", "ccb-v3", "ccb-v4"}
+
+
+def test_a_version_that_is_to_be_fetched_is_one_of_those_that_are_kept(server: Server, cache: Path) -> None:
+    for number in (1, 2, 3):
+        store.fetch(version(number), cache)
+        os.utime(cache / "versions" / f".ccb-{store.id_of(version(number))}.lock", (0, ticks()))
+    assert len(store.prune(cache, "ccb", 3, coming=version(4))) == 1
+    assert copied(cache) == {"ccb-v2", "ccb-v3"}
+    assert store.prune(cache, "ccb", 3, coming=version(4)) == []
+    assert len(store.prune(cache, "ccb", 1, coming=version(3))) == 1
+    assert copied(cache) == {"ccb-v3"}
+
+
+def test_a_version_that_takes_long_to_come_holds_up_no_other(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came, go, fetch = threading.Event(), threading.Event(), server.fetch
+
+    def slow(wanted: Version, target: Path | None = None, part: str = "") -> Path:
+        if wanted.number == 1:
+            came.set()
+            assert go.wait(15)
+        return fetch(wanted, target, part)
+
+    monkeypatch.setattr(registry, "fetch", slow)
+    with ThreadPoolExecutor(3) as pool:
+        first = [pool.submit(store.fetch, version(1), cache) for _ in range(2)]
+        assert came.wait(15)
+        assert pool.submit(store.fetch, version(2), cache).result(15).version.number == 2
+        assert not any(one.done() for one in first)
+        go.set()
+        assert [one.result(15).version.number for one in first] == [1, 1]
+    assert server.fetched == 2, "two threads at one folder fetched it twice"
 
 
 def test_a_copy_that_another_process_is_at_stays(server: Server, cache: Path) -> None:
