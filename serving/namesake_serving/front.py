@@ -178,6 +178,10 @@ def deadline_protocol(seconds: float, stalled: float) -> type[HttpToolsProtocol]
         _stalled: asyncio.TimerHandle | None = None
         _head: int | None = None
         """Bytes of the head that is coming, but for those that came with something before it; none: another part is."""
+        _beside: int = 0
+        """Bytes since the last part of a body, of what is none of it: the sizes of chunks, trailers."""
+        _deaf = False
+        """Whether nothing more is read: the connection ends with the answer under way."""
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -190,12 +194,17 @@ def deadline_protocol(seconds: float, stalled: float) -> type[HttpToolsProtocol]
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            if self._deaf:
+                return
             # Also the rest of a body whose request has been answered early, and empty lines between requests.
             if self.cycle is None or self.cycle.response_complete:
                 self._arm()
             if self._head is not None:
                 self._head += len(data)
+            self._beside += len(data)
             super().data_received(data)
+            if self._head is None and self._beside > MAX_HEAD_BYTES:
+                self.transport.close()
             if self._head is not None and self._head > MAX_HEAD_BYTES:
                 self._refuse(b"431 Request Header Fields Too Large", Refused(431, "The head is too long."))
 
@@ -203,10 +212,33 @@ def deadline_protocol(seconds: float, stalled: float) -> type[HttpToolsProtocol]
             self._head = 0
             super().on_message_begin()
 
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if self._head is not None:  # else it is a trailer, which nobody reads
+                super().on_header(name, value)
+
         def on_headers_complete(self) -> None:
-            self._head = None
+            self._head, self._beside = None, 0
             self._disarm()
+            if self._deaf:
+                return
+            running = self.cycle
             super().on_headers_complete()
+            if self.pipeline:
+                # Uvicorn would read no more, and never notice that the client goes. Who sends a request before the
+                # answer to the last one has to be ready to send it again (RFC 9112, 9.3.2).
+                self.pipeline.clear()
+                self.cycle, self._deaf = running, True
+                self.cycle.keep_alive = False
+                self.flow.resume_reading()
+
+        def on_body(self, body: bytes) -> None:
+            self._beside = 0
+            if not self._deaf:
+                super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            if not self._deaf:
+                super().on_message_complete()
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(b"400 Bad Request", Refused(400, msg))

@@ -68,6 +68,8 @@ _EVENTS = (b'data: {"id"', b'data: {"response":{"id"')
 _FINGERPRINT = re.compile(rb',"system_fingerprint":(?:"[^"\\]*"|null)')
 _USAGE = re.compile(rb'"usage":(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 """The engine's own; what a model says has its quotes escaped and is never taken for them."""
+_LAST_EVENT = re.compile(rb"(?:^|\n)event: response\.(?:completed|incomplete|failed)\ndata: ([^\n]*)")
+"""Of `/v1/responses`: the one that tells what was used. Those before repeat the request, a client's tools and all."""
 _ONLY_USAGE = re.compile(rb'data: \{"id"[^\n]*"choices":\[\],[^\n]*"usage":\{[^\n]*\n\n')
 """The event that the gateway asks for in any case, to count tokens."""
 
@@ -488,7 +490,8 @@ class Gateway:
         body["model"] = live.model
         if reserved:
             self._spend(request, "tokens", reserved)
-        if body.get("stream") and request.path != RESPONSES:
+        used.echoed = bool(body.get("stream")) and request.path == RESPONSES
+        if body.get("stream") and not used.echoed:
             options = body.get("stream_options", {})
             used.told = bool(options.get("include_usage"))
             body["stream_options"] = {**options, "include_usage": True}
@@ -615,8 +618,10 @@ class Gateway:
         declared = request.headers.get("content-length", "")
         if declared.isascii() and declared.isdigit() and int(declared[:20]) > most:
             raise Refused(413, f"The body is longer than {most} bytes.", code="body_too_large")
-        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        # A page of another site may send a body of no type without asking; one of JSON it may not (Fetch, CORS).
+        foreign = request.headers.get("sec-fetch-site", "none") not in {"none", "same-origin"}
+        kind = request.headers.get("content-type", "" if foreign else "application/json").partition(";")[0]
+        if kind.strip().lower() != "application/json":
             raise Refused(415, "The body must be application/json.", code="content_type")
         parts, size = [], 0
         try:
@@ -719,10 +724,12 @@ class _Used:
     completion: int = 0
     told: bool = True
     """Whether the client asked to be told."""
+    echoed: bool = False
+    """Whether it is a stream that repeats the request."""
 
     def count(self, chunk: bytes, *, ok: bool = True) -> None:
         """Take note of a part of the reply, or of the whole."""
-        usage = _usage(chunk)
+        usage = _usage(b"".join(_LAST_EVENT.findall(chunk)) if self.echoed else chunk)
         if not ok:
             self.prompt = 0
         elif usage:

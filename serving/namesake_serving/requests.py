@@ -113,14 +113,15 @@ def parse(raw: bytes) -> dict[str, Any]:
         BadRequest: it is none, or nested too deeply.
     """
     try:
-        body = json.loads(raw, parse_constant=_no_constant, parse_float=_finite)
+        # Not the bytes: json would take them for UTF-16 or UTF-32 too, and let half a surrogate pair through there.
+        body = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"The body is no JSON: {str(error)[:200]}.") from error
     if not isinstance(body, dict):
         raise BadRequest("The body is no JSON object.")
     if _depth(body) > MAX_DEPTH:
         raise BadRequest(f"The body is nested more than {MAX_DEPTH} deep.")
-    if b"\\u" in raw or b"\xed" in raw:
+    if b"\\u" in raw:
         try:
             json.dumps(body, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -403,7 +404,9 @@ def _schema(schema: Any, where: str) -> None:
         for pattern in patterns:
             if isinstance(pattern, str) and len(pattern) > MAX_PATTERN_CHARACTERS:
                 raise BadRequest(f"{where} has a pattern longer than {MAX_PATTERN_CHARACTERS} characters.", where)
-            if isinstance(pattern, str) and any(int(n[:9]) > MAX_SCHEMA_COUNT for n in re.findall(r"\d+", pattern)):
+            if isinstance(pattern, str) and any(
+                int(n[:9]) > MAX_SCHEMA_COUNT for n in re.findall(r"[1-9]\d*", pattern)
+            ):
                 raise BadRequest(f"{where} has a pattern with a number above {MAX_SCHEMA_COUNT}.", where)
         if key in _COUNTS and isinstance(value, int | float) and value > MAX_SCHEMA_COUNT:
             raise BadRequest(f"{where} has a {key} above {MAX_SCHEMA_COUNT}.", where)

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from namesake.errors import InputError
+from namesake.process import has_gpu
 
 
 def _share(value: object) -> object:
@@ -22,9 +23,6 @@ def _share(value: object) -> object:
     return value
 
 
-_DEVICES = Path("/dev")
-
-
 def _json(value: object) -> object:
     """JSON as what it says; anything else stays as it is."""
     if isinstance(value, str):
@@ -34,6 +32,9 @@ def _json(value: object) -> object:
             raise ValueError(f"this is no JSON ({error})") from None
     return value
 
+
+_SECRET = {("api_keys",), ("webhook_secret",)}
+"""What no message repeats."""
 
 Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1)]
 
@@ -178,12 +179,6 @@ class Settings(BaseSettings):
         return self.max_requests or 8 * self.streams
 
 
-def has_gpu() -> bool:
-    """Whether an NVIDIA device is there, without importing torch."""
-    # A container has the devices it was given, under the numbers that they have on their machine.
-    return any(_DEVICES.glob("nvidia[0-9]*")) or (_DEVICES / "dxg").exists()
-
-
 def read(**given: object) -> Settings:
     """Settings from flags over environment over defaults.
 
@@ -203,7 +198,7 @@ def read(**given: object) -> Settings:
         first = error.errors()[0]
         raise InputError(
             ".".join(str(part) for part in first["loc"]),
-            first.get("input"),
+            "…" if first["loc"][:1] in _SECRET else first.get("input"),
             first["msg"].removeprefix("Value error, "),
             mend="`namesake serve --help` says what is allowed.",
         ) from error

@@ -17,6 +17,9 @@ IDLE_SECONDS = 2.0
 """A connection that rests for longer is not used again: vLLM closes it after five, perhaps just as a request comes."""
 
 
+_FIGURES_SECONDS = 5.0
+
+
 class Gone(Exception):
     """The engine has ended or cannot be reached."""
 
@@ -96,11 +99,16 @@ class Sockets:
         return await session.post(f"http://engine{path}", data=body, headers={"content-type": "application/json"})
 
     async def figures(self, live: Answerer) -> bytes:
-        """vLLM's metrics."""
+        """vLLM's metrics.
+
+        Raises:
+            Gone: it tells none, or not soon enough for who asks every few seconds.
+        """
+        session, most = self._session(live.engine.socket), aiohttp.ClientTimeout(total=_FIGURES_SECONDS)
         try:
-            async with self._session(live.engine.socket).get("http://engine/metrics") as response:
+            async with session.get("http://engine/metrics", timeout=most) as response:
                 return await response.read()
-        except aiohttp.ClientError as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise Gone(str(error)) from error
 
     async def close(self) -> None:

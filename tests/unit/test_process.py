@@ -89,3 +89,18 @@ def test_an_engine_answers_in_what_the_processor_is_quick_at_unless_told(fast: b
     assert ("--dtype" in words) is (not fast and not gpu)
     told = settings.read(engine_args=("--dtype=bfloat16",))
     assert engine.command(Path("weights"), Path("socket"), told, gpu=gpu)[-1] == "--dtype=bfloat16"  # the last one wins
+
+
+@pytest.mark.parametrize(
+    ("device", "found"),
+    [("nvidia3", True), ("nvidia0", True), ("nvidiactl", False), ("dxg", False), ("null", False)],
+)
+def test_a_gpu_is_found_under_whatever_number_the_container_was_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, found: bool
+) -> None:
+    (tmp_path / device).touch()
+    monkeypatch.setattr(process, "DEVICES", tmp_path)
+    monkeypatch.setattr(process, "WSL", tmp_path / "libcuda.so.1")
+    assert process.has_gpu() is found
+    (tmp_path / "libcuda.so.1").touch()
+    assert process.has_gpu()

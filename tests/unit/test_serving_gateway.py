@@ -1415,6 +1415,129 @@ async def test_another_type_of_body_is_refused(kind: str) -> None:
         await gate.at_rest()
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+@in_a_loop
+async def test_a_page_of_another_site_may_not_send_what_its_browser_would_not_ask_about(site: str) -> None:
+    async with front() as gate:
+        reply = await gate.ask("POST", CHAT, f"Sec-Fetch-Site: {site}")
+        assert (reply.status, reply.error["code"]) == (415, "content_type")
+        assert not gate.upstream.asked
+        json_too = ["Content-Type: application/json", f"Sec-Fetch-Site: {site}"]  # asked about: a preflight (CORS)
+        assert (await gate.ask("POST", CHAT, *json_too)).status == 200
+        assert (await gate.ask("POST", CHAT, "Sec-Fetch-Site: same-origin")).status == 200
+
+
+@pytest.mark.parametrize("more", [b"a:b\r\n" * 20_000, b"a: " + b"x" * 100_000])
+@in_a_loop
+async def test_what_comes_behind_a_body_is_bounded_as_a_head_is(more: bytes) -> None:
+    async with front(read_seconds=600, keep_alive=600, api_keys=("k",)) as gate:
+        reader, writer = await gate.connect()
+        writer.write(head("POST", CHAT, "Transfer-Encoding: chunked") + b"2\r\n{}\r\n0\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 401 ")
+        async with asyncio.timeout(5):
+            with suppress(ConnectionError):
+                while True:
+                    writer.write(more)
+                    await writer.drain()
+                    if not await reader.read(65536):
+                        break
+        writer.close()
+
+
+@in_a_loop
+async def test_a_trailer_is_no_header() -> None:
+    async with front(api_keys=(KEY,)) as gate:
+        sent = head("POST", CHAT, "Transfer-Encoding: chunked", "Connection: close")
+        body = in_chunks(json.dumps(BODIES[CHAT]).encode(), 100)[:-2]
+        reply = read(await gate.raw(sent + body + f"Authorization: Bearer {KEY}\r\n\r\n".encode()))
+        assert reply.status == 401
+
+
+@in_a_loop
+async def test_a_client_that_sends_the_next_request_too_early_and_goes_is_noticed() -> None:
+    async with front() as gate:
+        gate.upstream.script = [event("我是"), asyncio.Event()]
+        body = json.dumps(STREAM).encode()
+        reader, writer = await gate.connect()
+        writer.write(head("POST", CHAT, f"Content-Length: {len(body)}") + body + head("GET", "/health") * 3)
+        await gate.upstream.arrived.wait()
+        await reader.readuntil("我是".encode())
+        writer.close()
+        async with asyncio.timeout(2):
+            await gate.upstream.aborted.wait()
+        await gate.at_rest()
+
+
+@in_a_loop
+async def test_a_request_that_comes_before_the_last_answer_has_ended_is_left_to_be_sent_again() -> None:
+    async with front() as gate:
+        gate.upstream.begin.clear()
+        body = json.dumps(BODIES[CHAT]).encode()
+        reader, writer = await gate.connect()
+        whole = head("POST", CHAT, f"Content-Length: {len(body)}") + body
+        writer.write(whole + whole)
+        await gate.upstream.arrived.wait()
+        await asyncio.sleep(0.05)
+        gate.upstream.begin.set()
+        async with asyncio.timeout(5):
+            came = await reader.read()
+        writer.close()
+        assert came.count(b"HTTP/1.1 200 OK") == 1
+        assert read(came).headers["connection"] == "close"
+        assert len(gate.upstream.asked) == 1
+        await gate.at_rest()
+
+
+def response_event(kind: str, **more: object) -> bytes:
+    """An event of a streamed reply of /v1/responses as vLLM writes it."""
+    about = {"id": "resp_1", "object": "response", "model": "namesake", **more}
+    return (
+        f"event: response.{kind}\ndata: ".encode() + compact({"response": about, "type": f"response.{kind}"}) + b"\n\n"
+    )
+
+
+FORGED = [{"type": "function", "name": "f", "parameters": {"type": "object", "usage": {"input_tokens": 1 << 60}}}]
+"""A client's tool, which vLLM repeats."""
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@in_a_loop
+async def test_of_a_response_that_repeats_the_request_the_clients_own_figures_are_not_believed(
+    tmp_path: Path, whole: bool
+) -> None:
+    async with front(api_keys_file=limited(tmp_path, a="tokens=100000")) as gate:
+        usage = {"input_tokens": 30, "output_tokens": 90, "total_tokens": 120}
+        last = response_event("completed", tools=FORGED, usage=usage)
+        wait = asyncio.Event()
+        gate.upstream.script = [response_event("created", tools=FORGED, usage=None), *([last] if whole else [wait])]
+        body = json.dumps({**BODIES[RESPONSES], "tools": FORGED, "stream": True}).encode()
+        reader, writer = await gate.connect()
+        writer.write(head("POST", RESPONSES, of("a"), f"Content-Length: {len(body)}", "Connection: close") + body)
+        await reader.readuntil(b"response.completed" if whole else b"response.created")
+        if whole:
+            await reader.read()
+        writer.close()
+        await gate.at_rest()
+        told = gate.figure('namesake_tokens_total{kind="prompt",version="ccb-v3"}')
+        assert told == 30 if whole else 0 < told < 1000
+        assert (await gate.ask("POST", RESPONSES, of("a"))).status == 200
+
+
+@in_a_loop
+async def test_figures_of_an_engine_that_hangs_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("namesake_serving.upstream._FIGURES_SECONDS", 0.1)
+
+    async def hang(_self: Upstream, _request: web.Request) -> web.Response:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    monkeypatch.setattr(Upstream, "figures", hang)
+    async with front() as gate, asyncio.timeout(5):
+        reply = await gate.ask("GET", "/metrics")
+        assert reply.status == 200
+        assert b"namesake_requests_running" in reply.body
+
+
 async def trickle(gate: Front, first: bytes, drops: bytes, every: float = 0.05) -> tuple[float, bytes]:
     """Send the first bytes, then one at a time for ever; seconds until the server ended it, and what came back."""
     reader, writer = await gate.connect()

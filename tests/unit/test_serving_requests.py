@@ -876,7 +876,7 @@ def test_a_whole_number_is_one_however_it_is_written(raw: bytes, number: int) ->
     assert (found, type(found)) == (number, int)
 
 
-@pytest.mark.parametrize("raw", [b'{"a": "\\ud800"}', b'{"a": {"\\udfff": 1}}', b'{"a": "\xed\xa0\x80"}'])
+@pytest.mark.parametrize("raw", [b'{"a": "\\ud800"}', b'{"a": {"\\udfff": 1}}'])
 def test_half_a_surrogate_pair_is_refused(raw: bytes) -> None:
     with pytest.raises(BadRequest, match="surrogate"):
         parse(raw)
@@ -926,3 +926,22 @@ def test_other_feedback_is_refused_by_the_field_that_is_wrong(more: dict[str, An
     with pytest.raises(BadRequest) as caught:
         feedback({"trace_id": f"tr-{TRACE}", "value": True, **more})
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("code", ["utf-16", "utf-16-le", "utf-32", "latin-1"])
+def test_a_body_in_another_encoding_than_utf_8_is_refused(code: str) -> None:
+    text = '{"messages": [{"role": "user", "content": "é \\ud800"}]}'
+    with pytest.raises(BadRequest, match="no JSON"):
+        parse(text.encode(code))
+    assert parse(b"\xef\xbb\xbf{}") == {}
+
+
+def test_half_a_surrogate_pair_is_refused_also_where_it_is_written_out() -> None:
+    with pytest.raises(BadRequest, match="no JSON: 'utf-8' codec can't decode"):
+        parse(b'{"a": "\xed\xa0\x80"}')
+
+
+@pytest.mark.parametrize("number", ["1025", "0001025", "000000000000001025"])
+def test_a_number_in_a_pattern_is_bounded_whatever_it_begins_with(number: str) -> None:
+    with pytest.raises(BadRequest, match="has a pattern with a number above"):
+        requests._schema({"type": "string", "pattern": f"a{{{number}}}"}, "here")

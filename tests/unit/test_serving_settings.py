@@ -31,15 +31,6 @@ def test_the_defaults_let_everybody_in_on_loopback_only_and_within_bounds() -> N
     assert (found.poll_seconds, found.hold_seconds, found.read_seconds) == (2, 10, 10)
 
 
-@pytest.mark.parametrize(("device", "found"), [("nvidia3", True), ("dxg", True), ("nvidiactl", False), ("null", False)])
-def test_a_gpu_is_found_under_whatever_number_the_container_was_given(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, found: bool
-) -> None:
-    (tmp_path / device).touch()
-    monkeypatch.setattr(settings, "_DEVICES", tmp_path)
-    assert settings.has_gpu() is found
-
-
 @pytest.mark.parametrize(("gpu", "streams"), [(False, 32), (True, 256)])
 def test_eight_times_as_many_may_wait_as_are_worked_on(
     monkeypatch: pytest.MonkeyPatch, gpu: bool, streams: int
@@ -217,9 +208,30 @@ def test_what_cannot_be_compared_is_refused_before_an_engine_starts(
         (["--traces-share", "10%"], "traces_share", "--traces"),
         (["--replicas", "2"], "replicas", "--backend ray"),
         (["--ray-options", '{"num_replicas": 2}'], "ray_options", "--backend ray"),
+        (["--base", "folder"], "base", "--mode adapter"),
+        (["--max-adapters", "8"], "max_adapters", "--mode adapter"),
+        (["--max-lora-rank", "64"], "max_lora_rank", "--mode adapter"),
+        (["--any-version"], "any_version", "--mode adapter"),
+        (["--shadow-folder", "folder"], "shadow_folder", "--shadow 10%"),
     ],
 )
 def test_what_would_be_ignored_is_refused(words: list[str], parameter: str, option: str) -> None:
     with pytest.raises(InputError, match=f"{parameter}=.* is of no use without {option}") as caught:
         CliRunner().invoke(serving.app, words, catch_exceptions=False)
     assert caught.value.mend == f"Give {option} too."
+
+
+@pytest.mark.parametrize(("name", "value"), [("canary_errors", 0.1), ("canary_latency", 2), ("canary_least", 20)])
+def test_bounds_of_a_canary_that_nobody_asked_for_are_refused(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"{name}=.* is of no use without --canary 10%"):
+        serving._check_needs(settings.read(**{name: value}))
+    serving._check_needs(settings.read(canary=0.1, **{name: value}))
+
+
+@pytest.mark.parametrize("text", ['"sk-secret"', '{"a": "sk-secret"}'])
+def test_a_key_of_the_wrong_shape_is_not_repeated(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NAMESAKE_SERVE_API_KEYS", text)
+    with pytest.raises(InputError) as caught:
+        settings.read()
+    assert caught.value.parameter == "api_keys"
+    assert "sk-secret" not in caught.value.told()
