@@ -28,12 +28,12 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from namesake.process import own_ray
+from namesake.process import has_gpu, hurry, own_ray
 
 # Read when ray is imported. Nothing is told to anybody; a call that comes too late joins no other Ray of this machine.
 os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"})
@@ -65,7 +65,7 @@ from namesake_serving.hosts import Adapters, Engines, Loaded, Merged, Tick, no_p
 from namesake_serving.metrics import Metrics
 from namesake_serving.rollout import State
 from namesake_serving.service import Service, key_of, kind_of, number_in, prove_once, verified
-from namesake_serving.settings import Settings, has_gpu, read
+from namesake_serving.settings import Settings, read
 from namesake_serving.store import Stored, id_of
 from namesake_serving.traffic import Answerer, Live, Routing, Traffic
 from namesake_serving.upstream import Cut, Gone, Moved, Reply, Sockets
@@ -101,6 +101,8 @@ _SHARED = (
 """Settings of conductor and replicas, who have them from the first gateway."""
 
 _log = logging.getLogger("namesake.serving")
+
+hurry()  # conductor and replicas are processes of Ray's
 
 
 # ------------------------------------------------------------------------------------------------------- a replica
@@ -283,7 +285,8 @@ class MergedReplica(Replica):
         self._host = Merged(self._engines, self._traffic, self._settings)
         self._coming: Stored | None = None
         self._loaded: Loaded | None = None
-        self._retiring: asyncio.Task[None] | None = None
+        # Orders have to get in, too: one that is to open the door must not wait behind those who wait at it.
+        self._waiting, self._most_waiting = 0, deployment(self._settings)["max_ongoing_requests"] // 2
 
     async def bring(self, version: Version) -> Told:
         """Get the version's files and check them."""
@@ -310,7 +313,15 @@ class MergedReplica(Replica):
 
     @asynccontextmanager
     async def _enter(self, wanted: str) -> AsyncIterator[Answerer | None]:
-        async with self._traffic.enter() as live:
+        if not self._traffic.open and self._waiting >= self._most_waiting:
+            yield None
+            return
+        async with AsyncExitStack() as stack:
+            self._waiting += 1
+            try:
+                live = await stack.enter_async_context(self._traffic.enter())
+            finally:
+                self._waiting -= 1
             yield live if key_of(live.version) == wanted else None
 
     def _served(self) -> Table | None:
@@ -318,8 +329,7 @@ class MergedReplica(Replica):
         return Table(live.version) if live is not None else None
 
     async def _fetch(self, version: Version) -> None:
-        if self._retiring is not None:  # the engine before the last has to be gone, or there is no room
-            await self._retiring
+        await self._host.gone()  # the engine before the last, or there is no room
         self._coming = await self._verified(version, WEIGHTS_FOLDER)
 
     async def _hold(self) -> str:
@@ -352,8 +362,7 @@ class MergedReplica(Replica):
         if loaded is None:
             return
         self._traffic.live, self._turned = loaded.live, time.time()
-        # It opens the door at once; the end of the old engine's answers is nobody's to wait for.
-        self._retiring = asyncio.create_task(self._host.turned(loaded, [old] if old is not None else []))
+        await self._host.turned(loaded, [old] if old is not None else [])
 
     async def _undo(self) -> None:
         loaded = self._loaded
@@ -1300,6 +1309,14 @@ def check(settings: Settings) -> None:
                 "goes with the backend ray in adapter mode only",
                 mend="Give --mode adapter, or leave it out.",
             )
+    scaling = settings.ray_options.get("autoscaling_config")
+    if isinstance(scaling, dict) and scaling.get("min_replicas") == 0:
+        raise InputError(
+            "ray_options",
+            settings.ray_options,
+            "would leave no replica, and no request reaches Ray Serve then that would start one",
+            mend="Give min_replicas of 1 or more.",
+        )
     if settings.ray_join and _ADDRESS == "local":
         raise InputError(
             "ray_join", "", "needs a Ray that runs", mend="Say which: RAY_ADDRESS=auto, or the address of its head."
@@ -1415,7 +1432,9 @@ class Handles:
                     return stream, head
                 if await self._cluster.leaves(live, _PAUSE):
                     raise Moved
-            session = ""  # elsewhere
+            session = (
+                uuid.uuid4().hex
+            )  # elsewhere: any of them, and not the one whose queue is empty as it answers nobody
             await asyncio.sleep(_PAUSE)
         raise Gone(why)
 

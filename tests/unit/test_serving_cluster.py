@@ -93,6 +93,13 @@ def test_options_that_ray_serve_does_not_know_are_refused_before_anything_starts
     assert next(iter(wrong)) in caught.value.message
 
 
+def test_a_deployment_that_may_go_down_to_no_replica_is_refused() -> None:
+    for given in ({"min_replicas": 0, "max_replicas": 4}, {"min_replicas": 0, "initial_replicas": 1}):
+        with pytest.raises(InputError, match="would leave no replica") as caught:
+            ray_backend(settings.read(backend="ray", ray_options={"autoscaling_config": given}))
+        assert "min_replicas" in caught.value.mend
+
+
 def test_what_the_user_says_to_ray_serve_goes_before_ours() -> None:
     plain = cluster.deployment(settings.read(replicas=3))
     assert (plain["num_replicas"], plain["name"]) == (3, "Replica")
@@ -548,6 +555,38 @@ async def test_a_replica_comes_to_the_table_whatever_was_ordered_before() -> Non
     assert (await one.settle(table(2, 3))).why == "it is cut short"
 
 
+class BareMerged(cluster.MergedReplica):  # type: ignore[misc, name-defined]
+    """A replica that starts nothing and has nothing to end."""
+
+    def __init__(self, **given: object) -> None:
+        """With version 1 live."""
+        self._settings, self._turned, self._traffic = settings.read(**given), 0.0, cluster.Traffic()
+        self._engines = None
+        self._traffic.live = cluster.Live(stored(1), None)
+        self._begin(table(1))
+
+    def __del__(self) -> None:
+        """Nothing."""
+
+
+@in_a_loop
+async def test_those_who_wait_at_a_replicas_door_leave_places_for_the_order_that_opens_it() -> None:
+    one: Any = BareMerged(ray_options={"max_ongoing_requests": 6})
+    wanted = cluster.key_of(stored(1).version)
+    assert await one._traffic.hold(1)
+    waiting = [asyncio.create_task(who(one, wanted)) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    assert await who(one, wanted) is None, "it would wait in the place of the order"
+    waiting[0].cancel()
+    await asyncio.sleep(0.01)
+    fourth = asyncio.create_task(who(one, wanted))
+    await asyncio.sleep(0.01)
+    assert not fourth.done(), "one that has gone holds a place"
+    one._traffic.release()
+    assert await asyncio.gather(*waiting[1:], fourth) == ["ccb-v1"] * 3
+    assert (one._waiting, await who(one, wanted)) == (0, "ccb-v1")
+
+
 # ------------------------------------------------------------------------------------------------ gateways
 
 
@@ -662,9 +701,11 @@ class Replicas:
 
     def __init__(self, error: Callable[[], Exception]) -> None:
         self.asked, self._error = 0, error
+        self.sessions = list[str]()
 
-    def options(self, **_given: object) -> Replicas:
+    def options(self, *, session_id: str, **_given: object) -> Replicas:
         """The same handle."""
+        self.sessions.append(session_id)
         return self
 
     def remote(self, *_words: object) -> AsyncIterator[object]:
@@ -695,6 +736,9 @@ async def test_a_request_that_ends_the_engines_that_get_it_is_asked_twice_and_no
         async with cluster.Handles(SimpleNamespace(handle=replicas, used={})).post(live, "/", b""):
             pass
     assert replicas.asked == asked
+    # By the shorter queue each would go again to one that answers nobody, whose queue is empty.
+    assert replicas.sessions[0] == ""
+    assert len({*replicas.sessions[1:]}) == asked - 1
 
 
 # ------------------------------------------------------------------------------------------------ figures
