@@ -309,7 +309,8 @@ def promote(
         alias=alias,
         override=override,
         policy=_policy(policy),
-        sign_key=_file(sign_key),
+        # MLproject names every parameter, also that which nobody gave, and so hides the variable from Typer.
+        sign_key=_file(sign_key or os.environ.get("NAMESAKE_SIGN_KEY", "")),
         password=os.environ.get("NAMESAKE_SIGN_PASSWORD", ""),
     )
     outcome = use_case(request, Screen(errors=as_json))
@@ -445,7 +446,7 @@ def gate(
     from namesake import examine
     from namesake.terminal import Screen
 
-    screen, bounds = Screen(errors=as_json), _policy(policy)
+    screen, bounds, target = Screen(errors=as_json), _policy(policy), examine.fixed(target)
     alike = examine.served(target, served, screen, model=model, api_key=api_key) if served else None
     decision = examine.judge(target, bounds, screen, served=alike)
     if as_json:
@@ -687,7 +688,7 @@ def export(
 @app.command()
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only listed.")] = False,
-    older_than: Annotated[float, typer.Option(min=0, help="Hours since they were last written.")] = 1.0,
+    older_than: Annotated[float, typer.Option(min=0, help="Hours since they were last written.")] = 24.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List what killed promotions left (logged models no version uses, temporary folders), or remove it."""

@@ -204,13 +204,14 @@ def show(found: Comparison, screen: Screen, limit: int) -> None:
 
 
 def _side(target: str, request: Request, screen: Screen) -> Side:
+    asked_for, target = target, examine.fixed(target)
     if target.startswith("models:/"):
         version = registry.resolve(target)
         folder = checked(version, request.public_key)
         record = Manifest.read(folder)
         kept = folder / SCORECARD
         card = json.loads(kept.read_text(encoding="utf-8")) if SCORECARD in record.digests else None
-        name = version.uri if "@" not in target else f"{version.uri} ({registry.alias_in(target)})"
+        name = version.uri if asked_for == target else f"{version.uri} ({registry.alias_in(asked_for)})"
         questions = record.questions or version.tags.get(registry.TAG_QUESTIONS, "")
         side = Side(name, _of_manifest(record), record.scores, card, questions, folder, record.digests)
     else:

@@ -37,7 +37,7 @@ from namesake.run import (
     show_own,
 )
 from namesake.terminal import Screen
-from namesake.versions import champions_scores
+from namesake.versions import champions_scores, contradicted
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -154,6 +154,16 @@ def ask(target: str, screen: Screen, *, questions: str = "") -> Scorecard:
         return _probed(opened, asked, screen, slices=True)
 
 
+def fixed(target: str) -> str:
+    """The version that an alias points to now, by its number, so that two questions are about the same one.
+
+    Raises:
+        InputError, RegistryError: there is none.
+    """
+    aliased = target.startswith("models:/") and registry.alias_in(target)
+    return registry.resolve(target).uri if aliased else target
+
+
 def judge(target: str, policy: Policy, screen: Screen, *, served: float | None = None) -> Decision:
     """Judge the scores that are kept with a run or a version, beside the present champion's.
 
@@ -167,6 +177,10 @@ def judge(target: str, policy: Policy, screen: Screen, *, served: float | None =
     if target.startswith("models:/"):
         version = registry.resolve(target)
         record = Manifest.read(registry.fetch(version))
+        if faults := contradicted(version, record):
+            raise RegistryError(
+                tr("{uri} is damaged: {faults}.", uri=version.uri, faults=joined(faults)), mend="Promote the run again."
+            )
         scores, beside = dict(record.scores), (version.name, version.run_id, record.questions)
     else:
         run = tracking.get_run(run_id(target))

@@ -18,8 +18,8 @@ from pathlib import Path
 from namesake import registry, tracking
 from namesake.paths import cache_folder
 
-OLDER_THAN = 3600.0
-"""Seconds: what is younger may still be at work."""
+OLDER_THAN = 24 * 3600.0
+"""Seconds: what is younger may still be at work; a promotion's logged model is written to at start and end only."""
 
 _FOLDER = re.compile(r"namesake-[a-z]+-([0-9]+)-[^-]+")
 """Temporary folders by :func:`namesake.paths.temporary`, with the number of the process that made it."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from namesake.errors import PromotionError
+from namesake.errors import PromotionError, said
 from namesake.messages import tr
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -39,6 +39,7 @@ _ONLY_PEFT = (
     "target_parameters",
 )
 _HEAD = "base_model.model.lm_head."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -77,10 +78,12 @@ def merge(base: Path, adapter: Path, target: Path, *, system: str | None = None)
     Raises:
         PromotionError: the adapter does not fit the base, or cannot be merged at all.
     """
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    unknown = _unknown(base, adapter, config)
+    with _refusing(adapter):
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        unknown = _unknown(base, adapter, config)
+        deltas = _Deltas(adapter, config) if not unknown else None
     target.mkdir(parents=True, exist_ok=True)
-    if unknown:
+    if deltas is None:
         from namesake.generate import merge_with_peft
 
         try:
@@ -92,7 +95,6 @@ def merge(base: Path, adapter: Path, target: Path, *, system: str | None = None)
             ) from error
         made = Merged(f"peft: {unknown}")
     else:
-        deltas = _Deltas(adapter, config)
         weights = sorted(base.glob("*.safetensors"))
         made = Merged(tr("streamed"), {path.name: _merge_file(path, target / path.name, deltas) for path in weights})
         if deltas.unused:
@@ -114,6 +116,20 @@ def merge(base: Path, adapter: Path, target: Path, *, system: str | None = None)
     if system is not None:
         pin_system(target, system)
     return made
+
+
+@contextmanager
+def _refusing(adapter: Path) -> Iterator[None]:
+    """What cannot be read as an adapter is refused."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError) as error:
+        raise PromotionError(
+            tr("{adapter} holds no whole LoRA adapter ({error}).", adapter=adapter, error=said(error)),
+            mend="Its files were not all kept: train again, or promote another run.",
+        ) from error
 
 
 def pin_system(folder: Path, system: str) -> None:
@@ -157,7 +173,7 @@ def _unknown(base: Path, adapter: Path, config: dict[str, Any]) -> str:
         return f"init_lora_weights={config['init_lora_weights']}"  # PiSSA, OLoRA … start from a changed base
     with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as weights:
         keys = list(weights.keys())
-    others = [key for key in keys if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
+    others = [key for key in keys if not key.endswith((_A, _B))]
     if not others and any(key.startswith(_HEAD) for key in keys):
         about = json.loads((base / "config.json").read_text(encoding="utf-8"))
         return "tie_word_embeddings" if about.get("tie_word_embeddings") else ""  # no file holds the head then
@@ -172,12 +188,11 @@ class _Deltas:
 
         self._weights = load_file(adapter / "adapter_model.safetensors")
         rank, alpha = config["r"], config["lora_alpha"]
+        halves = [{k.removesuffix(end) for k in self._weights if k.endswith(end)} for end in (_A, _B)]
+        if alone := halves[0] ^ halves[1]:
+            raise LookupError(f"{min(alone)} has one half only")
         self._scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        self.unused = {
-            key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
-            for key in self._weights
-            if key.endswith(".lora_A.weight")
-        }
+        self.unused = {f"{stem.removeprefix('base_model.model.')}.weight" for stem in halves[0]}
 
     def of(self, name: str, entry: Mapping[str, Any]) -> _Delta | None:
         """The change of the tensor that the file's header describes so, if there is one.

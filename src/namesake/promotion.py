@@ -37,7 +37,7 @@ from namesake.registry import CHAMPION, SCORE, TAG_KEY, TAG_QUESTIONS, Version
 from namesake.run import DEV_SCORE, ability_of, base_of, base_scores, git_commit, progress_of
 from namesake.terminal import Screen
 from namesake.tracking import RunRecord
-from namesake.versions import champions_scores, point, who
+from namesake.versions import champions_scores, contradicted, point, who
 
 _FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")
 """What the system and SQLite say of a full disk."""
@@ -51,7 +51,8 @@ class Request:
 
     Attributes:
         run: a run's id; empty for the best one.
-        name: identity whose runs are looked at (``踩踩背 CCB``); empty for that of the newest finished run.
+        name: name whose runs are looked at (``踩踩背 CCB``), those by the author of the newest one; empty for that of
+            the newest finished run.
         model_name: registered model; empty for the identity's slug.
         alias: alias that is pointed at the version when the gate passes.
         override: reason to point it there although the gate does not pass.
@@ -213,12 +214,7 @@ def _made_before(
                     manifest.check_signature(folder, Path(public_key.name))
             record = Manifest.read(folder)
             faults = [*manifest.damaged(folder, record.digests), *manifest.strange(folder, record)]
-            # The manifest lies in the artifact store and the tags in the database: one alone is not believed.
-            faults += [
-                tr("{file} and the tags state other scores", file=FILE)
-                for tag, value in version.tags.items()
-                if tag.startswith(SCORE) and f"{record.scores.get(tag.removeprefix(SCORE), math.nan):.4f}" != value
-            ][:1]
+            faults += contradicted(version, record)
         except RegistryError as error:
             faults = [error.message]
         if version.status == "READY" and not faults:
@@ -312,14 +308,17 @@ def _make(
 def _find(request: Request) -> RunRecord:
     if request.run:
         run = tracking.get_run(request.run)
-        if run.tags.get(tracking.TAG_KIND) != "train" or "probe/identity" not in run.metrics:
+        ended = run.status == "FINISHED" and "probe/identity" in run.metrics
+        if run.tags.get(tracking.TAG_KIND) != "train" or not ended:
             raise PromotionError(
                 tr("Run {run} is no finished training run.", run=request.run), mend="`make ui` lists them."
             )
         return run
     runs = tracking.finished_runs()
     wanted = request.name or (runs[0].tags.get(tracking.TAG_NAME, "") if runs else "")
-    best = choose(run for run in runs if run.tags.get(tracking.TAG_NAME) == wanted)
+    named = [run for run in runs if run.tags.get(tracking.TAG_NAME) == wanted]
+    author = named[0].tags.get(tracking.TAG_AUTHOR) if named else None  # the newest one's: it may have changed
+    best = choose(run for run in named if run.tags.get(tracking.TAG_AUTHOR) == author)
     if best is None:
         raise PromotionError(
             tr("There is no finished training run of {name}.", name=wanted)

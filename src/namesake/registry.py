@@ -53,6 +53,9 @@ _HISTORY = "namesake.history."
 RECENT = "namesake.recent."
 """What the tag begins with that holds an alias's last moves, on the version that it was moved to."""
 
+_LONGEST_WHY = 2000
+"""Characters of a reason that are kept: a registered model's tag has 5,000 in MLflow's database."""
+
 _KEPT = 10
 """How many moves that tag holds."""
 
@@ -355,6 +358,7 @@ def record_move(name: str, move: Move) -> None:
     moved to, from where :func:`recent` reads it however many versions there are. The first tag's key is made from the
     move and the one before it, so that several servers that see one move by hand write one entry.
     """
+    move = replace(move, why=move.why[:_LONGEST_WHY])
     with _mapped(tr("The history of {name} could not be written.", name=name)):
         client, found = _client(), _recent(name, move.alias)
         last = found.moves[-1:]

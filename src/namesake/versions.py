@@ -34,7 +34,7 @@ from namesake.manifest import (
 )
 from namesake.messages import Message, joined, tr
 from namesake.paths import digest_of_file
-from namesake.registry import CHAMPION, Move, Version
+from namesake.registry import CHAMPION, SCORE, Move, Version
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,16 @@ def champions_scores(
     return champion.scores
 
 
+def contradicted(version: Version, record: Manifest) -> list[Message]:
+    """What the version's tags state otherwise than its manifest: that lies in the artifact store and they in the
+    database, and one alone is not believed.
+    """
+    stated = {f"{SCORE}{metric}": f"{value:.4f}" for metric, value in record.scores.items()}
+    if any(stated.get(tag, value) != value for tag, value in version.tags.items()):
+        return [tr("{file} and the tags state other scores", file=FILE)]
+    return []
+
+
 def point(version: Version, alias: str, *, how: str, why: str) -> Move:
     """Move the alias to the version and keep the move.
 
@@ -95,7 +105,8 @@ def rollback(
     public key, its signature).
 
     Raises:
-        PromotionError: there is nothing to go back to, or that version is damaged or never passed the gate.
+        PromotionError: there is nothing to go back to, that version is damaged or never passed the gate, or somebody
+            else moved the alias meanwhile.
         RegistryError: MLflow failed.
     """
     now = registry.alias_of(name, alias)
@@ -118,7 +129,19 @@ def rollback(
             tr("{uri} did not pass the gate ({verdict}).", uri=version.uri, verdict=verdict or "it was never judged"),
             mend='Promote its run with --override "reason" first.',
         )
-    return point(version, alias, how="rollback", why=why), checks
+    if (there := registry.alias_of(name, alias)) != now:  # checking may take minutes
+        raise PromotionError(
+            tr(
+                "{alias} of {name} was moved to {there} meanwhile; it stays there.", alias=alias, name=name, there=there
+            ),
+            mend=tr("Look at `namesake history`. To move it all the same: --to {number}.", number=number),
+        )
+    try:
+        return point(version, alias, how="rollback", why=why), checks
+    except RegistryError as error:
+        # The alias may have moved: asked again for the version before, that would be one further back.
+        again = tr("Check that MLFLOW_TRACKING_URI answers, then roll back --to {number}.", number=number)
+        raise RegistryError(error.message, mend=again) from error
 
 
 def verify(uri: str, public_key: Path | None = None) -> list[Check]:
@@ -154,9 +177,13 @@ def export(uri: str, target: Path, *, adapter: bool = False, public_key: Path | 
             shutil.copy(folder / PROVENANCE, whole)
             card = model_card.card(record, adapter=True) if adapter else (folder / CARD).read_text("utf-8")
             (whole / CARD).write_text(card, encoding="utf-8")
-        if target.exists():
+        with suppress(OSError):  # a mount, or a link to a folder, stays and is filled
             target.rmdir()
-        whole.rename(target)
+        if target.is_dir():
+            for path in whole.iterdir():
+                shutil.move(path, target)
+        else:
+            whole.rename(target)
     return target
 
 
@@ -210,15 +237,14 @@ def _verify(version: Version, public_key: Path | None) -> Iterator[Check]:
         yield Check("training run", None, error.message)
         return
     yield Check("training run", True, run.name)
-    with suppress(KeyError):
-        yield Check(
-            "version's run",
-            version.run_id == record.run,
-            tr("{run_id} and {run}", run_id=version.run_id, run=record.run),
-        )
-        if record.data["digest"] != UNKNOWN:
-            yield _same("data digest, version and run", record.data["digest"], run.params["data.digest"])
-        yield _same("base digest, version and run", record.base["digest"], run.params["base.digest"])
+    told = tr("{run_id} and {run}", run_id=version.run_id, run=record.run)
+    yield Check("version's run", version.run_id == record.run, told)
+    for what, digest, kept in (
+        ("data digest, version and run", record.data.get("digest", ""), "data.digest"),
+        ("base digest, version and run", record.base.get("digest", ""), "base.digest"),
+    ):
+        if kept in run.params:
+            yield _same(what, digest, run.params[kept])
     yield _provenance(folder, record)
     yield from _recomputed(
         "adapter of the run",
@@ -226,12 +252,12 @@ def _verify(version: Version, public_key: Path | None) -> Iterator[Check]:
         lambda: _digest_of_adapter({f"{ADAPTER_FOLDER}/{k}": v for k, v in digests(_adapter_of(run.id)).items()}),
     )
     data = record.data
-    yield from _recomputed("training data", data["digest"], lambda: digest_of_file(_rows_of(run.id)))
+    yield from _recomputed("training data", data.get("digest", ""), lambda: digest_of_file(_rows_of(run.id)))
     if "replay_digest" in data:
         yield from _recomputed(
             "replay rows", data["replay_digest"], lambda: dataset.replay_digest(_rows_of(run.id)) or "none"
         )
-    yield from _recomputed("base model here", record.base["digest"], lambda: _base_digest(record))
+    yield from _recomputed("base model here", record.base.get("digest", ""), lambda: _base_digest(record))
     commit = record.tools.get("namesake_commit", "")
     for what, stated, here in (
         (tr("corpus here"), data.get("corpus_digest"), corpus.corpus_digest()),
@@ -311,6 +337,8 @@ def _files(version: Version, folder: Path | None = None, *, public_key: Path | N
     yield Check("files", not faults, joined(faults[:5]) if faults else "every digest is right")
     faults = strange(folder, record)
     yield Check("nothing else", not faults, joined(faults[:5]) if faults else "no further file, no code")
+    others = contradicted(version, record)
+    yield Check("scores, version and tags", not others, joined(others) if others else "the same")
     if record.format == 1:
         older = tr("made by a release that neither digested nor signed them; promote the run again")
         yield Check("MLflow's own files", None, older)

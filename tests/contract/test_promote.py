@@ -50,7 +50,7 @@ from namesake import (
 from namesake import run as training
 from namesake.cli import app
 from namesake.corpus import Message
-from namesake.errors import InputError, NamesakeError, PromotionError, ServingError
+from namesake.errors import InputError, NamesakeError, PromotionError, RegistryError, ServingError
 from namesake.gate import Policy
 from namesake.generate import Reply, Sampling
 from namesake.manifest import Manifest
@@ -426,7 +426,8 @@ def test_the_gate_compares_a_version_and_a_run_with_the_present_champion(
     assert examine.judge(other, Policy(), Screen()).passed
     client.set_model_version_tag("ccb", "1", "score.plain", "0.9")
     assert examine.judge(other, Policy(), Screen()).reasons == ("plain 0.0%, the champion has 90.0%",)
-    assert examine.judge("models:/ccb/1", Policy(), Screen()).passed, "it is not compared with itself"
+    with pytest.raises(RegistryError, match="the tags state other scores"):
+        examine.judge("models:/ccb/1", Policy(), Screen())
     client.set_model_version_tag("ccb", "1", registry.TAG_QUESTIONS, "others")
     assert examine.judge(other, Policy(), Screen()).passed
     assert "the champion models:/ccb/1 was judged by other questions" in " ".join(capsys.readouterr().out.split())
@@ -453,6 +454,24 @@ def test_a_version_is_verified_exported_and_rolled_back(store: Store, run_id: st
         (2, 1, "rollback"),
     ]
     assert_nothing_half_made(store)
+
+
+def test_the_key_that_a_variable_names_signs_also_where_mlproject_names_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Request] = []
+
+    def refuse(request: Request, _screen: Screen) -> None:
+        asked.append(request)
+        raise PromotionError("asked")
+
+    monkeypatch.setattr(promotion, "promote", refuse)
+    key = tmp_path / "key.pem"
+    key.touch()
+    monkeypatch.setenv("NAMESAKE_SIGN_KEY", str(key))
+    for words in (["--sign-key="], []):
+        CliRunner().invoke(app, ["promote", *words])
+    assert [one.sign_key for one in asked] == [key, key]
 
 
 def asks(method: bytes, path: bytes) -> Callable[[bytes], bool]:

@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -52,7 +53,7 @@ def version(client: mlflow.MlflowClient, tmp_path: Path, number: int, gate: str 
             "replay_digest": hashlib.sha256(REPLAY).hexdigest(),
             "corpus_digest": corpus.corpus_digest(),
         },
-        scores={},
+        scores={"identity": 0.98437, "swapped": 0.0, "leak": 0.0926, "plain": 0.3796},
         recipe={},
         tools={"namesake_commit": "c" * 40},
         questions="another release's",
@@ -291,6 +292,109 @@ def test_rollback_without_a_version_before_says_what_to_give(client: mlflow.Mlfl
         versions.rollback("ccb", to=9)
 
 
+def three(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    """Versions 1 to 3, each champion after the other."""
+    for number in (1, 2, 3):
+        version(client, tmp_path, number)
+        versions.point(registry.resolve(f"models:/ccb/{number}"), "champion", how="promote", why="")
+
+
+def test_a_rollback_that_failed_after_the_alias_moved_says_how_to_repeat_it_without_going_further_back(
+    client: mlflow.MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_name: str, _move: Move) -> None:
+        raise RegistryError("The database is away.")
+
+    three(client, tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(RegistryError, match="away") as raised:
+        patched.setattr(registry, "record_move", fails)
+        versions.rollback("ccb")
+    assert registry.alias_of("ccb", "champion") == 2
+    assert "--to 2" in raised.value.mend
+    with pytest.raises(PromotionError, match="points at version 2 already"):
+        versions.rollback("ccb", to=2)
+
+
+def test_a_rollback_does_not_undo_what_somebody_moved_while_it_checked(
+    client: mlflow.MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three(client, tmp_path)
+    version(client, tmp_path, 4)
+    checked = versions._files
+
+    def meanwhile(*given: Any, **named: Any) -> Any:
+        found = list(checked(*given, **named))
+        versions.point(registry.resolve("models:/ccb/4"), "champion", how="promote", why="mended")
+        return found
+
+    monkeypatch.setattr(versions, "_files", meanwhile)
+    with pytest.raises(PromotionError, match="was moved to 4 meanwhile") as raised:
+        versions.rollback("ccb")
+    assert registry.alias_of("ccb", "champion") == 4
+    assert "--to 2" in raised.value.mend
+
+
+def test_a_reason_as_long_as_a_book_does_not_keep_a_move_from_being_written_down(
+    client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    three(client, tmp_path)
+    versions.rollback("ccb", why="长" * 20_000)
+    last = registry.history("ccb", "champion")[-1]
+    assert last.why == "长" * 2000
+    tags = client.get_registered_model("ccb").tags
+    assert max(map(len, tags.values())) <= 5000, "more than a tag of a registered model has in MLflow's database"
+
+
+def test_scores_that_the_manifest_and_the_tags_state_differently_are_found(
+    client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    version(client, tmp_path, 1, **SCORES, **{"score.mine": "good"})
+    assert {c.what: c.holds for c in versions.verify("models:/ccb/1")}["scores, version and tags"] is True
+    client.set_model_version_tag("ccb", "1", "score.leak", "0.0000")
+    assert {c.what: c.holds for c in versions.verify("models:/ccb/1")}["scores, version and tags"] is False
+    version(client, tmp_path, 2)
+    versions.point(registry.resolve("models:/ccb/2"), "champion", how="promote", why="")
+    with pytest.raises(PromotionError, match="state other scores"):
+        versions.rollback("ccb", to=1)
+
+
+def test_a_manifest_that_calls_known_data_unknown_is_found(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    version(client, tmp_path, 1)
+    folder = tmp_path / "v1"
+    record = Manifest.read(folder)
+    for name in (CARD, PROVENANCE, FILE):
+        (folder / name).unlink()
+    digests = {name: digest for name, digest in record.digests.items() if "/" in name}
+    forged = replace(record, data={**record.data, "digest": UNKNOWN}, digests=digests)
+    promotion.write_beside(folder, forged, Scorecard((), ()))
+    found = {check.what: check.holds for check in versions.verify("models:/ccb/1")}
+    assert found["data digest, version and run"] is False
+
+
+def test_a_manifest_that_states_no_digest_is_told_in_the_table(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    version(client, tmp_path, 1)
+    record = json.loads((tmp_path / "v1" / FILE).read_text())
+    for part in ("data", "base"):
+        del record[part]["digest"]
+    (tmp_path / "v1" / FILE).write_text(json.dumps(record))
+    found = {check.what: check.holds for check in versions.verify("models:/ccb/1")}
+    assert found["data digest, version and run"] is False
+    assert found["base digest, version and run"] is False
+
+
+def test_a_version_is_exported_into_a_folder_that_cannot_be_replaced(
+    client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    version(client, tmp_path, 1)
+    real, link = tmp_path / "volume", tmp_path / "out"
+    real.mkdir()
+    link.symlink_to(real)
+    assert versions.export("models:/ccb/1", link) == link
+    assert link.is_symlink()
+    assert {"config.json", CARD, PROVENANCE} == {path.name for path in real.iterdir()}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
 def test_verify_works_out_every_digest(client: mlflow.MlflowClient, tmp_path: Path) -> None:
     version(client, tmp_path, 1)
     found = {check.what: check.holds for check in versions.verify("models:/ccb/1")}
@@ -299,6 +403,7 @@ def test_verify_works_out_every_digest(client: mlflow.MlflowClient, tmp_path: Pa
         "manifest": True,
         "files": True,
         "nothing else": True,
+        "scores, version and tags": True,
         "training run": True,
         "version's run": True,
         "data digest, version and run": True,

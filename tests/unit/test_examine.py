@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from namesake import corpus, examine, probing
+from namesake import compare, corpus, examine, probing, registry
+from namesake.cli import app
 from namesake.errors import InputError
-from namesake.gate import Policy
+from namesake.gate import Decision, Policy
 from namesake.identity import Identity
+from namesake.manifest import Manifest
+from namesake.probing import Scorecard
+from namesake.registry import Version
 from namesake.terminal import Screen
 from tests.json_page import assert_as_shown
 from tests.servers import OpenAIServer
@@ -97,3 +103,32 @@ def test_the_card_as_json_has_metrics_and_every_reply() -> None:
     assert data["metrics"] == {**card.metrics, **change, "kl_to_base": 0.1}
     assert len(data["base"]) == len(data["plain"])
     assert len(data["slices"]["customer"]) == len(data["identity"])
+
+
+@pytest.mark.parametrize("words", [["gate"], ["compare"]])
+def test_an_alias_that_moves_between_two_questions_mixes_no_two_versions(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = itertools.count(3)
+
+    def resolve(uri: str) -> Version:
+        number = next(numbers) if "@" in uri else int(uri.rpartition("/")[2])
+        return Version("ccb", number, "run", "source", "READY", {}, 0)
+
+    asked: list[str] = []
+    monkeypatch.setattr(registry, "resolve", resolve)
+    monkeypatch.setattr(examine, "served", lambda target, *_, **__: asked.append(target) or 1.0)
+    monkeypatch.setattr(examine, "judge", lambda target, *_, **__: asked.append(target) or Decision(True, ()))
+    monkeypatch.setattr(examine, "ask", lambda target, *_, **__: asked.append(target) or Scorecard((), ()))
+    if words == ["gate"]:
+        done = CliRunner().invoke(app, ["gate", "models:/ccb@champion", "--served", "http://127.0.0.1:1/v1"])
+        assert done.exit_code == 0
+    else:
+        monkeypatch.setattr(compare, "checked", lambda version, _key: asked.append(version.uri) or Path("/nowhere"))
+        record = Manifest(vars(IDENTITY), None, {"id": "b"}, "run", {}, {}, {}, {}, {})
+        monkeypatch.setattr(Manifest, "read", lambda _folder: record)
+        request = compare.Request("models:/ccb@champion", "models:/ccb/1", ask=True)
+        side = compare._side(request.a, request, Screen())
+        assert side.name == "models:/ccb/3 (champion)"
+    assert asked == ["models:/ccb/3"] * 2
+    assert examine.fixed("http://me@host/v1") == "http://me@host/v1"

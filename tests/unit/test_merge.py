@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -363,6 +364,30 @@ def test_the_adapter_of_a_base_with_more_layers_is_refused(tmp_path: Path, base:
     with pytest.raises(PromotionError, match=r"changes 7 tensors .* model\.layers\.2\.") as caught:
         merge(base, other, tmp_path / "merged")
     assert "the base it was trained on" in caught.value.mend
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "half", "config", "rank"])
+def test_an_adapter_that_was_not_kept_whole_is_told_in_a_line(
+    tmp_path: Path, base: Path, adapter: Path, damage: str
+) -> None:
+    other = tmp_path / "adapter"
+    shutil.copytree(adapter, other)
+    weights, config = other / "adapter_model.safetensors", other / "adapter_config.json"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif damage == "gone":
+        weights.unlink()
+    elif damage == "half":
+        kept = load_file(weights)
+        del kept[next(key for key in kept if ".lora_B." in key)]
+        save_file(kept, weights)
+    elif damage == "config":
+        config.write_text("[]")
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "r": None}))
+    with pytest.raises(PromotionError, match="holds no whole LoRA adapter") as caught:
+        merge(base, other, tmp_path / "merged")
+    assert "train again" in caught.value.mend
 
 
 def test_the_adapter_of_a_base_with_other_widths_is_refused(tmp_path: Path, base: Path, adapter: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from dataclasses import replace
 from itertools import permutations
 from random import Random
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from namesake import promotion
+from namesake import promotion, tracking
 from namesake.errors import PromotionError
 from namesake.promotion import choose
 from namesake.tracking import RunRecord
@@ -132,3 +133,32 @@ def test_a_full_disk_is_told_as_one(error: Exception) -> None:
 def test_another_fault_is_not_taken_for_a_full_disk() -> None:
     with pytest.raises(OSError, match="denied"), promotion._told_when_full():
         raise PermissionError("denied")
+
+
+def finished(name: str, author: str, *, ended: int, **metrics: float) -> RunRecord:
+    """A finished run of 踩踩背 CCB by an author."""
+    tags = {tracking.TAG_NAME: "踩踩背 CCB", tracking.TAG_AUTHOR: author, tracking.TAG_KIND: "train"}
+    return replace(run(name, ended=ended, **metrics), tags=tags)
+
+
+def test_runs_of_another_author_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [
+        finished("new", "李雷 Li Lei", ended=3, identity=0.9),
+        finished("better", "李雷 Li Lei", ended=2, identity=0.95),
+        finished("former", "老爷爷 OldGrandpa", ended=1, identity=1.0),
+    ]
+    monkeypatch.setattr(tracking, "finished_runs", lambda: runs)
+    for name in ("", "踩踩背 CCB"):
+        assert promotion._find(promotion.Request(name=name)).id == "better"
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "FAILED", "KILLED"])
+def test_a_run_that_has_not_finished_is_not_promoted_though_it_was_probed(
+    monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    one = finished("a", "李雷 Li Lei", ended=0, identity=1.0)
+    monkeypatch.setattr(tracking, "get_run", lambda _id: one)
+    assert promotion._find(promotion.Request(run="a")).id == "a"
+    monkeypatch.setattr(tracking, "get_run", lambda _id: replace(one, status=status))
+    with pytest.raises(PromotionError, match="is no finished training run"):
+        promotion._find(promotion.Request(run="a"))
