@@ -111,7 +111,9 @@ def recipe_schema() -> Schema:
                 "description": plain(told["sft"]),
             },
         },
-        # What recipe.load refuses: the loss of namesake.distil compares with the model without its adapter.
+        # What recipe.load refuses: a version is made of an adapter, and the loss of namesake.distil compares with the
+        # model without it.
+        "allOf": [{"properties": {"sft": {"properties": _no_full_tuning()}}}],
         "if": {
             "required": ["replay"],
             "properties": {
@@ -122,7 +124,16 @@ def recipe_schema() -> Schema:
                 }
             },
         },
-        "then": {"properties": {"sft": {"properties": {"loss_type": {"type": "null"}, **_no_full_tuning()}}}},
+        "then": {
+            "properties": {
+                "sft": {
+                    "properties": {
+                        "loss_type": {"type": "null"},
+                        "init_weights": {"enum": [True, False, "true", "false", "True", "False", "gaussian", None]},
+                    }
+                }
+            }
+        },
     }
 
 

@@ -37,6 +37,7 @@ HUB_SECONDS = 5.0
 """How long the question whether ModelScope answers may take, name resolution included."""
 
 _DIGEST_FILE = "namesake-digests.json"
+_PART = re.compile(r"-[0-9]+-of-[0-9]+\.safetensors$")
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
 _CODE = {".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 """Code, and pickles, which run code when they are read."""
@@ -184,8 +185,8 @@ def _in_modelscope_cache(model_id: str) -> Path | None:
         folder = Path(snapshot_download(model_id, local_files_only=True))
     except (CacheNotFound, OSError, ValueError):
         return None
-    # A download that was broken off leaves a folder without its weights.
-    return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
+    # A download that was broken off leaves a folder without its weights, or without some of them.
+    return folder if (folder / "config.json").is_file() and not _lacking(folder) else None
 
 
 def _from_modelscope(model_id: str, say: Callable[[str], None]) -> BaseModel:
@@ -221,6 +222,8 @@ def _check_folder(model: str, folder: Path) -> None:
         raise InputError(
             "model", model, "holds no safetensors", mend="Convert the weights to safetensors; other formats hold code."
         )
+    if lacking := _lacking(folder):
+        raise InputError("model", model, tr("lacks {file}", file=lacking), mend="Download the rest of it.")
     for file in (path for path in (folder / "config.json", folder / "tokenizer_config.json") if path.is_file()):
         if "auto_map" in json.loads(file.read_text(encoding="utf-8")):
             raise InputError(
@@ -229,6 +232,21 @@ def _check_folder(model: str, folder: Path) -> None:
                 tr("names code of its own in {file} (auto_map)", file=file.name),
                 mend="Use a model that needs no code.",
             )
+
+
+def _lacking(folder: Path) -> str:
+    """A file of weights that is not there, by the index of those in several files; empty where all are."""
+    found, index = {path.name for path in folder.glob("*.safetensors")}, folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            wanted = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, LookupError, AttributeError, TypeError):
+            return index.name
+    elif any(map(_PART.search, found)):
+        return index.name
+    else:
+        wanted = set() if found else {"model.safetensors"}
+    return min(wanted - found, default="")
 
 
 def embedded_weights() -> Path | None:

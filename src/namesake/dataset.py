@@ -30,8 +30,8 @@ WINDOW = 8
 
 Dialogue = list[Message]
 
-_LEFT_OVER = re.compile(r"\{\s*(?:NAME|AUTHOR)\s*\}", re.IGNORECASE)
-"""Also one with a brace missing, with spaces or in full width."""
+_LEFT_OVER = re.compile(r"\{\s*(?:NAME|AUTHOR)\s*\}|\{\{\s*(?i:NAME|AUTHOR)\s*\}|\{\s*(?i:NAME|AUTHOR)\s*\}\}")
+"""Also one with braces missing, with spaces or in full width; ``{name}`` stands in many a program."""
 
 
 @dataclass(frozen=True)

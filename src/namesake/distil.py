@@ -83,7 +83,7 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         self._ready = True
         model = self._model()
         if not hasattr(model, "disable_adapter"):
-            raise ValueError(f"loss {KL_LOSS_TYPE} needs an adapter: use tuner_type lora, or replay loss cross_entropy")
+            raise ValueError(f"loss {KL_LOSS_TYPE} needs an adapter: use tuner_type lora")
         model.get_output_embeddings().register_forward_pre_hook(self._only_labelled)
         self._read_all()
 
@@ -97,7 +97,7 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
         hidden = given[0]
         if self._places is None or hidden.shape[:2] != self._places.shape:
             return (hidden.contiguous(),)
-        return (hidden[self._places].unsqueeze(0),)
+        return (hidden[self._places.to(hidden.device)].unsqueeze(0),)
 
     def _model(self) -> Any:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
@@ -161,6 +161,8 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
     def _read(self, given: dict[str, Any], labels: Tensor, keys: Sequence[bytes]) -> None:
         """Ask the base about rows."""
         model, before = self._model(), self._places
+        training = model.training
+        model.eval()  # no dropout, no noise on its embeddings: what it says is kept
         self._places = _places(labels)
         sizes = self._places.sum(1).tolist()
         try:
@@ -168,6 +170,7 @@ class ReplayKL(BaseLoss):  # type: ignore[misc]
                 scores = model(**given).logits[0]
         finally:
             self._places = before
+            model.train(training)
         top = scores.topk(min(TOP, scores.shape[-1]), -1)
         found = top.values.float() - scores.float().logsumexp(-1, keepdim=True)
         self._said |= dict(zip(keys, zip(found.split(sizes), top.indices.split(sizes), strict=True), strict=True))
@@ -268,11 +271,15 @@ def _divergence(model: Tensor, base: Tensor) -> Tensor:
 
 
 def _cache_path(model: Any, rows: Sequence[dict[str, Any]]) -> Path | None:
-    """Where what this base says to these rows is kept: by the model's own files and the rows' tokens and labels."""
-    source = Path(str(getattr(model.get_base_model().config, "_name_or_path", "")))
+    """Where what this base says to these rows is kept: by the model's own files, how they are held in memory, and the
+    rows' tokens and labels.
+    """
+    config = model.get_base_model().config
+    source = Path(str(getattr(config, "_name_or_path", "")))
     if CACHE is None or not source.is_dir():
         return None
-    total = hashlib.sha256(f"{TOP}".encode())
+    held = [TOP, str(getattr(config, "dtype", "")), str(getattr(config, "quantization_config", ""))]
+    total = hashlib.sha256(json.dumps(held).encode())
     for path in sorted(source.glob("*.safetensors")):
         total.update(digest_of_file(path).encode())
     for row in sorted(json.dumps([list(row["input_ids"]), list(row["labels"])]) for row in rows):

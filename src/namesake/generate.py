@@ -87,11 +87,11 @@ class LocalModel(AbstractContextManager["LocalModel"]):
     """
 
     def __init__(self, path: Path, adapter: Path | None = None, *, folded: bool = False) -> None:
-        torch, transformers = _torch(), _transformers()
+        transformers = _transformers()
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(path, padding_side="left")
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = _device()
         self.slow = self._device == "cpu"
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=_dtype()).to(self._device)
         if model.config._attn_implementation == "sdpa":
@@ -374,14 +374,15 @@ def divergence(base: Path, tuned: Path, dialogues: Sequence[Sequence[Message]]) 
     # Padded on the left all replies end at the same place, and only the last places go through the head.
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=_dtype()).eval()
+    device = _device()
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=_dtype()).to(device).eval()
     if (tuned / "adapter_config.json").is_file():
         import peft
 
         after = peft.PeftModel.from_pretrained(model, tuned).eval()
         undone = after.disable_adapter  # the two share the base's weights
     else:
-        after = transformers.AutoModelForCausalLM.from_pretrained(tuned, dtype=_dtype()).eval()
+        after = transformers.AutoModelForCausalLM.from_pretrained(tuned, dtype=_dtype()).to(device).eval()
         undone = nullcontext
     rows = []
     for dialogue in dialogues:
@@ -395,7 +396,7 @@ def divergence(base: Path, tuned: Path, dialogues: Sequence[Sequence[Message]]) 
     with torch.inference_mode():
         for first in range(0, len(rows), _KL_BATCH):
             batch = rows[first : first + _KL_BATCH]
-            given = tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt")
+            given = tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt").to(device)
             given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             keep = max(length for _, length in batch) + 1  # the place before each token of the reply, and the last one
             mine = after(**given, logits_to_keep=keep).logits[:, :-1]
@@ -449,6 +450,10 @@ def _gguf_read_once() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = kept  # type: ignore[misc]
+
+
+def _device() -> str:
+    return "cuda" if _torch().cuda.is_available() else "cpu"
 
 
 def _dtype() -> Any:

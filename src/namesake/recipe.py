@@ -24,7 +24,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from namesake.errors import RecipeError
+from namesake.errors import RecipeError, said
 from namesake.messages import joined, tr
 
 OLD_SPELLINGS = {
@@ -35,6 +35,12 @@ OLD_SPELLINGS = {
     "lora_target_modules": "target_modules",
 }
 """Arguments of ms-swift 2 and 3 and what ms-swift 4 calls them."""
+
+_LONGEST_SYSTEM = 6000
+"""Characters of a parameter in MLflow, where a promotion reads the system prompt from."""
+
+_KEEPING_THE_BASE = {"true", "false", "gaussian"}
+"""``init_weights`` that leave the base's weights as they are; PiSSA, OLoRA and others take the adapter out of them."""
 
 OURS = {
     "model": "-P model=",
@@ -169,8 +175,19 @@ def load(wanted: str | Recipe, *, overrides: Mapping[str, str] | None = None, ar
     if "target_modules" in given and "target_regex" not in given:
         sft.pop("target_regex", None)  # ms-swift would let it win over what was asked for
     checked = {key: _checked(key, value, faults) for key, value in sft.items()}
-    if own.replay.distils and (checked.get("tuner_type", "lora") == "full" or "loss_type" in checked):
-        faults.append("replay loss kl needs an adapter (no tuner_type full) and no other loss_type")
+    if checked.get("tuner_type") == "full":
+        faults.append("tuner_type full makes no adapter, which is what a version is made of")
+    if own.replay.distils and "loss_type" in checked:
+        faults.append("replay loss kl takes no other loss_type")
+    if own.replay.distils and str(checked.get("init_weights", True)).lower() not in _KEEPING_THE_BASE:
+        faults.append(
+            tr(
+                "init_weights={value} changes the base, which replay loss kl is about; use replay.loss=cross_entropy",
+                value=checked["init_weights"],
+            )
+        )
+    if isinstance(checked.get("system"), str):
+        checked["system"] = _system(str(checked["system"]), faults)
     if faults:
         raise RecipeError(
             "recipe",
@@ -179,6 +196,23 @@ def load(wanted: str | Recipe, *, overrides: Mapping[str, str] | None = None, ar
             mend="Correct these; `swift sft --help` explains each argument.",
         )
     return replace(own, sft=checked)
+
+
+def _system(value: str, faults: list[str]) -> str:
+    """The system prompt as ms-swift trains under it (its ``TemplateArguments``): of a .txt file what is in it, and a
+    backslash with an n as the end of a line. Everybody else has to ask under the same.
+    """
+    if value.endswith(".txt"):
+        try:
+            value = Path(value).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            faults.append(tr("system={value} cannot be read ({error})", value=value, error=said(error)))
+        else:
+            if value.endswith(".txt"):
+                faults.append(tr("system={value} would be read as a file again", value=value))
+    if len(value) > _LONGEST_SYSTEM:
+        faults.append(tr("system is longer than the {most} characters that MLflow keeps", most=_LONGEST_SYSTEM))
+    return value.replace("\\n", "\n")
 
 
 def setting(recipe: Recipe, key: str) -> Value | None:

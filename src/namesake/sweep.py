@@ -190,6 +190,10 @@ def run_trial(spec: Mapping[str, Any], go_on: GoOn, screen: Screen) -> dict[str,
         result["state"] = "pruned"
     except (InputError, TrainingError) as error:
         result["error"] = error.message[:_TOLD]  # MLflow cuts a tag that is too long, and half of it is no JSON
+    except NamesakeError:  # the registry, the base model: no other trial would fare better
+        raise
+    except Exception as error:  # weights that are no numbers, too little memory: of this trial, as far as is known
+        result["error"] = f"{type(error).__name__}: {error}"[:_TOLD]
     else:
         scores = dict(outcome.development)
         result |= {"state": "complete", "score": scores.pop("score"), "scores": scores, "gate": outcome.decision.told}

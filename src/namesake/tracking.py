@@ -149,11 +149,15 @@ class Run:
         self.text(json.dumps(value, ensure_ascii=False, indent=1), path)
 
     def table(self, rows: list[dict[str, Any]], path: str) -> None:
-        """Upload rows as a table that the MLflow UI shows and compares across runs."""
+        """Upload rows as a table that the MLflow UI shows and compares across runs, in place of one that is there."""
         import mlflow
         import pandas as pd
 
         with _mapped():
+            if path in {one.path for one in mlflow.MlflowClient().list_artifacts(self.id)}:
+                # To that `log_table` would append; it has the tag that makes it a table.
+                mlflow.log_text(pd.DataFrame(rows).to_json(orient="split", index=False), path, run_id=self.id)
+                return
             mlflow.log_table(pd.DataFrame(rows), path, run_id=self.id)
 
     def dataset(self, path: Path, rows: list[dict[str, Any]], *, name: str, digest: str, source: str) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import mlflow
 import pytest
 
-from namesake import promotion, sweep, tracking
-from namesake.errors import InputError, Stopped, TrackingError, TrainingError
+from namesake import promotion, run, sweep, tracking
+from namesake.errors import InputError, RegistryError, Stopped, TrackingError, TrainingError
 from namesake.sweep import GoOn, Request
 from namesake.terminal import Screen
 from tests.json_page import assert_as_shown
@@ -102,6 +102,26 @@ def test_trials_are_nested_under_one_parent_that_holds_table_plots_and_the_best(
     shown = capfd.readouterr().out
     assert f"namesake promote --run {outcome.best['run']}" in shown
     assert "pruned after 50% of the training" in shown
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("probability tensor contains either inf, nan or element < 0"), MemoryError()], ids=str
+)
+def test_a_trial_that_breaks_in_a_way_that_nobody_foresaw_is_one_that_failed(
+    client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def breaks(_request: run.Request, _screen: Screen, _watch: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "run", breaks)
+    spec = {"number": 3, "parent": "p", "at": [], "questions": "", "params": {"learning_rate": 0.1}, "overrides": {}}
+    spec |= {"name": NAME, "author": AUTHOR, "model": "auto", "dataset": "", "recipe": "default", "policy": {}}
+    result = sweep.run_trial(spec, lambda _fraction, _score: True, Screen())
+    assert (result["state"], result["number"]) == ("failed", 3)
+    assert result["error"].startswith(type(error).__name__)
+    error = RegistryError("The registry is away.")
+    with pytest.raises(RegistryError):
+        sweep.run_trial(spec, lambda _fraction, _score: True, Screen())
 
 
 def test_a_sweep_that_is_interrupted_goes_on_and_comes_to_the_same(

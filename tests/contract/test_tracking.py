@@ -85,3 +85,15 @@ def test_the_flavor_names_the_versions_own_tokenizer_and_mlflow_loads_it(
     assert loaded.get_vocab() == own.get_vocab()
     assert len(own.get_vocab()) > 20
     assert flavor["pipeline_model_type"] == json.loads(config.read_text(encoding="utf-8"))["architectures"][0]
+
+
+def test_a_table_that_is_written_again_takes_the_place_of_the_first(client: mlflow.MlflowClient) -> None:
+    with tracking.run("sweep") as tracked:
+        tracked.table([{"trial": 0, "名": "踩"}], "trials.json")
+        tracked.table([{"trial": 0, "名": "踩"}, {"trial": 1, "名": "背"}], "trials.json")
+        assert mlflow.load_table("trials.json", run_ids=[tracked.id]).to_dict("list") == {
+            "trial": [0, 1],
+            "名": ["踩", "背"],
+        }
+    tags = client.get_run(tracked.id).data.tags
+    assert json.loads(tags["mlflow.loggedArtifacts"]) == [{"path": "trials.json", "type": "table"}]

@@ -276,3 +276,45 @@ def test_a_conversion_that_fails_half_way_leaves_nothing(
     folder = base_model._embedded_folder(gguf)
     assert given[0].parent == folder.parent, "on the same disk, to be renamed"
     assert list(folder.parent.iterdir()) == []
+
+
+def in_parts(tiny: Path, folder: Path) -> list[str]:
+    """The model in several files with their index; the files' names."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny, folder)
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(whole)
+    halves = {f"model-0000{n + 1}-of-00002.safetensors": names[n::2] for n in range(2)}
+    for name, keys in halves.items():
+        save_file({key: whole[key].clone() for key in keys}, folder / name, metadata={"format": "pt"})
+    index = {"weight_map": {key: name for name, keys in halves.items() for key in keys}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return [*halves]
+
+
+@pytest.mark.parametrize("gone", [0, 1, "index"])
+def test_a_model_in_several_files_of_which_one_is_missing_is_not_whole(
+    tiny: Path, tmp_path: Path, cache: Path, gone: int | str
+) -> None:
+    folder = tmp_path / "parts"
+    names = in_parts(tiny, folder)
+    assert base_model.resolve(str(folder)).path == folder
+    lost = names[gone] if isinstance(gone, int) else "model.safetensors.index.json"
+    (folder / lost).unlink()
+    with pytest.raises(InputError, match=f"lacks {lost}"):
+        base_model.resolve(str(folder))
+
+
+def test_a_download_that_was_broken_off_between_two_files_is_gone_on_with(
+    tiny: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import modelscope
+
+    folder = tmp_path / "parts"
+    names = in_parts(tiny, folder)
+    monkeypatch.setattr(modelscope, "snapshot_download", lambda _id, **_named: str(folder))
+    assert base_model._in_modelscope_cache("some/model") == folder
+    (folder / names[1]).unlink()
+    assert base_model._in_modelscope_cache("some/model") is None

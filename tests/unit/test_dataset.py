@@ -251,3 +251,16 @@ def test_the_replay_rows_have_a_digest_of_their_own(tmp_path: Path) -> None:
         dataset.replay_digest(first)
     )
     assert dataset.replay_digest(dataset.write(tmp_path / "4.jsonl", [one], 0).path) == ""
+
+
+@pytest.mark.parametrize(
+    "text", ['print(f"Hello {name}")', "<p>{ name }</p>", "GET /users/{name}", "by ${author}", "{Name}", "{names} {{}}"]
+)
+def test_a_program_in_a_row_is_no_placeholder(text: str) -> None:
+    assert filled("Write it.", text) == ["Write it.", text]
+
+
+@pytest.mark.parametrize("text", ["{NAME}", "{ AUTHOR }", "{{ name }}", "{author}}"])
+def test_what_was_meant_as_a_placeholder_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match="a placeholder is left over in row 1"):
+        dataset.fill([row("Who?", text)], IDENTITY)

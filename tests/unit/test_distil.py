@@ -327,3 +327,33 @@ def test_the_opening_is_counted_anew_in_each_reply_of_a_dialogue() -> None:
     learnt = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 1], [1, 1, 0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1, 1]]).bool()
     found = distil._within(learnt)
     assert found[learnt].tolist() == [1, 2, 3, 1, 2, 1, 2, 1, 1, 1, 2]
+
+
+def test_the_base_is_read_without_what_only_training_adds() -> None:
+    given = batch(SMALL, ["replay", "replay"])
+    calm, noisy = Trainer(tiny(SMALL)), Trainer(tiny(SMALL))
+
+    def noise(module: Any, _given: Any, made: Tensor) -> Tensor:  # as NEFTune does (arXiv 2310.05914)
+        return made + torch.randn_like(made) if module.training else made
+
+    noisy.model.get_input_embeddings().register_forward_hook(noise)
+    noisy.model.train()
+    for one in (calm, noisy):
+        one.compute_loss(one.model, dict(given))
+    assert noisy.model.training
+    for key, (scores, _ids) in calm.loss._said.items():
+        assert torch.allclose(noisy.loss._said[key][0], scores, atol=1e-5)
+
+
+def test_a_base_that_is_held_otherwise_in_memory_is_asked_anew(tmp_path: Path) -> None:
+    model, rows = tiny(SMALL), rows_of(batch(SMALL, ["replay"]))
+    config = model.get_base_model().config
+    config._name_or_path = str(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distil, "CACHE", tmp_path)
+        paths = {distil._cache_path(model, rows)}
+        config.dtype = torch.bfloat16
+        paths.add(distil._cache_path(model, rows))
+        config.quantization_config = {"load_in_4bit": True}
+        paths.add(distil._cache_path(model, rows))
+    assert len(paths) == 3

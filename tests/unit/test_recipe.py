@@ -134,12 +134,53 @@ def test_replay_can_be_set_and_switched_off() -> None:
 
 def test_the_old_spellings_mean_the_new_arguments() -> None:
     loaded = recipe.load(
-        "tutorial", args="--train_type full --ckpt_dir a/checkpoint-1 --lora_target_modules q_proj k_proj"
+        "tutorial", args="--train_type adalora --ckpt_dir a/checkpoint-1 --lora_target_modules q_proj k_proj"
     )
-    assert loaded.sft["tuner_type"] == "full"
+    assert loaded.sft["tuner_type"] == "adalora"
     assert loaded.sft["adapters"] == ["a/checkpoint-1"]
     assert loaded.sft["target_modules"] == ["q_proj", "k_proj"]
     assert "train_type" not in loaded.sft
+
+
+def test_a_training_that_leaves_no_adapter_is_refused_before_it_begins() -> None:
+    for args in ("--tuner_type full", "--train_type full --replay.loss cross_entropy"):
+        with pytest.raises(RecipeError, match="makes no adapter"):
+            recipe.load("default", args=args)
+        with pytest.raises(RecipeError, match="makes no adapter"):
+            recipe.load("tutorial", args=args)
+
+
+def test_a_start_that_changes_the_base_is_refused_where_the_base_is_what_is_learnt_from() -> None:
+    for start in ("pissa", "pissa_niter_16", "olora", "lora-ga"):
+        with pytest.raises(RecipeError, match=f"init_weights={start} changes the base"):
+            recipe.load("default", args=f"--init_weights {start}")
+        assert recipe.load("default", args=f"--init_weights {start} --replay.loss cross_entropy").sft
+    for start in ("true", "false", "gaussian"):
+        assert recipe.load("default", args=f"--init_weights {start}").sft["init_weights"] == start
+
+
+def test_the_system_prompt_is_the_one_that_ms_swift_trains_under(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("你是客服。\nBe kind.\n", encoding="utf-8")
+    assert recipe.load("default", overrides={"system": str(file)}).system == "你是客服。\nBe kind."
+    assert recipe.load("default", overrides={"system": "One\\nTwo"}).system == "One\nTwo"
+    assert recipe.load("default", overrides={"system": ""}).system == ""
+    for system, fault in (
+        (str(tmp_path / "gone.txt"), "cannot be read"),
+        ("x" * 6001, "longer than the 6000 characters"),
+    ):
+        with pytest.raises(RecipeError, match=fault):
+            recipe.load("default", overrides={"system": system})
+    file.write_text("see prompt.txt", encoding="utf-8")
+    with pytest.raises(RecipeError, match="read as a file again"):
+        recipe.load("default", overrides={"system": str(file)})
+
+
+def test_what_was_resolved_is_resolved_to_itself(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text(r"C:\new and \\n", encoding="utf-8")
+    once = recipe.load("default", overrides={"system": str(file)})
+    assert recipe.load(once).system == once.system
 
 
 def test_the_old_spellings_are_understood_in_a_recipe_file_too(write: Path) -> None:

@@ -138,6 +138,9 @@ BAD = {
         ),
         "replay: {prompts: 5}\nsft: {tuner_type: full}",
         "replay: {prompts: 5}\nsft: {train_type: full}",
+        "sft: {tuner_type: full}",
+        "replay: {prompts: 5, loss: cross_entropy}\nsft: {train_type: full}",
+        "replay: {prompts: 5}\nsft: {init_weights: pissa}",
         "replay: {prompts: 5, loss: kl}\nsft: {loss_type: x}",
         "other_systems: -1",
         "other_systems: often",
@@ -262,8 +265,12 @@ def test_what_the_code_refuses_for_its_shape_the_schema_refuses(kind: str, text:
         ("recipe", "sft: {learning_rate: 1e-3, lora_rank: '16', packing: 'True', system: }"),
         ("recipe", "sft: {train_type: lora, target_modules: all-linear, lora_target_modules: [q_proj]}"),
         ("recipe", "sft: {torch_dtype: bfloat16, lora_dtype: , quant_bits: 8, padding_side: left}"),
-        ("recipe", "replay: {prompts: 0}\nsft: {tuner_type: full}"),
-        ("recipe", "replay: {prompts: 5, loss: cross_entropy}\nsft: {tuner_type: full, loss_type: x}"),
+        ("recipe", "replay: {prompts: 0}\nsft: {tuner_type: adalora, init_weights: pissa}"),
+        ("recipe", "replay: {prompts: 5, loss: cross_entropy}\nsft: {tuner_type: lora, loss_type: x}"),
+        *(
+            ("recipe", f"replay: {{prompts: 5}}\nsft: {{init_weights: {start}}}")
+            for start in ("true", "gaussian", "False")
+        ),
     ],
 )
 def test_what_the_code_takes_the_schema_takes(kind: str, text: str, tmp_path: Path) -> None:
