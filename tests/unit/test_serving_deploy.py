@@ -73,6 +73,15 @@ def test_the_unit_starts_the_server_with_flags_that_there_are() -> None:
     assert flags_of(words) <= FLAGS
 
 
+def test_what_the_unit_shuts_off_is_nothing_that_the_engine_needs() -> None:
+    told = dict(re.findall(r"^(?:Environment=)?(\w+)=(.*)$", UNIT, re.MULTILINE))
+    assert "AF_NETLINK" in told["RestrictAddressFamilies"].split(), "gloo asks for the interfaces"
+    assert (told["ProtectSystem"], told["ProtectHome"]) == ("strict", "true")
+    for name in ("HOME", "VLLM_CACHE_ROOT", "NAMESAKE_CACHE"):
+        assert told[name].startswith(f"/var/cache/{told['CacheDirectory']}")
+    assert told["KillMode"] == "mixed", "else the engine is told to stop before the gateway has drained"
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     unit = tmp_path / "namesake.service"
@@ -92,9 +101,10 @@ def test_compose_starts_the_server_with_flags_that_there_are_and_asks_it_what_it
     assert serve["command"][:2] == ["namesake", "serve"]
     assert flags_of(serve["command"]) <= FLAGS
     assert "/health" in serve["healthcheck"]["test"][-1]
-    secret = next(word for word in serve["command"] if word.startswith("--api-keys-file="))
-    assert secret.endswith(f"/run/secrets/{serve['secrets'][0]}")
-    assert set(serve["secrets"]) <= set(COMPOSE["secrets"])
+    keys = next(word for word in serve["command"] if word.startswith("--api-keys-file=")).partition("=")[2]
+    assert f"./secrets:{Path(keys).parent}:ro" in serve["volumes"], "of a file by itself a new one is not seen"
+    for ignored in (DEPLOY / "Dockerfile.dockerignore", DEPLOY.parents[1] / ".gitignore"):
+        assert "/serving/deploy/secrets" in ignored.read_text(encoding="utf-8")
 
 
 def test_the_image_is_made_of_what_there_is() -> None:
