@@ -28,19 +28,22 @@ def endpoint(url: str, *, model: str = "", api_key: str = "", temperature: float
     client = openai.OpenAI(base_url=url, api_key=api_key or "none", max_retries=0)
 
     def answer(dialogue: Sequence[Message]) -> Iterator[str]:
+        begun = False
         try:
-            name = model or client.models.list().data[0].id
+            name = model or _first(url, client.models.list().data)
             stream: Any = client.chat.completions.create(
                 model=name,
                 messages=list(dialogue),  # type: ignore[arg-type]
                 stream=True,
                 temperature=temperature,
-                max_tokens=MAX_TOKENS,
             )
+            begun = True
             for chunk in stream:
                 if chunk.choices and chunk.choices[0].delta.content:
                     yield chunk.choices[0].delta.content
         except openai.APIConnectionError as error:
+            if begun:
+                raise ServingError("The connection was lost in the middle of the reply.", mend="Ask again.") from error
             raise ServingError(
                 tr("Nothing answers at {url}.", url=url), mend="Start it with `namesake serve`, or give --url."
             ) from error
@@ -50,6 +53,21 @@ def endpoint(url: str, *, model: str = "", api_key: str = "", temperature: float
             raise refusal(url, error) from error
 
     return answer
+
+
+def _first(url: str, models: Sequence[Any]) -> str:
+    """The first model that an endpoint lists; of ours no base that is there before any version is.
+
+    Raises:
+        ServingError: there is none.
+    """
+    for one in models:
+        told = one.model_extra or {}
+        if one.owned_by != "namesake" or told.get("root") != one.id or "namesake" in told:
+            return str(one.id)
+    raise ServingError(
+        tr("{url} serves no model.", url=url), mend="A version may be on its way: `namesake status` tells. Or --model."
+    )
 
 
 def adapter(base: Path, folder: Path) -> Answer:
@@ -74,8 +92,9 @@ def once(answer: Answer, message: str, *, system: str | None = None) -> None:
 
 def talk(answer: Answer, *, system: str | None = None) -> None:
     """A conversation with its history: ``/new`` starts again, ``/exit`` or Ctrl-D ends, Ctrl-C stops a reply."""
-    import readline  # noqa: F401  (line editing and history for input())
+    import readline  # line editing and history for input()
 
+    readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one question, whatever lines it has
     signal.signal(signal.SIGINT, signal.default_int_handler)  # here Ctrl-C stops a reply, again and again
     print(translated("/new starts again, /exit or Ctrl-D ends, Ctrl-C stops a reply"), file=sys.stderr)
     history: list[Message] = with_system([], system)
@@ -106,8 +125,12 @@ def talk(answer: Answer, *, system: str | None = None) -> None:
 
 def _say(pieces: Iterator[str]) -> str:
     said = []
-    for piece in pieces:
-        said.append(piece)
-        print(piece, end="", flush=True)
+    try:
+        for piece in pieces:
+            said.append(piece)
+            print(piece, end="", flush=True)
+    except ServingError:
+        print(end="\n" if said else "")
+        raise
     print()
     return "".join(said)

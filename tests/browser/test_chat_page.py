@@ -421,6 +421,25 @@ def test_bold_code_blocks_and_lists_are_set_as_such(stage: Stage, page: Page) ->
     expect(said.locator("> p").last).to_have_text("end ** not bold **")
 
 
+def test_numbers_stay_those_that_the_model_wrote_and_code_in_a_list_is_what_can_be_run(
+    stage: Stage, page: Page
+) -> None:
+    text = (
+        "1. **Fruit**\n- Apple\n- Pear\n2. **Veg**\n\n- a\n\n1. first\n2. second\n\n"
+        "1. Do:\n   ```python\n   def f():\n       return 1\n   ```\n"
+        "- outer\n    - inner\n        ~~~\n        x_1 *= 2\n        ~~~\nend"
+    )
+    stage.engine.reply = lambda _: re.findall(r"(?s).{1,3}", text)
+    ready(page, stage)
+    said = done(page, "Hi").locator(".said")
+    assert said.evaluate(
+        "(place) => [...place.children].map((one) => one.tagName + (one.start > 1 ? one.start : ''))"
+    ) == [
+        *("OL", "UL", "OL2", "UL", "OL", "OL", "DIV", "UL", "DIV", "P"),
+    ]
+    assert said.locator("pre").all_inner_texts() == ["def f():\n    return 1", "x_1 *= 2"]
+
+
 def test_headings_italics_and_tables_are_set_as_such(stage: Stage, page: Page) -> None:
     text = (
         "### First\n## **Second** ##\n#### Third\n#no heading\n\n*one* and _two_, ***three***, 这是*四*。\n"

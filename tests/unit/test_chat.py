@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import pty
 import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -123,3 +132,118 @@ def test_replies_are_printed_as_they_come_and_what_stopped_one_too(
     assert "/new" in err
     assert "It is full." in err
     assert "Wait." in err
+
+
+@contextmanager
+def listing(*models: dict[str, Any], cut: bool = False) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """An endpoint with these models, which streams a word; what it was asked. ``cut``: it ends in the middle."""
+    asked: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            body = json.dumps({"object": "list", "data": models}).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.send_header("content-type", "text/event-stream")
+            self.send_header("transfer-encoding", "chunked")
+            self.end_headers()
+            choice = {"index": 0, "delta": {"content": "blue"}, "finish_reason": None}
+            made = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+            for event in (f"data: {json.dumps(made)}\n\n", *([] if cut else ["data: [DONE]\n\n", ""])):
+                self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
+            self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/v1", asked
+        finally:
+            server.shutdown()
+
+
+def entry(name: str, root: str, owner: str = "namesake", **more: object) -> dict[str, Any]:
+    """An entry of /v1/models."""
+    return {"id": name, "object": "model", "created": 1, "owned_by": owner, "root": root, **more}
+
+
+BASE = entry("SmolLM2", "SmolLM2")
+HELLO: list[Message] = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize("models", [[], [BASE]], ids=["none", "the base alone"])
+def test_while_no_version_is_there_it_is_said_and_no_base_is_asked_in_its_place(models: list[dict[str, Any]]) -> None:
+    with listing(*models) as (url, asked), pytest.raises(ServingError, match="serves no model") as caught:
+        list(chat.endpoint(url)(HELLO))
+    assert "namesake status" in caught.value.mend
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("models", "name"),
+    [
+        ([entry("ccb", "ccb-v1"), entry("ccb-v1", "ccb-v1", namesake={}), BASE], "ccb"),
+        ([BASE, entry("ccb-v1", "ccb-v1", namesake={"version": "models:/ccb/1"})], "ccb-v1"),
+        ([entry("qwen", "qwen", "vllm")], "qwen"),
+        ([{"id": "gpt", "object": "model", "created": 1, "owned_by": "openai"}], "gpt"),
+    ],
+    ids=lambda given: str(given) if isinstance(given, str) else "",
+)
+def test_the_first_model_is_asked_and_how_long_it_may_answer_is_the_servers_to_say(
+    models: list[dict[str, Any]], name: str
+) -> None:
+    with listing(*models) as (url, asked):
+        assert list(chat.endpoint(url)(HELLO)) == ["blue"]
+    assert asked == [{"model": name, "messages": HELLO, "stream": True, "temperature": 0.0}]
+
+
+def test_a_reply_that_is_cut_is_told_as_such_on_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with (
+        listing(entry("ccb", "ccb-v1"), cut=True) as (url, _),
+        pytest.raises(ServingError, match="lost in the middle of the reply"),
+    ):
+        chat.once(chat.endpoint(url), "Hi")
+    assert capsys.readouterr().out == "blue\n"
+
+
+def test_what_is_pasted_is_one_question_whatever_lines_it_has() -> None:
+    program = (
+        "import sys; from namesake import chat\n"
+        "chat.talk(lambda dialogue: iter(['<' + repr(dialogue[-1]['content']) + '>']))"
+    )
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as talking:
+        os.close(theirs)
+        seen = b""
+
+        def until(what: bytes) -> None:
+            nonlocal seen
+            while what not in seen:
+                part = os.read(ours, 4096)
+                assert part
+                seen += part
+
+        until(b"> ")
+        os.write(ours, b"\x1b[200~def f():\n    return 1\n/exit\x1b[201~")
+        os.write(ours, b"\r")
+        until(b"'>")
+        os.write(ours, b"/exit\r")
+        with suppress(OSError):
+            while part := os.read(ours, 4096):
+                seen += part
+        assert talking.wait(10) == 0
+    os.close(ours)
+    assert rb"<'def f():\n    return 1\n/exit'>" in seen

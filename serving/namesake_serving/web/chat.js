@@ -281,7 +281,7 @@ function button(name, label, click, kind = "act") {
 
 function copyButton(text) {
   const one = button("copy", t("copy"), async () => {
-    await copy(text());
+    if (!(await copy(text()))) return;
     one.replaceChildren(icon("done"));
     speak(t("copied"));
     setTimeout(() => one.replaceChildren(icon("copy")), 1500);
@@ -289,19 +289,22 @@ function copyButton(text) {
   return one;
 }
 
+// Whether it was copied.
 async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
+    return true;
   } catch {
     // Plain HTTP from another machine has no clipboard API.
     const area = make("textarea", { class: "unseen", "aria-hidden": "true" });
     const before = document.activeElement;
     area.value = text;
-    document.body.append(area);
+    (document.querySelector("dialog[open]") ?? document.body).append(area); // what is outside of a dialog takes no focus
     area.select();
-    document.execCommand("copy");
+    const copied = document.execCommand("copy");
     area.remove();
     before?.focus();
+    return copied;
   }
 }
 
@@ -320,7 +323,7 @@ const composing = (event) => event.isComposing || event.keyCode === 229;
 
 // ------------------------------------------------- a reply's text: paragraphs, headings, lists, tables and code; no images
 
-const FENCE = /^\s{0,3}(`{3,}|~{3,})\s*([\w+#.-]*)\s*$/;
+const FENCE = /^(\s*)(`{3,}|~{3,})\s*([\w+#.-]*)\s*$/;
 const ITEM = /^(\s*)(?:[-*+•]\s+|(\d{1,3})(?:[.)]\s+|、\s*))(.+)$/;
 const HEADING = /^\s{0,3}(#{1,6})\s+(.*?)(?:\s+#+)?\s*$/;
 const RULE = /^\s{0,3}([-*_])(?:\s*\1){2,}\s*$/;
@@ -343,10 +346,12 @@ function blocksOf(text) {
   let open = null;
   const start = (block) => blocks.push((open = block));
   for (const line of text.replace(/\r\n?/g, "\n").split("\n")) {
-    const fence = FENCE.exec(line);
+    // As far to the right as one likes in a list; elsewhere four spaces make it a text.
+    const found = FENCE.exec(line);
+    const fence = found && (found[1].length < 4 || open?.kind === "list" || open?.kind === "code") ? found : null;
     if (open?.kind === "code") {
-      if (fence && fence[1].startsWith(open.fence) && !fence[2]) open = null;
-      else open.lines.push(line);
+      if (fence && fence[2].startsWith(open.fence) && !fence[3]) open = null;
+      else open.lines.push(line.slice(Math.min(/^\s*/.exec(line)[0].length, open.indent))); // as far as its fence is
       continue;
     }
     const heading = HEADING.exec(line);
@@ -357,7 +362,7 @@ function blocksOf(text) {
       if (open?.kind !== "list") open = null; // a blank line between two items ends no list
       else open.loose = true;
     } else if (kind === "code") {
-      start({ kind, fence: fence[1], name: fence[2], lines: [] });
+      start({ kind, indent: fence[1].length, fence: fence[2], name: fence[3], lines: [] });
     } else if (kind === "heading") {
       while (above.at(-1) >= heading[1].length) above.pop();
       above.push(heading[1].length);
@@ -376,7 +381,9 @@ function blocksOf(text) {
     } else if (kind === "text" && open?.kind === "list" && /^\s{2,}/.test(line)) {
       open.lines.at(-1).text += `\n${line.trim()}`;
     } else {
-      if (open?.kind !== kind) start({ kind, lines: [] });
+      // An item of the other sort, not deeper than the list, begins another list: 1. is followed by 2., not by a bullet's 4.
+      const other = item && open?.kind === kind && item[1].length <= open.lines[0].depth + 1 && !item[2] !== !open.lines[0].number;
+      if (open?.kind !== kind || other) start({ kind, lines: [] });
       open.lines.push(item ? { depth: item[1].length, number: item[2], text: item[3] } : line);
     }
   }
