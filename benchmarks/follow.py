@@ -158,8 +158,8 @@ def served_changes(url: str) -> dict[str, tuple[float, float]]:
 
 
 def changed_since(before: Mapping[str, tuple[float, float]], url: str) -> tuple[str, float]:
-    """The way and seconds of the one change since then; waits for it to be counted, for a minute at most."""
-    for _ in range(600):
+    """The way and seconds of the one change since then; waits for it to be counted, for five minutes at most."""
+    for _ in range(3000):
         for way, (count, spent) in served_changes(url).items():
             if count > before.get(way, (0, 0))[0]:
                 return way, spent - before.get(way, (0, 0))[1]
