@@ -32,6 +32,8 @@ _STANDBY_SECONDS = 0.5
 """Between two looks for the standby."""
 _LONGEST_STANDBY_WAIT = 60.0
 """Until one that does not start is tried again; doubled up to this."""
+_LOOK_SECONDS = 0.2
+"""Between two looks whether an alias points again to what is to go."""
 
 _log = logging.getLogger("namesake.serving")
 
@@ -528,7 +530,12 @@ class Adapters:
         if live in self._pinned():
             return
         self._unname(live)
-        await live.idle.wait()
+        while live.running:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await live.idle.wait()
+            if live in self._pinned():  # moved back: its alias need not wait for an end that may never come
+                return
         async with self._one_at_a_time:
             if live not in self._pinned() and not live.running and self._in.get(live.model) is live:
                 await self._put_out(live)

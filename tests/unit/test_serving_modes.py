@@ -314,6 +314,25 @@ async def test_copies_of_versions_go_but_those_of_champion_and_challenger_are_kn
     assert asked == [("ccb", 7)] * 2
 
 
+@in_a_loop
+async def test_two_aliases_that_change_places_need_not_wait_for_the_end_of_an_answer(
+    world: World, tmp_path: Path
+) -> None:
+    async with compared(world, tmp_path, "adapter") as running:
+        routing = running.service.routing
+        async with routing.enter("ccb-v2", "") as (one, _):
+            world.challenger = version(1)  # what is champion still: there is nothing to compare with, and 2 is to go
+            running.service.wake()
+            await until(lambda: routing.challenger.live is None)
+            running.move(2)
+            await until(lambda: running.live.version.number == 2)
+            await until(lambda: routing.challenger.live is not None and running.service.at_rest(), 3)
+            assert one.running
+        assert [await label(running, model) for model in ("ccb@champion", "ccb@challenger")] == ["ccb-v2", "ccb-v1"]
+        assert "unload 2" not in world.boxes[0].did
+        assert await label(running, "ccb-v2") == "ccb-v2"
+
+
 @pytest.mark.parametrize("mode", ["merged", "adapter"])
 @in_a_loop
 async def test_a_challenger_answers_its_share_and_a_session_stays_on_one_side(
