@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,6 +178,9 @@ class served:
 
     def __exit__(self, *_: object) -> None:
         children = session_of(self.process.pid)
+        if not children:  # a test has ended it; its main thread may be gone, and others of it still going
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
         if self.process.poll() is None:
             assert children, "vLLM must be running as a child"
             self.process.send_signal(signal.SIGTERM)
