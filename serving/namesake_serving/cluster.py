@@ -68,7 +68,7 @@ from namesake_serving.service import Service, key_of, kind_of, number_in, prove_
 from namesake_serving.settings import Settings, read
 from namesake_serving.store import Stored, id_of
 from namesake_serving.traffic import Answerer, Live, Routing, Traffic
-from namesake_serving.upstream import Cut, Gone, Moved, Reply, Sockets
+from namesake_serving.upstream import FIGURES_SECONDS, Cut, Gone, Moved, Reply, Sockets
 
 _ADDRESS = os.environ.get("RAY_ADDRESS") or "local"
 
@@ -83,7 +83,6 @@ _TRIES, _PAUSE = 80, 0.1
 _CUTS = 2
 """How many engines may end while they have a request: it may be what they end of."""
 _ORDER_SECONDS = 30.0
-_FIGURES_SECONDS = 5.0
 _GONE_SECONDS = 5.0
 _OBJECT_STORE_BYTES = 128 << 20
 _OURS = (
@@ -1443,7 +1442,7 @@ class Handles:
         del live
         asked = self._cluster.handle.broadcast("figures")
         try:
-            said = await asked.results_async(timeout_s=_FIGURES_SECONDS, return_exceptions=True)
+            said = await asked.results_async(timeout_s=FIGURES_SECONDS, return_exceptions=True)
         except (RayServeException, TimeoutError) as error:
             raise Gone(str(error)) from error
         texts = [(name, text.decode()) for name, text in (one for one in said if isinstance(one, tuple))]

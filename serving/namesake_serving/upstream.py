@@ -16,8 +16,8 @@ from namesake_serving.traffic import Answerer
 IDLE_SECONDS = 2.0
 """A connection that rests for longer is not used again: vLLM closes it after five, perhaps just as a request comes."""
 
-
-_FIGURES_SECONDS = 5.0
+FIGURES_SECONDS = 5.0
+"""How long an engine's metrics are waited for: who asks comes again every few seconds."""
 
 
 class Gone(Exception):
@@ -102,9 +102,9 @@ class Sockets:
         """vLLM's metrics.
 
         Raises:
-            Gone: it tells none, or not soon enough for who asks every few seconds.
+            Gone: it tells none, or not soon enough.
         """
-        session, most = self._session(live.engine.socket), aiohttp.ClientTimeout(total=_FIGURES_SECONDS)
+        session, most = self._session(live.engine.socket), aiohttp.ClientTimeout(total=FIGURES_SECONDS)
         try:
             async with session.get("http://engine/metrics", timeout=most) as response:
                 return await response.read()

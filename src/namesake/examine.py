@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -177,10 +177,7 @@ def judge(target: str, policy: Policy, screen: Screen, *, served: float | None =
     if target.startswith("models:/"):
         version = registry.resolve(target)
         record = Manifest.read(registry.fetch(version))
-        if faults := contradicted(version, record):
-            raise RegistryError(
-                tr("{uri} is damaged: {faults}.", uri=version.uri, faults=joined(faults)), mend="Promote the run again."
-            )
+        _refuse(version, contradicted(version, record))
         scores, beside = dict(record.scores), (version.name, version.run_id, record.questions)
     else:
         run = tracking.get_run(run_id(target))
@@ -360,11 +357,15 @@ def _whole(version: Version) -> tuple[Path, Manifest]:
     """A version's folder and manifest, once its files are what that says."""
     folder = registry.fetch(version)
     record = Manifest.read(folder)
-    if faults := [*damaged(folder, record.digests), *strange(folder, record)]:
+    _refuse(version, [*damaged(folder, record.digests), *strange(folder, record)])
+    return folder, record
+
+
+def _refuse(version: Version, faults: Sequence[str]) -> None:
+    if faults:
         raise RegistryError(
             tr("{uri} is damaged: {faults}.", uri=version.uri, faults=joined(faults)), mend="Promote the run again."
         )
-    return folder, record
 
 
 def run_id(target: str) -> str:

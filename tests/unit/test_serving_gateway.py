@@ -1525,7 +1525,7 @@ async def test_of_a_response_that_repeats_the_request_the_clients_own_figures_ar
 
 @in_a_loop
 async def test_figures_of_an_engine_that_hangs_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("namesake_serving.upstream._FIGURES_SECONDS", 0.1)
+    monkeypatch.setattr("namesake_serving.upstream.FIGURES_SECONDS", 0.1)
 
     async def hang(_self: Upstream, _request: web.Request) -> web.Response:
         await asyncio.sleep(60)
